@@ -1,0 +1,360 @@
+"""
+What the processes share: the slots, the rule that says which tickets a batch takes, the published weights; and the
+teacher, which fills in scores.
+
+    free -> rollout -> teacher -> learner -> free          a slot's round; a ticket is one such round
+
+The parent allocates everything here once. Slots and weights are plain shared CPU memory, the same with and without
+a GPU; pipes carry slot numbers, never tensors. Only the parent decides who works on what (`Ledger`), so there is no
+lock that a dying worker could take with it.
+
+What is left out: several machines. Shapes: S slots, T response positions, C token ids per position (column 0 is
+the emitted token; the estimator's table entry says what the others are). Tests: tests/test_cache.py
+"""
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
+    from asyncopd import Config
+
+
+# -- slots -----------------------------------------------------------------------------------------
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """What one slot holds: n new response tokens of one response, after `start` tokens of prompt and context.
+
+    tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
+    ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
+    """
+    slot: int
+    tokens: Tensor
+    start: int
+    version: Tensor
+    ids: Tensor
+    logmu: Tensor
+    logq: Tensor
+
+    def __len__(self) -> int:
+        return len(self.version)
+
+
+class Slots:
+    """The slab. A slot belongs to one process at a time; its number is the permission to touch it.
+
+    tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]
+    uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
+    the version of the first new one (while there is none, of its holder's weights). logq is nan until it is scored.
+    """
+
+    def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int):
+        S, T, C = slots, max_response, columns
+        self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
+        self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
+        self.logmu = torch.zeros(S, T, C).share_memory_()
+        self.logq = torch.full((S, T, C), torch.nan).share_memory_()
+        self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
+        self.uid, self.prompt, self.start, self.length, self.born = (
+            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(5))
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    @property
+    def bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in vars(self).values())
+
+    def open(self, s: int, uid: int, context: list[int] | Tensor, prompt: int, version: int) -> None:
+        """A new ticket in slot s: `context` is the prompt of `prompt` tokens, and what was generated before a cut."""
+        assert len(context) < self.tokens.shape[1], f"context of {len(context)} leaves no room in slot {s}"
+        self.tokens[s, :len(context)] = torch.as_tensor(context, dtype=torch.int32)
+        self.uid[s], self.prompt[s], self.start[s], self.length[s], self.born[s] = uid, prompt, len(context), 0, version
+        self.logq[s] = torch.nan
+
+    def append(self, s: int, tokens: Tensor, ids: Tensor, logmu: Tensor, version: int) -> None:
+        """k more tokens [k] with their drawn columns [k, D], D <= C: the teacher fills in the other C - D."""
+        k, D = ids.shape
+        assert tokens.shape == (k,) and logmu.shape == (k, D) and D <= self.ids.shape[2], (tokens.shape, ids.shape)
+        n, at = int(self.length[s]), int(self.start[s] + self.length[s])
+        self.tokens[s, at:at + k] = tokens
+        self.ids[s, n:n + k, :D], self.logmu[s, n:n + k, :D] = ids, logmu
+        self.version[s, n:n + k] = version
+        if n == 0:
+            self.born[s] = version
+        self.length[s] = n + k
+
+    def read(self, s: int) -> Segment:
+        start, n = int(self.start[s]), int(self.length[s])
+        return Segment(s, self.tokens[s, :start + n], start, self.version[s, :n],
+                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n])
+
+
+# -- the ledger: which tickets a batch takes -------------------------------------------------------
+
+@dataclass(slots=True)
+class Ticket:
+    number: int                  # order of handing out
+    slot: int
+    uid: int                     # which prompt, counted over all epochs
+    stage: str = "rollout"       # rollout, teacher, scored, learner
+    holder: str = ""             # the worker that has it
+    arrived: int = 0             # order of becoming scored
+
+
+class Ledger:
+    """The pipeline's only decisions, without processes and without a clock, so that they can be tested by themselves.
+
+    lag of a token = learner version when it is trained - version that drew it. `version` counts publishes, one per
+    batch. There are (max_ahead + 1) * batch slots: that is the memory bound, the back-pressure and the run-ahead.
+    """
+
+    def __init__(self, slots: Slots, batch: int, schedule: str, max_ahead: int):
+        self.slots, self.batch, self.schedule, self.ahead = slots, batch, schedule, max_ahead
+        self.version, self.handed_out, self.arrivals = 0, 0, 0
+        self.free = list(range(len(slots)))
+        self.tickets: dict[int, Ticket] = {}                       # by slot
+
+    def hand_out(self) -> list[Ticket]:
+        """New tickets, as many as may be generated now. In lockstep batch j waits for version j - max_ahead."""
+        n = len(self.free)
+        if self.schedule != "async":
+            n = min(n, (self.version + self.ahead + 1) * self.batch - self.handed_out)
+        new = [Ticket(self.handed_out + i, self.free.pop(0), self.handed_out + i) for i in range(n)]
+        self.handed_out += n
+        self.tickets.update((t.slot, t) for t in new)
+        return new
+
+    def at(self, stage: str) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.stage == stage]
+
+    def generated(self, slot: int) -> None:
+        assert self.tickets[slot].stage == "rollout", self.tickets[slot]
+        self.tickets[slot].stage, self.tickets[slot].holder = "generated", ""
+
+    def to_score(self) -> list[Ticket]:
+        """Generated tickets the teacher may have now: at once, except in lockstep, where stages do not overlap."""
+        waiting = self.at("generated")
+        if self.schedule == "sync" and self.at("rollout"):
+            return []
+        return waiting
+
+    def scored(self, slot: int) -> None:
+        assert self.tickets[slot].stage == "teacher", self.tickets[slot]
+        self.tickets[slot].stage, self.tickets[slot].arrived = "scored", self.arrivals
+        self.arrivals += 1
+
+    def next_batch(self) -> list[Ticket] | None:
+        """The tickets to train under `version` now, or None. Moves them to the learner."""
+        if self.at("learner"):
+            return None
+        ready = sorted(self.at("scored"), key=lambda t: t.arrived)
+        if self.schedule != "async":       # batch j is tickets j * batch and on, whatever finished first
+            ready = sorted(t for t in ready if t.number < (self.version + 1) * self.batch)
+        if len(ready) < self.batch:
+            return None
+        for t in ready[:self.batch]:
+            t.stage = "learner"
+        return ready[:self.batch]
+
+    def trained(self) -> list[Ticket]:
+        """The learner has published: one version more, its slots are free."""
+        done = self.at("learner")
+        for t in done:
+            del self.tickets[t.slot]
+            self.free.append(t.slot)
+        self.version += 1
+        return done
+
+
+# -- published weights -----------------------------------------------------------------------------
+
+class Weights:
+    """One shared copy of the student with a version, double-buffered: a reader never keeps a half-written one.
+
+    flat [2, P] in the dtype the engines compute in; version v lives in half v % 2. `probe` is a fixed sequence of
+    tokens and `probe_logp` [2, len - 1] the learner's log-probs of it at that version: an engine that has loaded v
+    proves it by reproducing them.
+    """
+
+    def __init__(self, layout: dict[str, torch.Size], probe: list[int], dtype: torch.dtype):
+        self.layout, self.probe = layout, probe
+        self.flat = torch.zeros(2, sum(s.numel() for s in layout.values()), dtype=dtype).share_memory_()
+        self.probe_logp = torch.zeros(2, len(probe) - 1).share_memory_()
+        self.clock = torch.full((2,), -1, dtype=torch.int64).share_memory_()      # being written, published
+
+    @property
+    def version(self) -> int:
+        return int(self.clock[1])
+
+    def views(self, half: int) -> dict[str, Tensor]:
+        out, at = {}, 0
+        for name, shape in self.layout.items():
+            out[name] = self.flat[half, at:at + shape.numel()].view(shape)
+            at += shape.numel()
+        return out
+
+    def publish(self, parameters: dict[str, Tensor], version: int, probe_logp: Tensor) -> None:
+        assert parameters.keys() == self.layout.keys(), parameters.keys() ^ self.layout.keys()
+        self.clock[0] = version
+        for name, view in self.views(version % 2).items():
+            view.copy_(parameters[name].detach())
+        self.probe_logp[version % 2] = probe_logp
+        self.clock[1] = version
+
+    def read(self, version: int | None = None) -> tuple[int, dict[str, Tensor], Tensor]:
+        """(version, copies of the tensors, the probe's log-probs): the newest, or exactly the one asked for."""
+        while True:
+            v = self.version if version is None else version
+            assert v >= 0, "nothing is published yet"
+            copies = {name: x.clone() for name, x in self.views(v % 2).items()}
+            probe_logp = self.probe_logp[v % 2].clone()
+            if self.clock[0] < v + 2:                    # else the learner has begun to overwrite this half
+                return v, copies, probe_logp
+            assert version is None, f"version {version} was overwritten by {int(self.clock[0])} while it was read"
+
+
+# -- a worker's line to the parent -----------------------------------------------------------------
+
+class Link:
+    """A worker's end of its pipe: orders come in, reports go out, each with the spans of work since the last one."""
+
+    def __init__(self, pipe: Connection):
+        self.pipe, self.spans = pipe, []
+
+    def send(self, kind: str, **body) -> None:
+        self.pipe.send((kind, body, self.spans))
+        self.spans = []
+
+    def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
+        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker (EOFError)."""
+        while wait and not self.pipe.poll(60):           # a limit on the wait only so that a debugger sees it turn
+            continue
+        while self.pipe.poll(0):
+            yield self.pipe.recv()
+
+    @contextmanager
+    def span(self, what: str):
+        """Time spent on `what`, for the trace; turns of the same work that follow each other are one span."""
+        start = time.monotonic()
+        yield
+        if self.spans and self.spans[-1][0] == what and start - self.spans[-1][2] < 2e-3:
+            start = self.spans.pop()[1]
+        self.spans.append((what, start, time.monotonic()))
+
+
+# -- alignment and the teacher ---------------------------------------------------------------------
+
+def pad(segments: list[Segment], device) -> tuple[Tensor, Tensor]:
+    """Right-padded token ids [B, L] and their mask, bool. Example: tokens 5 6 7 and 8 9 -> [[5,6,7],[8,9,0]]."""
+    tokens = torch.nn.utils.rnn.pad_sequence([s.tokens.long() for s in segments], batch_first=True)
+    length = torch.tensor([[len(s.tokens)] for s in segments])
+    return tokens.to(device), (torch.arange(tokens.shape[1]) < length).to(device)
+
+
+def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
+    """The one shift: hidden states [B, L, H] -> [M, H], row m being the state that *predicts* new token m.
+
+    Token y_t sits at index start + t, so the state one index before it predicts it. Rows come in the order of the
+    segments, each with its len(segment) new tokens, M in all: the order of torch.cat([s.ids for s in segments]).
+    """
+    return torch.cat([hidden[b, s.start - 1:s.start - 1 + len(s)] for b, s in enumerate(segments)])
+
+
+def by_length(segments: list[Segment], token_budget: int) -> Iterator[list[Segment]]:
+    """Micro-batches of similar length, at most token_budget padded tokens each (or one segment, if longer)."""
+    group: list[Segment] = []
+    for s in sorted(segments, key=lambda s: -len(s.tokens)):
+        if group and len(group[0].tokens) * (len(group) + 1) > token_budget:
+            yield group
+            group = []
+        group.append(s)
+    if group:
+        yield group
+
+
+def load_model(folder: str, device: str, dtype: torch.dtype):
+    """A transformers causal LM and its tokenizer's folder, ready to be called; no remote code."""
+    import transformers
+    transformers.logging.disable_progress_bar()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
+
+
+def stop_ids(folder: str) -> list[int]:
+    """The tokens that end a response: those of the generation config, and the tokenizer's own."""
+    from transformers import AutoTokenizer, GenerationConfig
+    try:
+        eos = GenerationConfig.from_pretrained(folder).eos_token_id
+    except OSError:                                      # a folder without one
+        eos = None
+    eos = eos if isinstance(eos, list) else [eos]
+    return sorted({i for i in [*eos, AutoTokenizer.from_pretrained(folder).eos_token_id] if i is not None})
+
+
+def sequence_logp(model, tokens: list[int]) -> Tensor:
+    """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
+    x = torch.tensor(tokens)
+    blank = torch.empty(len(tokens) - 1, 0)
+    segment = Segment(-1, x, 1, blank, blank, blank, blank)
+    rows = response_rows(model.base_model(input_ids=x[None].to(model.device)).last_hidden_state, [segment])
+    logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
+    return logp.gather(-1, x[segment.start:, None].to(logp.device)).squeeze(-1)
+
+
+@torch.no_grad()
+def score(model, segments: list[Segment], slots: Slots, support: str, chunk: int = 1024) -> None:
+    """Write the teacher's log-probs, float32, into logq; for teacher_topk also its K best ids into columns 1..K."""
+    tokens, mask = pad(segments, model.device)
+    rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
+    ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
+    vocab = model.config.vocab_size
+    logq = torch.empty(ids.shape, device=rows.device)
+    for i in range(0, len(rows), chunk):
+        log_softmax = model.get_output_embeddings()(rows[i:i + chunk]).float().log_softmax(-1)
+        if support == "teacher_topk":
+            ids[i:i + chunk, 1:] = log_softmax.topk(min(ids.shape[1] - 1, vocab)).indices
+        logq[i:i + chunk] = log_softmax.gather(-1, ids[i:i + chunk])
+    for s in segments:
+        slots.ids[s.slot, :len(s)] = ids[at:at + len(s)].int().cpu()
+        slots.logq[s.slot, :len(s)] = logq[at:at + len(s)].cpu()
+        at += len(s)
+
+
+def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: torch.dtype) -> None:
+    model = load_model(cfg.teacher, device, dtype)
+    support = ESTIMATORS[cfg.estimator].support
+    link.send("ready")
+    while True:
+        waiting: list[int] = []
+        for order, body in link.orders(wait=True):
+            if order == "stop":
+                return link.send("stopped")
+            if order == "evaluate":
+                link.send("evaluated", answers=complete(model, *body, stop_ids(cfg.student)))
+            waiting += body if order == "score" else []
+        for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
+            with link.span("score"):
+                score(model, group, slots, support)
+            link.send("scored", slots=[s.slot for s in group])
+
+
+@torch.no_grad()
+def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
+    """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
+    longest = max(map(len, prompts))
+    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
+                         eos_token_id=stop, pad_token_id=stop[0])
+    return out[:, longest:].tolist()

@@ -1,0 +1,175 @@
+"""
+The learner: one training step, what it measures, publishing, saving.
+
+A step reads its slots in place, recomputes log p at the cached tokens under the current student, and back-propagates
+the estimator's loss: the sum over all valid positions of the optimizer batch divided by their number, whatever the
+micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions.
+
+Master weights, optimizer state, log-softmax and every log-prob are float32; on a GPU the matrix products run in
+bf16. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing.
+What is left out: several learners, sequence parallelism. Tests: tests/test_learner.py
+"""
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from cache import Link, Segment, Slots, Weights, by_length, load_model, pad, response_rows, sequence_logp
+from estimators import ESTIMATORS, VALUE, importance_weight
+
+if TYPE_CHECKING:
+    from asyncopd import Config
+
+METRICS = {      # every key of a step line: formula or meaning, unit
+    "step": "train batches so far, this one included",
+    "version": "of the weights after this step = publishes since the start",
+    "loss": "the estimator's surrogate: sum over positions / number of positions, nats (its value is not the KL)",
+    "kl": "unbiased estimate of the per-token KL that --kl names, current student, prefixes as visited, nats",
+    "entropy": "of the student, mean over positions: -mean of w log p over the drawn tokens, nats",
+    "lag_min": "freshest token of the batch: learner version before the step - version that drew the token",
+    "lag_mean": "the same, mean over tokens",
+    "lag_max": "the same, oldest token",
+    "tokens": "response tokens trained in this step",
+    "sequences": "responses, or segments of responses, in this step",
+    "w_max": "largest importance weight p / mu of an emitted token",
+    "w_p99": "99th percentile of the same",
+    "ess": "effective sample size of these weights: (sum w)^2 / sum w^2 / n, 1 = on-policy",
+    "duplicates": "share of drawn candidates that repeat an earlier one at their position",
+    "engine_gap_max": "largest |log-prob in the engine - log-prob in the learner| on the probe at the last push, nats",
+    "engine_gap_p95": "95th percentile of the same",
+    "engine_gap_mean": "mean of the same",
+    "push_s": "seconds of that push: copying, loading and the probe",
+    "publish_s": "seconds the learner spent on publishing",
+    "grad_norm": "norm of the gradient before clipping, of the step's last optimizer update",
+    "lr": "learning rate of the step's last optimizer update",
+    "gen_tok_s": "response tokens generated since the last step line / seconds since then",
+    "train_tok_s": "tokens / seconds of this step, publishing included",
+    "wait_s": "seconds the learner waited for this batch",
+    "wall_s": "seconds since the first ticket",
+}
+
+
+def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
+    learner = Learner(cfg, device, dtype)
+    learner.publish(weights, version=0)
+    link.send("ready")
+    version, idle_since = 0, time.monotonic()
+    while True:
+        for order, body in link.orders(wait=True):
+            if order == "stop":
+                return link.send("stopped")
+            if order == "save":
+                learner.save(Path(body))
+                link.send("saved", folder=body)
+            if order == "train":
+                start = time.monotonic()
+                with link.span("step"):
+                    metrics = learner.step([slots.read(s) for s in body], version)
+                version += 1
+                with link.span("publish"):
+                    publish_s = learner.publish(weights, version)
+                seconds = time.monotonic() - start
+                link.send("trained", metrics=metrics | {
+                    "step": version, "version": version, "publish_s": publish_s, "wait_s": start - idle_since,
+                    "train_tok_s": metrics["tokens"] / seconds})
+                idle_since = time.monotonic()
+
+
+# -- one step --------------------------------------------------------------------------------------
+
+class Learner:
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
+        self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
+        self.estimator = ESTIMATORS[cfg.estimator]
+        self.model = load_model(cfg.student, device, torch.float32).train()
+        self.head = self.model.get_output_embeddings()
+        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
+                                           fused=self.device.type == "cuda" or None)
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(
+            self.optimizer, lambda update: min(1.0, (update + 1) / max(1, cfg.warmup)))
+
+    def step(self, segments: list[Segment], version: int) -> dict[str, float]:
+        """Train on every token of the segments once; the metrics of the step. The segments are not changed."""
+        size, measured = -(-len(segments) // self.cfg.minibatches), []
+        for i in range(0, len(segments), size):
+            minibatch = segments[i:i + size]
+            count = sum(map(len, minibatch))
+            for group in by_length(minibatch, self.cfg.micro_tokens):
+                measured.append(self.backward(group, count))
+            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+            rate = self.schedule.get_last_lr()[0]
+            self.optimizer.step()
+            self.schedule.step()
+            self.optimizer.zero_grad()
+        lags = torch.cat([version - s.version for s in segments]).float()
+        return summarize(measured) | {
+            "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
+            "sequences": len(segments), "grad_norm": norm.item(), "lr": rate}
+
+    def backward(self, group: list[Segment], count: int) -> dict[str, Tensor]:
+        """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
+        tokens, mask = pad(group, self.device)
+        with self.compute():
+            rows = response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
+        ids, logmu, logq = (torch.cat([getattr(s, name) for s in group]).to(self.device)
+                            for name in ("ids", "logmu", "logq"))
+        if logq.isnan().any():
+            bad = [s.slot for s in group if s.logq.isnan().any()]
+            raise RuntimeError(f"slots {bad} reached the learner without a score (or the teacher scored nan)")
+        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
+        for i in range(0, len(rows), chunk):      # so that [chunk, V] is the most that ever exists of the logits
+            parts.append(self.head_backward(leaf[i:i + chunk], *(x[i:i + chunk] for x in (ids, logmu, logq)), count))
+        rows.backward(leaf.grad)
+        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+
+    def head_backward(self, rows: Tensor, ids: Tensor, logmu: Tensor, logq: Tensor, count: int) -> dict[str, Tensor]:
+        """The estimator's loss from hidden states [M, H] and a slot's columns [M, C], and its gradient."""
+        with self.compute():
+            logits = self.head(rows)
+        logp = logits.float().log_softmax(-1).gather(-1, ids.long())
+        logp_, logq_, logmu_ = (self.estimator.scored(x) for x in (logp, logq, logmu))
+        loss = self.estimator.fn(logp_, logq_, logmu_)
+        (loss.sum() / count).backward()
+        drawn = slice(0, self.estimator.drawn(ids.shape[1]))        # the columns that came from mu
+        logp, logq, logmu, ids = logp.detach()[:, drawn], logq[:, drawn], logmu[:, drawn], ids[:, drawn]
+        w = importance_weight(logp, logmu)
+        distinct = ids.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        return {"loss": loss.detach(), "kl": VALUE[self.cfg.kl](logp, logq, logmu), "w": w[:, 0],
+                "entropy": -(w * logp).mean(-1), "duplicates": 1 - distinct / ids.shape[1]}
+
+    def compute(self):
+        return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
+
+    # -- publishing and saving ---------------------------------------------------------------------
+
+    @torch.no_grad()
+    def publish(self, weights: Weights, version: int) -> float:
+        start = time.monotonic()
+        with self.compute():
+            probe_logp = sequence_logp(self.model, weights.probe)
+        weights.publish(dict(self.model.named_parameters()), version, probe_logp.cpu())
+        return time.monotonic() - start
+
+    def save(self, folder: Path) -> None:
+        """A Hugging Face folder, written beside its place and renamed, so that it is whole or absent."""
+        from transformers import AutoTokenizer
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        self.model.save_pretrained(partial, state_dict={k: v.to(self.dtype) for k, v in self.model.state_dict().items()})
+        AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+
+
+def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:
+    """Per-token measurements of all micro-batches -> the step's numbers (METRICS)."""
+    x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0]}
+    w = x.pop("w")
+    return {name: v.mean().item() for name, v in x.items()} | {
+        "tokens": len(w), "w_max": w.max().item(), "w_p99": w.quantile(0.99).item() if len(w) < 2**24 else w.max().item(),
+        "ess": (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()}

@@ -1,0 +1,441 @@
+"""
+The rollout worker, and its engine in two forms with the same few methods: vLLM, and plain transformers.
+
+The worker takes tickets, generates, and hands slots over. It loads newly published weights between two engine steps,
+without waiting for what is running: running responses are flushed to their slots, the weights are replaced, and the
+responses go on from their tokens so far, whose context is computed anew. Every token carries the version that drew it.
+
+Sampling is ours in both engines (`draw`): N tokens per position, i.i.d. from the softmax that is really sampled, the
+first one emitted. vLLM runs it through its public logits-processor interface. What is left out: beam search, tool
+calls, penalties, speculative decoding; distillation wants samples of the plain distribution. Tests: tests/test_rollout.py
+"""
+from __future__ import annotations
+
+import os
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from cache import Link, Slots, Weights, load_model, sequence_logp, stop_ids
+from estimators import ESTIMATORS
+
+if TYPE_CHECKING:
+    from asyncopd import Config
+
+BLOCK = 512      # words per block of the two-level inverse below: about sqrt(150,000), so both levels cost the same
+
+
+# -- the draw --------------------------------------------------------------------------------------
+
+def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of softmax(logits) at u: ids [R, N] and their log-probs, float32, [R, N].
+
+    logits [R, V] of any float dtype; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are
+    drawn as often as they should be. Two levels: a block of words by the blocks' masses, then a word inside of it,
+    so that only one pass over V is needed whatever N is.
+    """
+    R, N = u.shape
+    x = logits.float() if temperature == 1.0 else logits.float() / temperature
+    if top_p < 1.0:
+        x = nucleus(x, top_p)
+    top = x.amax(-1, keepdim=True)
+    weight = pad((x - top).exp_(), (0, -x.shape[1] % BLOCK)).view(R, -1, BLOCK)
+    mass = weight.sum(-1).double()
+    edge = mass.cumsum(-1)
+    target = (u * edge[:, -1:]).clamp(max=edge[:, -1:] * (1 - 1e-15))
+    block = torch.searchsorted(edge, target, right=True)                      # first block whose edge lies beyond
+    inside = weight[torch.arange(R, device=x.device)[:, None], block].double().cumsum(-1)       # [R, N, BLOCK]
+    start = edge.gather(1, block) - mass.gather(1, block)
+    rest = (target - start).clamp(min=0).minimum(inside[..., -1] * (1 - 1e-15))
+    ids = block * BLOCK + torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
+    return ids, x.gather(1, ids) - top - edge[:, -1:].log().float()
+
+
+def nucleus(x: Tensor, top_p: float) -> Tensor:
+    """-inf outside the smallest set of words whose probabilities reach top_p. x [R, V]."""
+    value, order = x.softmax(-1).sort(descending=True)
+    outside = value.cumsum(-1) - value >= top_p
+    return x.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
+
+
+class Sampler:
+    """One response's random numbers, by (seed, prompt, position it starts from): the same on every machine."""
+
+    def __init__(self, seed: int, uid: int, position: int):
+        self.random = np.random.default_rng([seed, uid, position]).random
+
+
+def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, temperature: float, top_p: float):
+    u = torch.from_numpy(np.stack([s.random(n) for s in samplers])).to(logits.device)
+    return draw(logits, u, temperature, top_p)
+
+
+# -- the worker ------------------------------------------------------------------------------------
+
+def rollout_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
+    worker = Worker(cfg, link, slots, weights, device, dtype)
+    link.send("ready")
+    while True:
+        for order, body in link.orders(wait=worker.idle):
+            if order == "stop":
+                return worker.stop()
+            if order == "take":
+                worker.waiting += body
+            if order == "evaluate":
+                worker.evaluate(*body)
+        if cfg.schedule == "async" and weights.version > worker.version:
+            worker.load(None)
+        worker.take()
+        with link.span("generate"):
+            finished = worker.engine.step()
+        worker.give(finished)
+
+
+class Worker:
+    def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype):
+        self.link, self.slots, self.weights = link, slots, weights
+        self.max_response, self.tolerance, self.tokens = cfg.max_response, cfg.gap_max, 0
+        self.engine = {"vllm": VLLMEngine, "hf": HFEngine}[cfg.engine](cfg, device, dtype)
+        self.version = -1
+        self.waiting: deque[tuple[int | None, int]] = deque()      # (version to draw under, slot)
+        self.running: set[int] = set()                             # slots
+
+    @property
+    def idle(self) -> bool:
+        return not self.running and not self.waiting
+
+    def load(self, version: int | None) -> None:
+        """Replace the engine's weights by the newest (or exactly `version`) and let it prove that they arrived."""
+        if version == self.version or (version is None and self.weights.version == self.version):
+            return
+        with self.paused(), self.link.span("push"):
+            start = time.monotonic()
+            self.version, tensors, probe_logp = self.weights.read(version)
+            self.engine.load(tensors)
+            gap = (self.engine.logp(self.weights.probe) - probe_logp).abs()
+        if not gap.max() <= self.tolerance:                        # `not <=` so that nan counts as wrong
+            raise RuntimeError(f"weights of version {self.version} did not arrive in the engine: its log-probs are up "
+                               f"to {gap.max():.3g} from the learner's on the probe (tolerance {self.tolerance:g})")
+        self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
+                       gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
+
+    def evaluate(self, prompts: list[list[int]], max_new: int) -> None:
+        """Greedy answers under the newest weights."""
+        self.load(None)
+        with self.paused(), self.link.span("evaluate"):
+            answers = self.engine.complete(prompts, max_new)
+        self.link.send("evaluated", version=self.version, answers=answers)
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing in the engine: what runs is flushed to its slots, and goes on from there afterwards."""
+        going_on = sorted(self.running)
+        self.flush(going_on)
+        yield
+        for s in going_on:
+            self.start(s)
+
+    def take(self) -> None:
+        while self.waiting:
+            version, s = self.waiting.popleft()
+            self.load(version)                 # before the ticket: no token of it is older than it has to be
+            self.start(s)
+
+    def start(self, s: int) -> None:
+        """Let the engine go on with slot s, from whatever tokens it holds."""
+        start, length, prompt = int(self.slots.start[s]), int(self.slots.length[s]), int(self.slots.prompt[s])
+        if length == 0:
+            self.slots.born[s] = self.version
+        so_far = start + length - prompt
+        self.engine.add(s, self.slots.tokens[s, :start + length].tolist(), self.max_response - so_far,
+                        uid=int(self.slots.uid[s]), position=so_far)
+        self.running.add(s)
+
+    def flush(self, keys: list[int]) -> None:
+        """Take responses out of the engine and write what they have into their slots."""
+        for s, (tokens, ids, logmu) in self.engine.take(keys).items():
+            self.slots.append(s, tokens, ids, logmu, self.version)
+            self.running.discard(s)
+            self.tokens += len(tokens)
+
+    def give(self, finished: list[int]) -> None:
+        if finished:
+            self.flush(finished)
+            self.link.send("generated", slots=finished, tokens=self.tokens)
+
+    def stop(self) -> None:
+        self.flush(sorted(self.running))
+        self.link.send("stopped", tokens=self.tokens)
+
+
+# -- the engine in transformers --------------------------------------------------------------------
+
+class HFEngine:
+    """Continuous batching in plain transformers: one key-value cache, left-padded; rows join and leave between steps.
+
+    Slower than vLLM, exact, and everywhere at hand: the cross-check. Full attention only (no sliding windows).
+    """
+
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
+        self.model = load_model(cfg.student, device, dtype)
+        self.n, self.seed, self.how = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), cfg.seed, (cfg.temperature, cfg.top_p)
+        self.ends = set(stop_ids(cfg.student))
+        self.rows: list[Row] = []          # in the order of the cache's batch dimension
+        self.new: list[Row] = []           # not yet in the cache
+        self.cache, self.mask = None, None                  # mask [R, L], bool
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        missing = self.model.load_state_dict(tensors, strict=False).missing_keys
+        assert set(missing) <= {"lm_head.weight"}, f"weights not published: {missing}"     # tied: it is the embedding
+        assert not self.rows, "weights may only change between responses"
+
+    def logp(self, tokens: list[int]) -> Tensor:
+        return sequence_logp(self.model, tokens).detach().cpu()
+
+    def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
+        self.new.append(Row(key, tokens, budget, Sampler(self.seed, uid, position)))
+
+    @torch.no_grad()
+    def step(self) -> list[int]:
+        """One token for every response; the keys that finished."""
+        if self.new:
+            rows, tokens, self.new = self.new, [r.tokens for r in self.new], []
+            logits = self.prefill(tokens)
+        elif self.rows:
+            rows = self.rows
+            logits = self.decode([r.drawn[-1][0][0] for r in rows])
+        else:
+            return []
+        ids, logmu = draw_rows(logits, [r.sampler for r in rows], self.n, *self.how)
+        for row, a, b in zip(rows, ids.cpu(), logmu.cpu()):
+            row.drawn.append((a, b))
+        self.rows = self.rows if rows is self.rows else self.rows + rows
+        return [r.key for r in rows if len(r.drawn) == r.budget or int(r.drawn[-1][0][0]) in self.ends]
+
+    def take(self, keys: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        """Remove responses; per key the tokens [k], drawn ids [k, N] and their log-probs [k, N]."""
+        out = {}
+        for row in self.rows + self.new:
+            if row.key in keys:
+                empty = torch.empty(0, self.n)
+                ids = torch.stack([a for a, _ in row.drawn]) if row.drawn else empty.long()
+                out[row.key] = ids[:, 0], ids, torch.stack([b for _, b in row.drawn]) if row.drawn else empty
+        self.new = [r for r in self.new if r.key not in keys]
+        keep = [i for i, r in enumerate(self.rows) if r.key not in keys]
+        if len(keep) < len(self.rows):
+            self.rows = [self.rows[i] for i in keep]
+            self.mask = self.mask[keep]
+            lead = int((~self.mask.any(0)).int().cumprod(0).sum()) if keep else 0      # columns that pad every row
+            self.mask = self.mask[:, lead:]
+            for layer in self.cache.layers:
+                layer.keys, layer.values = layer.keys[keep][:, :, lead:], layer.values[keep][:, :, lead:]
+        return out
+
+    def prefill(self, prompts: list[list[int]]) -> Tensor:
+        from transformers import DynamicCache
+        L = max(map(len, prompts))
+        tokens = torch.tensor([[0] * (L - len(p)) + list(p) for p in prompts], device=self.model.device)
+        mask = torch.tensor([[False] * (L - len(p)) + [True] * len(p) for p in prompts], device=self.model.device)
+        cache = DynamicCache(config=self.model.config)
+        logits = self.forward(tokens, mask, cache)
+        if self.rows:
+            L = max(L, self.mask.shape[1])
+            self.mask = torch.cat([pad(m, (L - m.shape[1], 0)) for m in (self.mask, mask)])
+            for layer, new in zip(self.cache.layers, cache.layers):
+                layer.keys, layer.values = (torch.cat([pad(x, (0, 0, L - x.shape[2], 0)) for x in pair]) for pair in
+                                            ((layer.keys, new.keys), (layer.values, new.values)))
+        else:
+            self.cache, self.mask = cache, mask
+        return logits
+
+    def decode(self, last: list[int]) -> Tensor:
+        self.mask = pad(self.mask, (0, 1), value=True)
+        return self.forward(torch.tensor(last, device=self.model.device)[:, None], self.mask, self.cache)
+
+    def forward(self, tokens: Tensor, mask: Tensor, cache) -> Tensor:
+        position = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens.shape[1]:]
+        return self.model(input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
+                          use_cache=True, logits_to_keep=1).logits[:, -1]
+
+    @torch.no_grad()
+    def complete(self, prompts: list[list[int]], max_new: int) -> list[list[int]]:
+        """Greedy answers."""
+        answers = [[] for _ in prompts]
+        last = self.prefill(prompts).argmax(-1).tolist()
+        for _ in range(max_new):
+            for answer, token in zip(answers, last):
+                if not answer or answer[-1] not in self.ends:
+                    answer.append(token)
+            if all(a[-1] in self.ends for a in answers):
+                break
+            last = self.decode(last).argmax(-1).tolist()
+        return answers
+
+
+class Row:
+    """A response in the making."""
+
+    def __init__(self, key: int, tokens: list[int], budget: int, sampler: Sampler):
+        self.key, self.tokens, self.budget, self.sampler = key, tokens, budget, sampler
+        self.drawn: list[tuple[Tensor, Tensor]] = []        # per new token: ids [N], the first one emitted; logmu [N]
+
+
+# -- the engine in vLLM ----------------------------------------------------------------------------
+
+class VLLMEngine:
+    """vLLM inside this very process: no child processes, so a kill leaves no orphan. Public interfaces only.
+
+    Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw`, keeps them, and
+    leaves the emitted one as the engine's only choice. Prefix caching is off: it would answer with keys and values of
+    weights that are gone, and one response per prompt has nothing to share.
+    """
+
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
+        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1",
+                          VLLM_DO_NOT_TRACK="1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+        from vllm import LLM, SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+        self.Params, self.DELTA = SamplingParams, RequestOutputKind.DELTA
+        n = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples)
+        self.ends, self.how = stop_ids(cfg.student), dict(n=n, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p)
+        length = cfg.max_prompt + cfg.max_response + 1
+        self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
+                       max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
+                       gpu_memory_utilization=cfg.gpu_share, enforce_eager=device == "cpu",
+                       enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
+                       distributed_executor_backend="uni", logits_processors=["rollout:Draws"],
+                       worker_extension_cls="rollout.Extension")
+        self.engine = self.llm.llm_engine
+        self.request: dict[int, str] = {}        # key -> vLLM's name for it
+        self.emitted: dict[int, list[int]] = {}
+        self.serial = 0
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        assert not self.request, "weights may only change between responses"
+        self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
+
+    def logp(self, tokens: list[int]) -> Tensor:
+        params = self.Params(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
+        out = self.llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)[0].prompt_logprobs
+        return torch.tensor([one[t].logprob for one, t in zip(out, tokens) if one is not None])
+
+    def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
+        self.serial += 1
+        name = f"{key}-{self.serial}"
+        sampling = dict(self.how, key=name, uid=uid, position=position)
+        params = self.Params(max_tokens=budget, temperature=0, stop_token_ids=self.ends, detokenize=False,
+                             output_kind=self.DELTA, extra_args={"asyncopd": sampling})
+        self.request[key], self.emitted[key] = name, []
+        self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
+
+    def step(self) -> list[int]:
+        if not self.request:
+            return []
+        finished = []
+        for out in self.engine.step():
+            key = int(out.request_id.split("-")[0])
+            self.emitted[key] += out.outputs[0].token_ids
+            if out.finished:
+                finished.append(key)
+        return finished
+
+    def take(self, keys: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+        if not keys:
+            return {}
+        names = [self.request.pop(k) for k in keys]
+        self.engine.abort_request(names)
+        drawn = self.llm.collective_rpc("take_draws", args=(names,))[0]
+        out = {}
+        for key, (ids, logmu) in zip(keys, drawn):
+            tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
+            ids, logmu = ids[:len(tokens)], logmu[:len(tokens)]
+            assert torch.equal(ids[:, 0], tokens), f"vLLM emitted {tokens.tolist()}, the draws were {ids[:, 0].tolist()}"
+            out[key] = tokens, ids, logmu
+        return out
+
+    def complete(self, prompts: list[list[int]], max_new: int) -> list[list[int]]:
+        """Greedy answers."""
+        params = self.Params(max_tokens=max_new, temperature=0, stop_token_ids=self.ends, detokenize=False)
+        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return [list(o.outputs[0].token_ids) for o in outs]
+
+
+DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [N], logmu [N]), on the device
+
+
+class Extension:
+    """Methods that vLLM gives to its worker (`worker_extension_cls`), called through `collective_rpc`."""
+
+    def load_published(self, items: list[tuple[str, Tensor]]) -> None:
+        """Reload by layer: on a CPU linear weights are packed, so that a plain load_weights has nowhere to write."""
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+        model = self.model_runner.model
+        initialize_layerwise_reload(model)
+        model.load_weights(iter(items))
+        finalize_layerwise_reload(model, self.model_runner.model_config)
+        if model.config.tie_word_embeddings:     # its packed copy is not refreshed: wrong by half a nat, and silent
+            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+
+    def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
+        none = torch.empty(0, 1)
+        taken = [DRAWN.pop(name, []) for name in names]
+        return [(torch.stack([a for a, _ in rows]).cpu(), torch.stack([b for _, b in rows]).cpu()) if rows
+                else (none.long(), none) for rows in taken]
+
+
+def __getattr__(name: str):
+    """`rollout.Draws` is made when vLLM asks for it, so that importing this file does not import vLLM."""
+    if name != "Draws":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
+
+    class Draws(LogitsProcessor):
+        """Draws each row's N candidates and leaves the first as the only word that the engine can emit."""
+
+        def __init__(self, vllm_config, device, is_pin_memory):
+            self.rows: dict[int, tuple[dict, Sampler, list[int]]] = {}     # batch index -> settings, numbers, output
+
+        def is_argmax_invariant(self) -> bool:
+            return False                     # so it runs for greedy requests: ours are, once one word is left
+
+        def update_state(self, update) -> None:
+            if update is None:
+                return
+            for i in update.removed:
+                self.rows.pop(i, None)
+            for i, params, _, output in update.added:
+                self.rows.pop(i, None)
+                if how := (params.extra_args or {}).get("asyncopd"):
+                    self.rows[i] = how, Sampler(how["seed"], how["uid"], how["position"]), output
+            for a, b, direction in update.moved:
+                row_a, row_b = self.rows.pop(a, None), self.rows.pop(b, None)
+                if row_a is not None:
+                    self.rows[b] = row_a
+                if row_b is not None and direction == MoveDirectionality.SWAP:
+                    self.rows[a] = row_b
+
+        def apply(self, logits: Tensor) -> Tensor:
+            if not self.rows:
+                return logits
+            at, rows = zip(*sorted(self.rows.items()))
+            how, index = rows[0][0], torch.tensor(at, device=logits.device)
+            ours = logits if len(at) == len(logits) else logits[index]
+            ids, logmu = draw_rows(ours, [r[1] for r in rows], how["n"], how["temperature"], how["top_p"])
+            for (settings, _, output), a, b in zip(rows, ids, logmu):
+                drawn = DRAWN.setdefault(settings["key"], [])
+                del drawn[len(output):]      # a step that the engine threw away and repeats
+                drawn.append((a, b))
+            logits[index] = -torch.inf
+            logits[index, ids[:, 0]] = 0.0
+            return logits
+
+    return Draws

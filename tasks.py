@@ -1,0 +1,228 @@
+"""
+Prompts, answers and grading; and the built-in toy task with its two models.
+
+A task is three things: rows to train on, rows to evaluate on, and a grader that says whether a text answers a row.
+    toy              additions of 2 to 4 digits with the carries written out; built in, nothing is downloaded
+    FILE.jsonl       one JSON object a line (also .parquet), keys by --prompt-key and --answer-key
+    hf:NAME[:config] a dataset of the Hugging Face hub, through `datasets`
+What is left out: tools, several turns, reward models. Distillation needs prompts; answers are only for the evaluation.
+Tests: tests/test_tasks.py
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    prompt: str
+    answer: str = ""                       # "" = unknown: the row is trained on and never graded
+
+
+@dataclass(frozen=True)
+class Task:
+    train: list[Row]
+    eval: list[Row]                        # graded rows only, never in `train`
+    grade: Callable[[str, str], bool]      # (response text, answer) -> correct?
+
+
+def load_task(name: str, *, prompt_key="prompt", answer_key="answer", eval_file="", eval_n=200) -> Task:
+    """The task called `name`. Raises ValueError with the file, the line and the remedy."""
+    if name == "toy":
+        return toy_task(eval_n)
+    train = read_rows(name, prompt_key, answer_key)
+    if eval_file:
+        held_out = read_rows(eval_file, prompt_key, answer_key)
+    else:                                  # hold out the end of the file, at most a tenth of it
+        split = len(train) - min(eval_n, len(train) // 10)
+        train, held_out = train[:split], train[split:]
+    return Task(train, [r for r in held_out if r.answer][:eval_n], grade_final)
+
+
+def read_rows(name: str, prompt_key: str, answer_key: str) -> list[Row]:
+    if name.startswith("hf:"):
+        import datasets  # only who asks for a hub dataset needs it
+        repo, _, subset = name[3:].partition(":")
+        records = list(enumerate(datasets.load_dataset(repo, subset or None, split="train"), 1))
+    elif not Path(name).is_file():
+        raise ValueError(f"--task {name}: no such file (toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
+    elif name.endswith(".parquet"):
+        import datasets
+        records = list(enumerate(datasets.load_dataset("parquet", data_files=name, split="train"), 1))
+    else:
+        with open(name, encoding="utf-8") as f:
+            records = [(n, parse_line(line, name, n)) for n, line in enumerate(f, 1) if line.strip()]
+    for n, record in records:
+        if not isinstance(record, dict) or not isinstance(record.get(prompt_key), str):
+            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+            raise ValueError(f"{name}:{n}: no text under --prompt-key {prompt_key!r} (there is: {keys})")
+    if not records:
+        raise ValueError(f"--task {name}: it holds no rows")
+    return [Row(r[prompt_key], str(r.get(answer_key) or "")) for _, r in records]
+
+
+def parse_line(line: str, name: str, n: int):
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as e:
+        raise ValueError(f"{name}:{n}: not JSON: {e.msg} at column {e.colno}") from None
+
+
+def encode(rows: list[Row], tokenizer, suffix: str = "") -> list[list[int]]:
+    """Token ids of each prompt: through the chat template where the tokenizer has one, else as plain text."""
+    texts = [row.prompt + suffix for row in rows]
+    if tokenizer.chat_template:
+        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
+                                               add_generation_prompt=True) for t in texts]
+    return [tokenizer(t, add_special_tokens=not tokenizer.chat_template)["input_ids"] for t in texts]
+
+
+def prompt_number(uid: int, n: int, seed: int) -> int:
+    """Which of n prompts is the uid-th to be handed out: every epoch is a permutation of its own, by seed."""
+    epoch, i = divmod(uid, n)
+    order = PERMUTATIONS.get((n, seed, epoch))
+    if order is None:
+        order = list(range(n))
+        random.Random(f"{seed}-{epoch}").shuffle(order)
+        PERMUTATIONS.clear()               # one epoch at a time is all that is ever asked for
+        PERMUTATIONS[n, seed, epoch] = order
+    return order[i]
+
+
+PERMUTATIONS: dict[tuple[int, int, int], list[int]] = {}
+
+
+# -- grading ------------------------------------------------------------------------------------------------------
+
+def grade_final(text: str, answer: str) -> bool:
+    """Is the final answer of `text` that of `answer`? Both may be worked solutions; numbers compare as numbers."""
+    got, want = final_answer(text), final_answer(answer)
+    return got != "" and (got == want or as_number(got) == as_number(want) is not None)
+
+
+def final_answer(text: str) -> str:
+    """The last \\boxed{...}, else what follows the last ####, else the last number, else the text."""
+    if boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
+        return boxed[-1].strip()
+    if "####" in text:
+        return (text.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip()
+    if numbers := re.findall(r"-?\d[\d,]*(?:\.\d+)?", text):
+        return numbers[-1]
+    return text.strip()
+
+
+def as_number(text: str) -> float | None:
+    try:
+        return float(text.replace(",", "").replace("$", "").rstrip(".% "))
+    except ValueError:
+        return None
+
+
+# -- the toy: a task small enough to learn on a laptop, with models that are ordinary Hugging Face folders ----------
+
+SYMBOLS = "0123456789+=,;"
+DIGITS = (2, 4)                            # shortest and longest operand
+TOY = {                                    # how the two models are made; the folder's name is a hash of it
+    "teacher": dict(layers=3, hidden=128, steps=400, lr=3e-3, seed=1),
+    "student": dict(layers=2, hidden=96, steps=150, lr=2e-3, seed=2),
+    "batch": 64,
+}
+
+
+def toy_row(rng: random.Random) -> tuple[Row, str]:
+    """A row and its worked solution: `58+67=` -> `8+7=15,5+6+1=12,1;125`: column by column, then the sum."""
+    digits = rng.randint(*DIGITS)
+    a, b = (rng.randrange(10 ** (digits - 1), 10 ** digits) for _ in range(2))
+    steps, carry = [], 0
+    for x, y in zip(reversed(str(a)), reversed(str(b))):
+        total = int(x) + int(y) + carry
+        steps.append(f"{x}+{y}+{carry}={total}")
+        carry = total // 10
+    return Row(f"{a}+{b}=", str(a + b)), ",".join(steps) + f";{a + b}"
+
+
+def toy_grade(text: str, answer: str) -> bool:
+    return text.rsplit(";", 1)[-1].strip() == answer
+
+
+def toy_task(eval_n: int) -> Task:
+    held_out = [toy_row(random.Random(f"eval-{i}"))[0] for i in range(eval_n)]
+    seen = {row.prompt for row in held_out}
+    train = [toy_row(random.Random(f"train-{i}"))[0] for i in range(20_000)]
+    return Task([row for row in train if row.prompt not in seen], held_out, toy_grade)
+
+
+def toy_tokenizer():
+    """One token per character, plus the end and the padding."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+    vocab = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *SYMBOLS])}
+    tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>", unk_token="<unk>")
+
+
+def small_model(tokenizer, *, layers: int, hidden: int, seed: int, tied: bool = False, vocab: int = 32):
+    """A randomly initialised Qwen3 that fits in a cache; `vocab` rows, of which the tokenizer uses the first."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=vocab, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers,
+        num_attention_heads=hidden // 32, num_key_value_heads=hidden // 32, head_dim=32, max_position_embeddings=512,
+        tie_word_embeddings=tied, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None, dtype="float32"))
+
+
+def train_toy(name: str, tokenizer, *, layers, hidden, steps, lr, seed, batch, bar):
+    """Plain language modelling on worked solutions: what turns random weights into a teacher, or half a student."""
+    model = small_model(tokenizer, layers=layers, hidden=hidden, seed=seed)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    rng = random.Random(seed)
+    for _ in range(steps):
+        examples = [toy_row(rng) for _ in range(batch)]
+        texts = tokenizer([row.prompt + solution + "<eos>" for row, solution in examples],
+                          padding=True, padding_side="right", return_tensors="pt")
+        asked = torch.tensor([[len(row.prompt)] for row, _ in examples])
+        answer = texts["attention_mask"].bool() & (torch.arange(texts["input_ids"].shape[1]) >= asked)
+        labels = texts["input_ids"].masked_fill(~answer, -100)       # transformers' own convention, and its shift
+        loss = model(input_ids=texts["input_ids"], attention_mask=texts["attention_mask"], labels=labels).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        bar.update()
+        bar.set_postfix_str(f"{name}, loss {loss.item():.3f}")
+    return model
+
+
+def toy_models(root: Path) -> tuple[str, str]:
+    """Folders of the toy's student and teacher under `root`; trained on first use, kept for the next run."""
+    import hashlib
+
+    from tqdm import tqdm
+    recipe = hashlib.sha256(json.dumps([TOY, DIGITS, SYMBOLS]).encode()).hexdigest()[:8]
+    folders = {name: root / f"toy-{recipe}" / name for name in ("student", "teacher")}
+    missing = [name for name in ("teacher", "student") if not (folders[name] / "config.json").exists()]
+    if missing:
+        tokenizer = toy_tokenizer()
+        with tqdm(total=sum(TOY[name]["steps"] for name in missing), unit="step", desc="making the toy models") as bar:
+            for name in missing:
+                model = train_toy(name, tokenizer, **TOY[name], batch=TOY["batch"], bar=bar)
+                partial = folders[name].with_name(f".{name}-{os.getpid()}")      # renamed whole, so never half there
+                model.save_pretrained(partial)
+                tokenizer.save_pretrained(partial)
+                shutil.rmtree(folders[name], ignore_errors=True)
+                partial.rename(folders[name])
+    return str(folders["student"]), str(folders["teacher"])
