@@ -161,7 +161,7 @@ class Ledger:
             return None
         ready = sorted(self.at("scored"), key=lambda t: t.arrived)
         if self.schedule != "async":       # batch j is tickets j * batch and on, whatever finished first
-            ready = sorted(t for t in ready if t.number < (self.version + 1) * self.batch)
+            ready = sorted((t for t in ready if t.number < (self.version + 1) * self.batch), key=lambda t: t.number)
         if len(ready) < self.batch:
             return None
         for t in ready[:self.batch]:
