@@ -7,7 +7,8 @@ responses go on from their tokens so far, whose context is computed anew. Every 
 
 Sampling is ours in both engines (`draw`): N tokens per position, i.i.d. from the softmax that is really sampled, the
 first one emitted. vLLM runs it through its public logits-processor interface. What is left out: beam search, tool
-calls, penalties, speculative decoding; distillation wants samples of the plain distribution. Tests: tests/test_rollout.py
+calls, penalties, speculative decoding; distillation wants samples of the plain distribution.
+Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
@@ -29,7 +30,7 @@ from estimators import ESTIMATORS
 if TYPE_CHECKING:
     from asyncopd import Config
 
-BLOCK = 512      # words per block of the two-level inverse below: about sqrt(150,000), so both levels cost the same
+BLOCK = 64       # words per block of the two-level inverse below: at V = 150,000 and N = 64 both levels cost the same
 
 
 # -- the draw --------------------------------------------------------------------------------------
@@ -185,7 +186,8 @@ class HFEngine:
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.student, device, dtype)
-        self.n, self.seed, self.how = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), cfg.seed, (cfg.temperature, cfg.top_p)
+        self.n, self.seed = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), cfg.seed
+        self.how = cfg.temperature, cfg.top_p
         self.ends = set(stop_ids(cfg.student))
         self.rows: list[Row] = []          # in the order of the cache's batch dimension
         self.new: list[Row] = []           # not yet in the cache
@@ -305,8 +307,9 @@ class VLLMEngine:
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
         self.Params, self.DELTA = SamplingParams, RequestOutputKind.DELTA
-        n = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples)
-        self.ends, self.how = stop_ids(cfg.student), dict(n=n, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p)
+        self.ends = stop_ids(cfg.student)
+        self.how = dict(n=ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), seed=cfg.seed, temperature=cfg.temperature,
+                        top_p=cfg.top_p)
         length = cfg.max_prompt + cfg.max_response + 1
         self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
                        max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
@@ -358,7 +361,7 @@ class VLLMEngine:
         for key, (ids, logmu) in zip(keys, drawn):
             tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
             ids, logmu = ids[:len(tokens)], logmu[:len(tokens)]
-            assert torch.equal(ids[:, 0], tokens), f"vLLM emitted {tokens.tolist()}, the draws were {ids[:, 0].tolist()}"
+            assert torch.equal(ids[:, 0], tokens), f"emitted {tokens.tolist()}, drawn {ids[:, 0].tolist()}"
             out[key] = tokens, ids, logmu
         return out
 
