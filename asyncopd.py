@@ -21,6 +21,7 @@ import signal
 import sys
 import time
 import traceback
+from collections import defaultdict
 from dataclasses import asdict, dataclass, field, fields, replace
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -61,9 +62,14 @@ class Config:
     prompt_suffix: str = knob("", "text put after every prompt")
     eval_task: str     = knob("", "file to evaluate on (default: held out from --task)")
     # staleness
-    schedule: str      = knob("async", "sync: lag 0, no overlap", choices=("async", "sync"))
+    schedule: str      = knob("async", "sync: lag 0, no overlap; step-off: batch j wholly drawn under version "
+                              "j - max_ahead", choices=("async", "sync", "step-off"))
     max_ahead: int     = knob(4, "train batches that generation may run ahead: memory, and the mean lag")
-    overdue: str       = knob("keep", "what happens to a response whose lag grows", choices=("keep",))
+    max_lag: int       = knob(16, "oldest a trained token may be, versions, at least --max-ahead")
+    overdue: str       = knob("cut", "what happens to a response that would pass --max-lag: cut (trained so far, the "
+                              "rest goes on), wait, drop, keep (trained late)", choices=("cut", "wait", "drop", "keep"))
+    inflight: str      = knob("recompute", "new weights: beside running responses, whose context is computed anew, or "
+                              "after they finish", choices=("recompute", "finish"))
     # training
     steps: int         = knob(200, "train batches")
     batch: int         = knob(256, "responses per train batch")
@@ -142,6 +148,8 @@ def settle(cfg: Config) -> Config:
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 < cfg.top_p <= 1 or refuse(f"--top-p {cfg.top_p}: must be above 0 and at most 1")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
+    if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
+        refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
     there = torch.cuda.device_count()
     cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
@@ -244,14 +252,14 @@ class Run:
         self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                            estimator.columns(cfg.mc_samples, cfg.top_k))
         self.weights = Weights(layout, probe, torch.bfloat16 if cfg.gpus else torch.float32)
-        self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead)
+        self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.hands: list[Hand] = []
         self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
         self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
         self.steps: list[dict] = []
-        self.made = 0
+        self.made = self.dropped = 0
 
     def start(self) -> None:
         """Start the workers, wait until all can work, evaluate version 0."""
@@ -285,28 +293,37 @@ class Run:
                 self.handle(hand, kind, body)
 
     def give_work(self) -> None:
-        lists: dict[str, list] = {h.name: [] for h in self.hands}
+        orders: dict[tuple[str, str], list] = defaultdict(list)         # (worker, what to do) -> slots
         for t in self.ledger.hand_out():
             hand = min(self.role("rollout"), key=lambda h: h.load)
             prompt = self.prompts[tasks.prompt_number(t.uid, len(self.prompts), self.cfg.seed)]
-            self.slots.open(t.slot, t.uid, prompt, len(prompt), self.ledger.version)
-            lists[hand.name].append((None if self.cfg.schedule == "async" else self.ledger.version, t.slot))
+            self.slots.open(t.slot, t.uid, prompt if t.context is None else t.context, len(prompt), self.ledger.version)
+            orders[hand.name, "take"].append((self.ledger.version if self.ledger.lockstep else None, t.slot))
             t.holder, hand.load = hand.name, hand.load + 1
         for t in self.ledger.to_score():
             hand = min(self.role("teacher"), key=lambda h: h.load)
-            lists[hand.name].append(t.slot)
+            orders[hand.name, "score"].append(t.slot)
             t.stage, t.holder, hand.load = "teacher", hand.name, hand.load + 1
+        for t in self.ledger.to_stop():
+            orders[t.holder, self.ledger.rule].append(t.slot)
         if batch := self.ledger.next_batch():
-            lists["learner"] = [t.slot for t in batch]
-        order = {"rollout": "take", "teacher": "score", "learner": "train"}
+            orders["learner", "train"] = [t.slot for t in batch]
         for hand in self.hands:
-            if lists[hand.name]:
-                hand.send(order[hand.role], lists[hand.name])
+            for (name, order), body in orders.items():
+                if name == hand.name:
+                    hand.send(order, body)
 
     def handle(self, hand: Hand, kind: str, body: dict) -> None:
         if kind == "generated":
             for s in body["slots"]:
-                self.ledger.generated(s)
+                self.ledger.generated(s, body["finished"])
+                if not body["finished"]:
+                    self.log.write("event", what="cut", uid=self.ledger.tickets[s].uid, version=self.ledger.version,
+                                   born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
+        elif kind == "dropped":
+            for s in body["slots"]:
+                self.dropped += int(self.slots.length[s])
+                self.ledger.dropped(s)
         elif kind == "scored":
             for s in body["slots"]:
                 self.ledger.scored(s)
@@ -384,7 +401,8 @@ class Run:
         tail = [m["kl"] for m in steps[-10:]]
         totals = {
             "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
-            "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets), "wall_s": wall,
+            "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
+            "tokens_dropped": self.dropped, "wall_s": wall,
             "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
             "score_tok_s": trained / wall / busy["teacher"],
             "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,

@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """What one slot holds: n new response tokens of one response, after `start` tokens of prompt and context.
+    """What one slot holds: n new response tokens of one response, after `start` tokens, `prompt` of them the prompt.
 
     tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
     ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
     """
     slot: int
     tokens: Tensor
+    prompt: int
     start: int
     version: Tensor
     ids: Tensor
@@ -97,7 +98,7 @@ class Slots:
 
     def read(self, s: int) -> Segment:
         start, n = int(self.start[s]), int(self.length[s])
-        return Segment(s, self.tokens[s, :start + n], start, self.version[s, :n],
+        return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
                        self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n])
 
 
@@ -105,68 +106,122 @@ class Slots:
 
 @dataclass(slots=True)
 class Ticket:
-    number: int                  # order of handing out
+    """One round of a slot: a whole response, or after a cut one segment of it."""
+    number: int                    # order of handing out
     slot: int
-    uid: int                     # which prompt, counted over all epochs
-    stage: str = "rollout"       # rollout, teacher, scored, learner
-    holder: str = ""             # the worker that has it
-    arrived: int = 0             # order of becoming scored
+    uid: int                       # which prompt, counted over all epochs
+    context: Tensor | None         # what a cut response had so far, prompt included; None: a new response
+    stage: str = "rollout"         # rollout, generated, teacher, scored, learner
+    finished: bool = True          # False: cut, the rest of the response is another ticket
+    holder: str = ""               # the worker that has it
+    arrived: int = 0               # order of becoming scored
+    asked: int = -1                # version at which its holder was told that it is overdue
 
 
 class Ledger:
     """The pipeline's only decisions, without processes and without a clock, so that they can be tested by themselves.
 
     lag of a token = learner version when it is trained - version that drew it. `version` counts publishes, one per
-    batch. There are (max_ahead + 1) * batch slots: that is the memory bound, the back-pressure and the run-ahead.
+    batch. There are (max_ahead + 1) * batch slots: that is the memory bound, the back-pressure and the run-ahead, and
+    it sets the mean lag; it does not bound the lag of a long response. A response is overdue when its oldest token
+    would pass max_lag unless the next batch has it. `overdue` says what then: cut, wait, drop, or keep it running.
     """
 
-    def __init__(self, slots: Slots, batch: int, schedule: str, max_ahead: int):
-        self.slots, self.batch, self.schedule, self.ahead = slots, batch, schedule, max_ahead
-        self.version, self.handed_out, self.arrivals = 0, 0, 0
+    def __init__(self, slots: Slots, batch: int, schedule: str, max_ahead: int, max_lag: int, overdue: str):
+        self.slots, self.batch, self.lockstep = slots, batch, schedule != "async"
+        self.ahead, self.max_lag, self.rule = max_ahead, max_lag, "keep" if self.lockstep else overdue
+        self.version = self.handed_out = self.prompts = self.arrivals = 0
         self.free = list(range(len(slots)))
         self.tickets: dict[int, Ticket] = {}                       # by slot
+        self.rests: list[Ticket] = []                              # cut, waiting for a slot to go on in
+
+    def at(self, *stages: str) -> list[Ticket]:
+        return [t for t in self.tickets.values() if t.stage in stages]
 
     def hand_out(self) -> list[Ticket]:
-        """New tickets, as many as may be generated now. In lockstep batch j waits for version j - max_ahead."""
+        """New tickets, as many as may be generated now, rests of cut responses first.
+
+        In lockstep batch j is handed out at version j - max_ahead, when everything before it has been generated: so
+        that it is wholly drawn under that version, whose weights its workers read by number.
+        """
         n = len(self.free)
-        if self.schedule != "async":
-            n = min(n, (self.version + self.ahead + 1) * self.batch - self.handed_out)
-        new = [Ticket(self.handed_out + i, self.free.pop(0), self.handed_out + i) for i in range(n)]
-        self.handed_out += n
+        if self.lockstep:
+            n = 0 if self.at("rollout") else (self.version + self.ahead + 1) * self.batch - self.handed_out
+        new = []
+        for _ in range(n):
+            slot = self.free.pop(0)
+            if self.rests:
+                cut = self.rests.pop(0)
+                new.append(Ticket(self.handed_out, slot, cut.uid, cut.context))
+            else:
+                new.append(Ticket(self.handed_out, slot, self.prompts, None))
+                self.prompts += 1
+            self.handed_out += 1
         self.tickets.update((t.slot, t) for t in new)
         return new
 
-    def at(self, stage: str) -> list[Ticket]:
-        return [t for t in self.tickets.values() if t.stage == stage]
-
-    def generated(self, slot: int) -> None:
-        assert self.tickets[slot].stage == "rollout", self.tickets[slot]
-        self.tickets[slot].stage, self.tickets[slot].holder = "generated", ""
+    def generated(self, slot: int, finished: bool = True) -> None:
+        """Its holder has handed slot over. A cut response's tokens so far are the context of the rest."""
+        t = self.tickets[slot]
+        assert t.stage == "rollout", t
+        t.stage, t.finished = "generated", finished
+        if not finished:
+            self.rests.append(Ticket(-1, -1, t.uid, self.slots.read(slot).tokens.clone()))
 
     def to_score(self) -> list[Ticket]:
-        """Generated tickets the teacher may have now: at once, except in lockstep, where stages do not overlap."""
-        waiting = self.at("generated")
-        if self.schedule == "sync" and self.at("rollout"):
-            return []
-        return waiting
+        """What the teacher may have now: all that is generated; in lockstep only when the whole batch is."""
+        return [] if self.lockstep and self.ahead == 0 and self.at("rollout") else self.at("generated")
 
     def scored(self, slot: int) -> None:
-        assert self.tickets[slot].stage == "teacher", self.tickets[slot]
-        self.tickets[slot].stage, self.tickets[slot].arrived = "scored", self.arrivals
+        t = self.tickets[slot]
+        assert t.stage == "teacher", t
+        t.stage, t.arrived = "scored", self.arrivals
         self.arrivals += 1
 
+    def overdue(self) -> list[Ticket]:
+        """Tickets that the next batch must have. `born` may lag behind its holder, on the safe side only."""
+        if self.rule == "keep":
+            return []
+        floor = self.version - self.max_lag
+        return [t for t in self.at("rollout", "generated", "teacher", "scored") if self.slots.born[t.slot] <= floor]
+
+    def to_stop(self) -> list[Ticket]:
+        """Overdue and still running, not told yet: to be cut or dropped now, while the learner waits for its batch."""
+        if self.rule not in ("cut", "drop") or self.at("learner"):
+            return []
+        late = [t for t in self.overdue() if t.stage == "rollout" and t.asked < self.version]
+        for t in late:
+            t.asked = self.version
+        return late
+
+    def dropped(self, slot: int) -> None:
+        assert self.tickets[slot].stage == "rollout", self.tickets[slot]
+        del self.tickets[slot]
+        self.free.append(slot)
+
     def next_batch(self) -> list[Ticket] | None:
-        """The tickets to train under `version` now, or None. Moves them to the learner."""
-        if self.at("learner"):
+        """The tickets to train under `version` now, or None; moves them to the learner.
+
+        Overdue ones first and all of them, then the oldest; with keep, and only there, in the order of arrival. In
+        lockstep batch j is tickets j * batch and on, whatever finished first.
+        """
+        late, ready = self.overdue(), self.at("scored")
+        if self.at("learner") or any(t.stage != "scored" for t in late):
             return None
-        ready = sorted(self.at("scored"), key=lambda t: t.arrived)
-        if self.schedule != "async":       # batch j is tickets j * batch and on, whatever finished first
+        if self.lockstep:
+            if self.handed_out < (self.version + self.ahead + 1) * self.batch:
+                return None
             ready = sorted((t for t in ready if t.number < (self.version + 1) * self.batch), key=lambda t: t.number)
+        elif self.rule == "keep":
+            ready.sort(key=lambda t: t.arrived)
+        else:
+            ready.sort(key=lambda t: (int(self.slots.born[t.slot]), t.number))      # so the overdue come first
         if len(ready) < self.batch:
             return None
-        for t in ready[:self.batch]:
+        ready = ready[:max(self.batch, len(late))]
+        for t in ready:
             t.stage = "learner"
-        return ready[:self.batch]
+        return ready
 
     def trained(self) -> list[Ticket]:
         """The learner has published: one version more, its slots are free."""
@@ -306,7 +361,7 @@ def sequence_logp(model, tokens: list[int]) -> Tensor:
     """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
     x = torch.tensor(tokens)
     blank = torch.empty(len(tokens) - 1, 0)
-    segment = Segment(-1, x, 1, blank, blank, blank, blank)
+    segment = Segment(-1, x, 1, 1, blank, blank, blank, blank)
     rows = response_rows(model.base_model(input_ids=x[None].to(model.device)).last_hidden_state, [segment])
     logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
     return logp.gather(-1, x[segment.start:, None].to(logp.device)).squeeze(-1)

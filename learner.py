@@ -38,6 +38,7 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "lag_max": "the same, oldest token",
     "tokens": "response tokens trained in this step",
     "sequences": "responses, or segments of responses, in this step",
+    "context": "tokens generated and trained earlier, read again as context of a segment after a cut",
     "w_max": "largest importance weight p / mu of an emitted token",
     "w_p99": "99th percentile of the same",
     "ess": "effective sample size of these weights: (sum w)^2 / sum w^2 / n, 1 = on-policy",
@@ -108,9 +109,12 @@ class Learner:
             self.schedule.step()
             self.optimizer.zero_grad()
         lags = torch.cat([version - s.version for s in segments]).float()
+        if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
+            raise RuntimeError(f"a token of lag {int(lags.max())} was trained, --max-lag {self.cfg.max_lag} broken")
         return summarize(measured) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
-            "sequences": len(segments), "grad_norm": norm.item(), "lr": lr}
+            "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
+            "grad_norm": norm.item(), "lr": lr}
 
     def backward(self, group: list[Segment], count: int) -> dict[str, Tensor]:
         """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""

@@ -81,40 +81,96 @@ def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, temperature: floa
 # -- the worker ------------------------------------------------------------------------------------
 
 def rollout_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    worker = Worker(cfg, link, slots, weights, device, dtype)
+    engine = {"vllm": VLLMEngine, "hf": HFEngine}[cfg.engine](cfg, device, dtype)
+    worker = Worker(cfg, link, slots, weights, engine)
     link.send("ready")
-    while True:
+    while not worker.stopped:
         for order, body in link.orders(wait=worker.idle):
-            if order == "stop":
-                return worker.stop()
-            if order == "take":
-                worker.waiting += body
-            if order == "evaluate":
-                worker.evaluate(*body)
-        if cfg.schedule == "async" and weights.version > worker.version:
-            worker.load(None)
-        worker.take()
-        with link.span("generate"):
-            finished = worker.engine.step()
-        worker.give(finished)
+            getattr(worker, order)(body)       # take, cut, drop, evaluate, stop: each appends to or ends something
+        worker.turn()
 
 
 class Worker:
-    def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype):
-        self.link, self.slots, self.weights = link, slots, weights
-        self.max_response, self.tolerance, self.tokens = cfg.max_response, cfg.gap_max, 0
-        self.engine = {"vllm": VLLMEngine, "hf": HFEngine}[cfg.engine](cfg, device, dtype)
-        self.version = -1
-        self.waiting: deque[tuple[int | None, int]] = deque()      # (version to draw under, slot)
+    """What a rollout worker does between two engine steps, and the promises that it keeps there:
+
+    no ticket is begun under weights older than the newest there are; a token's version is that of the weights that
+    drew it; what is overdue is handed over at once, and only if it really is.
+    """
+
+    def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, engine):
+        self.link, self.slots, self.weights, self.engine = link, slots, weights, engine
+        self.max_response, self.tolerance = cfg.max_response, cfg.gap_max
+        self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"    # load beside running responses
+        self.version, self.tokens, self.stopped = -1, 0, False
+        self.waiting: deque[tuple[int | None, int]] = deque()      # (version to draw under, None: the newest; slot)
         self.running: set[int] = set()                             # slots
+        self.questions: list[tuple] = []                           # evaluations asked for
 
     @property
     def idle(self) -> bool:
-        return not self.running and not self.waiting
+        return not (self.running or self.waiting or self.questions)
+
+    def turn(self) -> None:
+        """New weights if there are any, new tickets, one engine step, finished responses out."""
+        if self.in_flight or not self.running:
+            while self.questions:
+                self.answer(*self.questions.pop(0))
+            if self.in_flight:
+                self.load(None)
+        while self.waiting and not (self.running and self.behind(self.waiting[0][0])):
+            version, s = self.waiting.popleft()
+            self.load(version)
+            self.start(s)
+        with self.link.span("generate"):
+            finished = self.engine.step()
+        if finished:
+            self.flush(finished)
+            self.link.send("generated", slots=finished, finished=True, tokens=self.tokens)
+
+    def behind(self, version: int | None) -> bool:
+        return self.version != (self.weights.version if version is None else version)
+
+    # -- orders
+
+    def take(self, body: list[tuple[int | None, int]]) -> None:
+        self.waiting += body
+
+    def evaluate(self, body: tuple) -> None:
+        self.questions.append(body)
+
+    def cut(self, slots: list[int]) -> None:
+        """Hand over what these responses have so far. One that has nothing yet is not overdue: it begins anew."""
+        held = [s for s in slots if s in self.running]
+        self.flush(held)
+        for s in held:
+            if self.slots.length[s] == 0:
+                self.waiting.append((None, s))
+        for _, s in self.waiting:
+            self.slots.born[s] = self.weights.version              # at least: it is taken under the newest
+        cut = [s for s in held if self.slots.length[s] > 0]
+        self.link.send("generated", slots=cut, finished=False, tokens=self.tokens)
+
+    def drop(self, slots: list[int]) -> None:
+        """Throw these responses away."""
+        held = [s for s in slots if s in self.running]
+        self.flush(held)
+        for _, s in self.waiting:
+            self.slots.born[s] = self.weights.version
+        self.link.send("dropped", slots=held, tokens=self.tokens)
+
+    def stop(self, body: None) -> None:
+        """The last order: what was asked is answered, what runs is handed in."""
+        self.flush(sorted(self.running))
+        while self.questions:
+            self.answer(*self.questions.pop(0))
+        self.link.send("stopped", tokens=self.tokens)
+        self.stopped = True
+
+    # -- what they are made of
 
     def load(self, version: int | None) -> None:
         """Replace the engine's weights by the newest (or exactly `version`) and let it prove that they arrived."""
-        if version == self.version or (version is None and self.weights.version == self.version):
+        if not self.behind(version):
             return
         with self.paused(), self.link.span("push"):
             start = time.monotonic()
@@ -127,7 +183,7 @@ class Worker:
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
-    def evaluate(self, prompts: list[list[int]], max_new: int) -> None:
+    def answer(self, prompts: list[list[int]], max_new: int) -> None:
         """Greedy answers under the newest weights."""
         self.load(None)
         with self.paused(), self.link.span("evaluate"):
@@ -141,12 +197,6 @@ class Worker:
         self.flush(going_on)
         yield
         for s in going_on:
-            self.start(s)
-
-    def take(self) -> None:
-        while self.waiting:
-            version, s = self.waiting.popleft()
-            self.load(version)                 # before the ticket: no token of it is older than it has to be
             self.start(s)
 
     def start(self, s: int) -> None:
@@ -165,15 +215,6 @@ class Worker:
             self.slots.append(s, tokens, ids, logmu, self.version)
             self.running.discard(s)
             self.tokens += len(tokens)
-
-    def give(self, finished: list[int]) -> None:
-        if finished:
-            self.flush(finished)
-            self.link.send("generated", slots=finished, tokens=self.tokens)
-
-    def stop(self) -> None:
-        self.flush(sorted(self.running))
-        self.link.send("stopped", tokens=self.tokens)
 
 
 # -- the engine in transformers --------------------------------------------------------------------

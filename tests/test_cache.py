@@ -3,10 +3,8 @@ import threading
 
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
-from cache import Ledger, Slots, Weights, by_length, load_model, pad, response_rows, score, sequence_logp
+from cache import Slots, Weights, by_length, load_model, pad, response_rows, score, sequence_logp
 
 
 def filled(lengths, *, prompt=3, columns=2, T=8) -> Slots:
@@ -53,53 +51,6 @@ def test_slots_are_seen_by_another_process(tmp_path):
 
 def write_logq(slots):
     slots.logq[1] = 1.5
-
-
-# -- ledger ----------------------------------------------------------------------------------------
-
-def play(ledger: Ledger, choose, steps: int):
-    """Run the ledger with random workers until `steps` batches are trained; every slot is in one place, always."""
-    trained, waiting = [], {"rollout": [], "teacher": []}
-    while ledger.version < steps:
-        waiting["rollout"] += [t.slot for t in ledger.hand_out()]
-        for t in ledger.to_score():
-            t.stage = "teacher"
-            waiting["teacher"].append(t.slot)
-        assert sorted([*ledger.free, *ledger.tickets]) == list(range(len(ledger.slots)))
-        if batch := ledger.next_batch():
-            trained.append([(t.number, t.uid) for t in batch])
-            ledger.trained()
-            continue
-        stages = [k for k, v in waiting.items() if v]
-        assert stages, "nobody has work and nothing can be trained"
-        stage = stages[choose(len(stages))]
-        slot = waiting[stage].pop(choose(len(waiting[stage])))
-        (ledger.generated if stage == "rollout" else ledger.scored)(slot)
-    return trained
-
-
-@settings(deadline=None, max_examples=60)
-@given(st.sampled_from(["async", "sync"]), st.integers(1, 5), st.integers(0, 3), st.data())
-def test_slots_are_conserved_and_every_ticket_is_trained_once(schedule, batch, ahead, data):
-    ahead = 0 if schedule == "sync" else ahead
-    slots = Slots((ahead + 1) * batch, 1, 1, 1)
-    ledger = Ledger(slots, batch, schedule, ahead)
-    batches = play(ledger, lambda n: data.draw(st.integers(0, n - 1)), steps=6)
-    numbers = [number for b in batches for number, _ in b]
-    assert len(set(numbers)) == len(numbers) == 6 * batch
-    assert ledger.handed_out <= (6 + ahead + 1) * batch
-    if schedule == "sync":
-        assert [sorted(n for n, _ in b) for b in batches] == [list(range(j * batch, (j + 1) * batch)) for j in range(6)]
-
-
-def test_sync_scores_nothing_while_something_is_generated():
-    ledger = Ledger(Slots(2, 1, 1, 1), 2, "sync", 0)
-    a, b = ledger.hand_out()
-    ledger.generated(a.slot)
-    assert ledger.to_score() == []
-    ledger.generated(b.slot)
-    assert ledger.to_score() == [a, b]
-    assert ledger.hand_out() == [], "the next batch waits for the publish"
 
 
 # -- published weights -----------------------------------------------------------------------------

@@ -198,7 +198,7 @@ def test_a_wrong_push_stops_the_worker(config, models):
     tensors = dict(model.named_parameters())
     weights.publish(tensors, 0, probe)
     link = SimpleNamespace(send=lambda *a, **k: None, span=lambda what: __import__("contextlib").nullcontext())
-    worker = Worker(cfg, link, Slots(1, 16, 12, 4), weights, "cpu", torch.float32)
+    worker = Worker(cfg, link, Slots(1, 16, 12, 4), weights, HFEngine(cfg, "cpu", torch.float32))
     worker.load(None)
     weights.publish({n: p * 1.5 for n, p in tensors.items()}, 1, probe)
     with pytest.raises(RuntimeError, match="version 1 did not arrive"):

@@ -1,0 +1,267 @@
+"""The promises of DESIGN's lag rules, kept by the real Ledger and the real Worker over thousands of steps: a stand-in
+engine draws a token a step for responses of random length; no process, no model, no clock."""
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+
+from cache import Ledger, Slots
+from rollout import Worker
+
+T = 60
+
+
+class Engine:
+    """Draws token `position` of response `uid`, until length_of(uid): what was drawn is seen in the token itself."""
+
+    def __init__(self, length_of):
+        self.length_of, self.rows = length_of, {}
+
+    def load(self, tensors):
+        assert not self.rows
+
+    def logp(self, tokens):
+        return torch.zeros(1)
+
+    def add(self, key, tokens, budget, *, uid, position):
+        assert key not in self.rows and len(tokens) == 1 + position
+        self.rows[key] = (uid, position, [])
+
+    def step(self):
+        done = []
+        for key, (uid, position, drawn) in self.rows.items():
+            drawn.append(position + len(drawn))
+            if position + len(drawn) >= self.length_of(uid):
+                done.append(key)
+        return done
+
+    def take(self, keys):
+        out = {}
+        for key in keys:
+            _, _, drawn = self.rows.pop(key)
+            tokens = torch.tensor(drawn, dtype=torch.long)
+            out[key] = tokens, tokens[:, None], torch.zeros(len(drawn), 1)
+        return out
+
+
+class Link:
+    def __init__(self):
+        self.sent = []
+
+    def send(self, kind, **body):
+        self.sent.append((kind, body))
+
+    def span(self, what):
+        from contextlib import nullcontext
+        return nullcontext()
+
+
+class Pipeline:
+    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; the parent's routing is that of asyncopd.Run."""
+
+    def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
+                 inflight="recompute"):
+        cfg = SimpleNamespace(max_response=T, gap_max=1.0, schedule=schedule, inflight=inflight)
+        self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
+        self.slots = Slots((ahead + 1) * batch, 1, T, 1)
+        self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
+        self.weights = SimpleNamespace(version=0, probe=[1, 2])
+        self.weights.read = lambda version: (self.weights.version if version is None else version, {}, torch.zeros(1))
+        self.workers = [Worker(cfg, Link(), self.slots, self.weights, Engine(length_of)) for _ in range(workers)]
+        self.inbox = [[] for _ in self.workers]                # orders that a worker has not read yet
+        self.teacher, self.learner = [], []
+        self.trained: dict[int, list[int]] = {}                # uid -> tokens, in the order of training
+        self.lags, self.dropped, self.cuts, self.batches = [], 0, [], []
+
+    def route(self):
+        for t in self.ledger.hand_out():
+            self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.ledger.version)
+            worker = self.choose(len(self.workers))
+            t.holder = worker
+            self.inbox[worker].append(("take", [(self.ledger.version if self.ledger.lockstep else None, t.slot)]))
+        for t in self.ledger.to_score():
+            t.stage = "teacher"
+            self.teacher.append(t.slot)
+        for t in self.ledger.to_stop():
+            self.inbox[t.holder].append((self.ledger.rule, [t.slot]))
+        if batch := self.ledger.next_batch():
+            self.learner = batch
+        assert sorted([*self.ledger.free, *self.ledger.tickets]) == list(range(len(self.slots))), "a slot is lost"
+
+    def hear(self, worker):
+        for kind, body in worker.link.sent:
+            for s in body["slots"] if kind == "generated" else ():
+                self.ledger.generated(s, body["finished"])
+                if not body["finished"]:
+                    self.cuts.append((self.ledger.version, int(self.slots.born[s])))
+            for s in body["slots"] if kind == "dropped" else ():
+                self.dropped += int(self.slots.length[s])
+                self.ledger.dropped(s)
+        worker.link.sent.clear()
+
+    def train(self):
+        self.batches.append([t.number for t in self.learner])
+        for t in self.learner:
+            segment = self.slots.read(t.slot)
+            assert len(segment) > 0, "an empty segment reached the learner"
+            self.trained.setdefault(t.uid, []).extend(segment.tokens[segment.start:].tolist())
+            self.lags += (self.ledger.version - segment.version).tolist()
+        self.weights.version += 1                              # published, and only then
+        self.ledger.trained()
+        self.learner = []
+
+    def run(self, steps, limit=200_000):
+        for _ in range(limit):
+            if self.ledger.version == steps:
+                return self
+            self.route()
+            turn = self.choose(len(self.workers) + 2)
+            if turn < len(self.workers):
+                worker = self.workers[turn]
+                for order, body in self.inbox[turn]:
+                    getattr(worker, order)(body)
+                self.inbox[turn].clear()
+                worker.turn()
+                self.hear(worker)
+            elif turn == len(self.workers) and self.teacher:
+                self.ledger.scored(self.teacher.pop(self.choose(len(self.teacher))))
+            elif turn == len(self.workers) + 1 and self.learner:
+                self.train()
+        raise AssertionError(f"no progress at version {self.ledger.version}")
+
+    def check_every_token_once(self):
+        for tokens in self.trained.values():
+            assert tokens == list(range(len(tokens))), "a token was trained twice, skipped, or out of order"
+
+
+def chooser(seed):
+    import random
+    rng = random.Random(seed)
+    return lambda n: rng.randrange(n)
+
+
+def lengths(seed, tail):
+    """Lengths with a heavy tail: most are short, some fill the slot."""
+    import random
+    return lambda uid: min(T, max(1, int(random.Random(f"{seed}-{uid}").paretovariate(tail))))
+
+
+PIPELINES = dict(seed=st.integers(0, 10 ** 6), batch=st.integers(1, 5), workers=st.integers(1, 3), ahead=st.integers(0, 8),
+                 more=st.integers(0, 8), tail=st.sampled_from([0.4, 0.8, 1.5]),
+                 inflight=st.sampled_from(["recompute", "finish"]))
+QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
+
+
+def play(seed, batch, workers, ahead, more, tail, inflight, overdue="cut", schedule="async", steps=15):
+    return Pipeline(chooser(seed), lengths(seed, tail), batch=batch, workers=workers, ahead=ahead, max_lag=ahead + more,
+                    overdue=overdue, schedule=schedule, inflight=inflight).run(steps)
+
+
+@QUICK
+@given(**PIPELINES)
+@example(seed=0, batch=1, workers=1, ahead=0, more=0, tail=0.4, inflight="recompute")
+@example(seed=0, batch=3, workers=2, ahead=4, more=0, tail=0.4, inflight="finish")
+def test_cut_bounds_the_lag_and_trains_every_token_once(**kw):
+    p = play(**kw)
+    assert max(p.lags) <= p.max_lag
+    p.check_every_token_once()
+    assert p.dropped == 0
+    assert all(born <= version - p.max_lag for version, born in p.cuts), "something was cut that was not overdue"
+    in_flight = sum(int(p.slots.length[s]) + len(row) for s, row in unfinished(p))
+    assert sum(w.tokens for w in p.workers) + running(p) == len(p.lags) + in_flight
+
+
+def unfinished(p):
+    """(slot, tokens still in an engine) of every ticket that is not trained."""
+    rows = {key: drawn for w in p.workers for key, (_, _, drawn) in w.engine.rows.items()}
+    return [(s, rows.get(s, [])) for s in p.ledger.tickets]
+
+
+def running(p):
+    return sum(len(drawn) for w in p.workers for _, _, drawn in w.engine.rows.values())
+
+
+@QUICK
+@given(**PIPELINES)
+def test_wait_bounds_the_lag_and_cuts_nothing(**kw):
+    p = play(**kw, overdue="wait")
+    assert max(p.lags) <= p.max_lag and not p.cuts and p.dropped == 0
+    p.check_every_token_once()
+    assert all(len(tokens) == p.length_of(uid) for uid, tokens in p.trained.items()), "whole responses only"
+
+
+@QUICK
+@given(**PIPELINES)
+def test_drop_bounds_the_lag_and_trains_whole_responses_only(**kw):
+    p = play(**kw, overdue="drop")
+    assert max(p.lags) <= p.max_lag and not p.cuts
+    assert all(tokens == list(range(p.length_of(uid))) for uid, tokens in p.trained.items())
+
+
+@QUICK
+@given(**PIPELINES)
+def test_keep_trains_whole_responses_whenever_they_finish(**kw):
+    p = play(**kw, overdue="keep")
+    assert not p.cuts and p.dropped == 0 and all(len(b) == len(p.batches[0]) for b in p.batches)
+    assert all(tokens == list(range(p.length_of(uid))) for uid, tokens in p.trained.items())
+
+
+@QUICK
+@given(**PIPELINES)
+def test_step_off_draws_batch_j_wholly_under_version_j_minus_k(**kw):
+    p = play(**kw, schedule="step-off")
+    k, batch = kw["ahead"], kw["batch"]
+    assert p.batches == [list(range(j * batch, (j + 1) * batch)) for j in range(15)]
+    want = [j - max(j - k, 0) for j in range(15) for uid in range(j * batch, (j + 1) * batch)
+            for _ in range(p.length_of(uid))]
+    assert p.lags == want
+
+
+def test_drop_throws_long_answers_away_and_keep_lets_them_age():
+    """What the other rules cost: the reason for cutting."""
+    kw = dict(seed=1, batch=4, workers=2, ahead=1, more=0, tail=0.5, inflight="recompute", steps=300)
+    keep, drop, cut = (play(**kw, overdue=rule) for rule in ("keep", "drop", "cut"))
+    assert max(keep.lags) > 5 * keep.max_lag and max(cut.lags) <= cut.max_lag
+    assert drop.dropped > 0.1 * len(drop.lags)
+    def mean(p):
+        return sum(map(len, p.trained.values())) / len(p.trained)
+    assert mean(drop) < 0.7 * mean(keep)
+
+
+@pytest.mark.parametrize("rule", ["cut", "keep", "wait", "drop"])
+def test_thousands_of_steps_without_a_deadlock(rule):
+    p = play(seed=3, batch=2, workers=2, ahead=2, more=2, tail=0.8, inflight="recompute", overdue=rule, steps=2000)
+    assert p.ledger.version == 2000
+
+
+# -- the tests above can fail ----------------------------------------------------------------------
+
+def broken_take_before_load(worker):
+    """Takes a ticket under the weights at hand and says they were the newest."""
+    turn = worker.turn
+    def wrong():
+        old = worker.version
+        turn()
+        for s in worker.running:
+            if worker.slots.length[s] == 0 and old >= 0:
+                worker.slots.born[s] = worker.weights.version + 1
+    worker.turn = wrong
+
+
+def test_a_worker_that_overstates_its_versions_is_caught():
+    caught = 0
+    for seed in range(20):
+        p = Pipeline(chooser(seed), lengths(seed, 0.4), batch=2, workers=1, ahead=1, max_lag=1)
+        broken_take_before_load(p.workers[0])
+        p.run(30)
+        caught += max(p.lags) > p.max_lag
+    assert caught > 0
+
+
+def test_a_ledger_that_forgets_the_overdue_is_caught():
+    p = Pipeline(chooser(0), lengths(0, 0.4), batch=2, workers=1, ahead=1, max_lag=1)
+    p.ledger.overdue = lambda: []
+    p.run(60)
+    assert max(p.lags) > p.max_lag
