@@ -232,32 +232,21 @@ def test_drop_throws_long_answers_away_and_keep_lets_them_age():
 
 @pytest.mark.parametrize("rule", ["cut", "keep", "wait", "drop"])
 def test_thousands_of_steps_without_a_deadlock(rule):
-    p = play(seed=3, batch=2, workers=2, ahead=2, more=2, tail=0.8, inflight="recompute", overdue=rule, steps=2000)
-    assert p.ledger.version == 2000
+    p = play(seed=3, batch=2, workers=2, ahead=2, more=2, tail=0.8, inflight="recompute", overdue=rule, steps=1000)
+    assert p.ledger.version == 1000
 
 
 # -- the tests above can fail ----------------------------------------------------------------------
 
-def broken_take_before_load(worker):
-    """Takes a ticket under the weights at hand and says they were the newest."""
-    turn = worker.turn
-    def wrong():
-        old = worker.version
-        turn()
-        for s in worker.running:
-            if worker.slots.length[s] == 0 and old >= 0:
-                worker.slots.born[s] = worker.weights.version + 1
-    worker.turn = wrong
-
-
 def test_a_worker_that_overstates_its_versions_is_caught():
-    caught = 0
-    for seed in range(20):
-        p = Pipeline(chooser(seed), lengths(seed, 0.4), batch=2, workers=1, ahead=1, max_lag=1)
-        broken_take_before_load(p.workers[0])
-        p.run(30)
-        caught += max(p.lags) > p.max_lag
-    assert caught > 0
+    p = Pipeline(chooser(0), lengths(0, 0.4), batch=1, workers=2, ahead=3, max_lag=3, inflight="finish")
+    for worker in p.workers:
+        def wrong(s, worker=worker, start=worker.start):
+            start(s)
+            p.slots.born[s] = worker.version + 50
+        worker.start = wrong
+    p.run(200)
+    assert max(p.lags) > p.max_lag
 
 
 def test_a_ledger_that_forgets_the_overdue_is_caught():
