@@ -384,9 +384,8 @@ class Estimator:
     support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
     unbiased: bool                                    # expected gradient = that of the dense divergence, for any mu
     knobs: tuple[str, ...] = ()                       # flags that fn takes by their names
-    batch: Callable[..., dict[str, Tensor]] | None = None
-    # `batch` sees [M, C] of a whole train batch, logp of the student before its first update; what it returns, [M, C]
-    # or [1, 1], goes to fn by name
+    batch: Callable[..., dict[str, Tensor]] | None = None      # (logp, logq, logmu) [M, C] of a whole train batch, by
+    # the student before its first update -> what fn takes by name besides, [M, C] or [1, 1]
 
     def columns(self, n: int, k: int) -> int:
         """Token ids per position in a slot. Column 0 is always the emitted token: it carries the logged KL."""

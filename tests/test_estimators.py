@@ -174,11 +174,11 @@ def is_ppo_gradient(fn, seed=0, recomputed=False):
 
 
 def is_decoupled_gradient(fn, seed=0):
-    """The clip is around prox; words with prox / mu > 5 count nothing."""
-    logits, logq, logmu = problem(seed, gap=2.5)
+    """The clip is around prox; words with prox / mu > 5 count nothing. Seeds 0 and 2 have words of every kind."""
+    logits, logq, logmu = problem(seed, gap=1.5)
     prox = (logits + 0.3 * problem(seed + 50)[0]).log_softmax(-1)
     logp, c = logits.log_softmax(-1), torch.zeros(V, dtype=torch.float64)
-    assert ((prox - logmu).exp() > 5).any() or seed, "the cap has to matter in this check"
+    assert ((prox - logmu).exp() > 5).any() or seed == 1, "the cap has to matter in this check"
     for a in range(V):
         advantage, r = logq[a] - logmu[a], (logp[a] - prox[a]).exp()
         binds = r > 1.2 if advantage > 0 else r < 0.8
@@ -241,7 +241,7 @@ def is_m2po_margins(fn, seed=0):
     worst, g = 0.0, torch.Generator().manual_seed(seed)
     for scale, rare in ((0.01, 1.0), (0.3, 1.0), (1.0, 1.0), (3.0, 0.02), (3.0, 0.008), (1.2, 0.02)):
         logmu, logq, d = (torch.randn(400, 1, generator=g, dtype=torch.float64) for _ in range(3))
-        logp = logmu + scale * d * (torch.rand(400, 1, generator=g) < rare)
+        logp = logmu + 0.01 * d + scale * d * (torch.rand(400, 1, generator=g) < rare)
         got, want = fn(logp, logq, logmu), naive_margins(logp, logq, logmu)
         for name, x in zip(("low", "high"), want):
             worst = max(worst, 0.0 if got[name].item() == x else abs(got[name].item() - x))
@@ -298,8 +298,8 @@ def test_m2po_keeps_the_harmful_tokens_within_budget_and_its_floors():
     assert free["low"].item() == 1.0 and free["high"].item() == math.inf, "within budget nothing is clipped"
     floors = m2po_margins(logmu + d, logq, logmu)
     assert floors["low"].item() == pytest.approx(0.3) and floors["high"].item() == pytest.approx(0.5)
-    rare = m2po_margins(logmu + 3 * d * (torch.rand(1000, 1, generator=g) < 0.01), logq, logmu)
-    assert 0.3 <= rare["low"].item() < 1.0 and 0.5 <= rare["high"].item() < math.inf
+    rare = m2po_margins(logmu + 0.02 * d + 3 * d * (torch.rand(1000, 1, generator=g) < 0.01), logq, logmu)
+    assert 0.31 < rare["low"].item() < 0.99 and 0.51 < rare["high"].item() < 20
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -514,7 +514,8 @@ def renormalised(fn):
 
 MUTANTS = {      # what is wrong -> (the check, the right one, the wrong one)
     "sign": (is_reverse_gradient, estimators.reverse_mc, lambda *x: -estimators.reverse_mc(*x)),
-    "differentiates the value": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: (w_(p, m) * (p - q)).mean(-1)),
+    "differentiates the value": (
+        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: (w_(p, m) * (p - q)).mean(-1)),
     "weight not detached, and the log too": (
         is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -((p - m).exp() * (q - p).detach() * p).mean(-1)),
     "weight forgotten": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -((q - p).detach() * p).mean(-1)),
@@ -542,7 +543,8 @@ MUTANTS = {      # what is wrong -> (the check, the right one, the wrong one)
         is_dense_gradient, estimators.reverse_dense, lambda p, q, m: (p.detach().exp() * (p - q)).sum(-1)),
     "beta on the wrong side": (is_jsd_gradient, estimators.jsd_dense,
                                lambda p, q, m, beta: estimators.jsd_dense(p, q, m, beta=1 - beta)),
-    "clip forgotten": (is_ppo_gradient, estimators.reverse_ppo, lambda p, q, m: estimators.reverse_ppo(p, q, m, eps=1e9)),
+    "clip forgotten": (
+        is_ppo_gradient, estimators.reverse_ppo, lambda p, q, m: estimators.reverse_ppo(p, q, m, eps=1e9)),
     "clip on both sides": (is_ppo_gradient, estimators.reverse_ppo,
                            lambda p, q, m: -((p - m).exp().clamp(0.8, 1.2) * (q - m)).mean(-1)),
     "optimistic clip": (is_ppo_gradient, estimators.reverse_ppo, lambda p, q, m: -torch.maximum(
