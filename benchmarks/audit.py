@@ -18,7 +18,8 @@ teacher). Gradients are with respect to the logits of p. Expectations run over e
 The dense gradient is that of the KL a row is named after; of the Jensen-Shannon divergence for jsd_dense. prox of
 decoupled_ppo is p, as in the first update of a batch; the margins of m2po follow from one drawn token per position.
 The figure shows bias and variance against staleness: versions of the run, or the size of the drift from mu to p.
-Raw numbers: benchmarks/audit.jsonl. The last line printed is one JSON object, of the small softmax:
+Figures: benchmarks/figures/audit.png and, of a run, audit-run.png; raw numbers: audit.jsonl and audit-run.jsonl beside
+this file. The last line printed is one JSON object, of the small softmax:
 {"<estimator>": {"bias", "cosine", "variance": {"1", "4", "16", "64"}, "cache_bytes_per_token"}, ...}
 """
 from __future__ import annotations
@@ -229,37 +230,35 @@ def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) ->
     figure.savefig(path)
 
 
+def report(kind: str, places: list[Positions], stale: list, k: int, label: str, told: dict) -> None:
+    """The curves over staleness: a figure, and the raw numbers behind it."""
+    curves = {name: [audit(name, x, k) for x in places] for name in ESTIMATORS}
+    draw_figure(HERE / "figures" / f"{kind}.png", curves, stale, label)
+    with open(HERE / f"{kind}.jsonl", "w", encoding="utf-8") as f:
+        f.write(json.dumps({"type": "run", **record.provenance(told, {})}) + "\n")
+        for name, results in curves.items():
+            for s, r in zip(stale, results):
+                f.write(json.dumps({"type": "audit", "estimator": name, "staleness": s, "k": k, **r}) + "\n")
+    for i, s in enumerate(stale):
+        show(f"{label}: {s:g}", {name: c[i] for name, c in curves.items()}, told["cost_ms"])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
     parser.add_argument("--positions", type=int, default=128, help="of the run")
     parser.add_argument("--k", type=int, default=16, help="size of the top-k sets on the small softmax; of the run: 4")
     parser.add_argument("--drift", type=float, default=0.5, help="of the small softmax: size of the step from mu to p")
-    parser.add_argument("--figure", type=Path, default=HERE / "figures" / "audit.png")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    cost = costs(args.k)
+    told = {**vars(args), "run": str(args.run or ""), "cost_ms": costs(args.k)}
+    report("audit", [small_softmax(d) for d in DRIFTS], list(DRIFTS), args.k,
+           f"staleness: drift of the logits (V = 64, K = {args.k})", told)
+    if args.run:
+        report("audit-run", [visited(args.run, lag, args.positions) for lag in LAGS], list(LAGS), 4,
+               "staleness: versions (toy, V = 32, K = 4)", told)
     small = {name: audit(name, small_softmax(args.drift), args.k) for name in ESTIMATORS}
-    show(f"small softmax: V = 64, K = {args.k}, drift {args.drift}", small, cost)
-    if args.run:
-        stale, k, label = list(LAGS), 4, f"staleness, versions (positions of {args.run.name}, K = 4 of V = 32)"
-        places = [visited(args.run, lag, args.positions) for lag in stale]
-    else:
-        stale, k, label = list(DRIFTS), args.k, f"staleness: drift of the logits (V = 64, K = {args.k})"
-        places = [small_softmax(drift) for drift in stale]
-    curves = {name: [audit(name, x, k) for x in places] for name in ESTIMATORS}
-    if args.run:
-        for i, lag in enumerate(stale):
-            title = f"{args.run}: {args.positions} positions, lag {lag}, K = {k}"
-            show(title, {name: c[i] for name, c in curves.items()}, cost)
-    draw_figure(args.figure, curves, stale, label)
-    with open(HERE / "audit.jsonl", "w", encoding="utf-8") as f:
-        told = {**vars(args), "run": str(args.run or ""), "figure": args.figure.name}
-        f.write(json.dumps({"type": "run", **record.provenance(told, {})}) + "\n")
-        for name in ESTIMATORS:
-            f.write(json.dumps({"type": "small", "estimator": name, "ms": round(cost[name], 1), **small[name]}) + "\n")
-            for s, r in zip(stale, curves[name]):
-                f.write(json.dumps({"type": "curve", "estimator": name, "staleness": s, **r}) + "\n")
+    show(f"the pair of the last line: drift {args.drift}, V = 64, K = {args.k}", small, told["cost_ms"])
     print(json.dumps({name: {key: x for key, x in r.items() if key != "ess"} for name, r in small.items()}))
 
 
