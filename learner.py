@@ -3,7 +3,8 @@ The learner: one training step, what it measures, publishing, saving.
 
 A step reads its slots in place, recomputes log p at the cached tokens under the current student, and back-propagates
 the estimator's loss: the sum over all valid positions of the optimizer batch divided by their number, whatever the
-micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions.
+micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions. Where the
+estimator sees the whole vocabulary, the slot holds the teacher's last hidden state and the teacher's head is here.
 
 Master weights, optimizer state, log-softmax and every log-prob are float32; on a GPU the matrix products run in
 bf16. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing.

@@ -25,7 +25,7 @@ def test_outcomes_are_distributions_and_variance_falls_with_n():
     x = small_softmax(DRIFTS[-1], M=4, V=12)
     for row in ESTIMATORS.values():
         ids, probability = outcomes(row, x, 4)
-        assert torch.allclose(probability.sum(1), torch.ones(4, dtype=torch.float64)) and ids.shape[:2] == probability.shape
+        assert torch.allclose(probability.sum(1), torch.ones(4).double()) and ids.shape[:2] == probability.shape
     for name in ("reverse_mc", "forward_mc"):
         v = audit(name, small_softmax(0.5, M=4, V=12), k=4)["variance"]
         assert [v[n] / v["1"] for n in ("4", "16", "64")] == pytest.approx([1 / 4, 1 / 16, 1 / 64], rel=0.1)
