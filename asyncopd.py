@@ -32,7 +32,7 @@ import yaml
 
 import record
 import tasks
-from cache import Ledger, Link, Slots, Weights, stop_ids, teacher_worker
+from cache import Ledger, Link, Slots, Weights, stop_ids, teacher_worker, vocab_size
 from estimators import DEFAULT, ESTIMATORS
 from learner import METRICS, learner_worker
 from rollout import rollout_worker
@@ -53,6 +53,9 @@ class Config:
     mc_samples: int    = knob(4, "candidates per position, N")
     top_k: int         = knob(16, "words per position of the top-k estimators, K")
     estimator: str     = knob("", "row of estimators.ESTIMATORS (default: by --kl)", choices=("", *ESTIMATORS))
+    tail: bool         = knob(True, "forward_topk counts the words outside of the top k, as one")
+    is_weight: bool    = knob(True, "reverse_topk_pg weighs by p / mu")
+    beta: float        = knob(0.5, "jsd_dense: 0 is the forward KL, 1 the reverse KL")
     # models and prompts
     student: str       = knob("", "folder or hub name of the model to train")
     teacher: str       = knob("", "folder or hub name of the model to learn from")
@@ -146,6 +149,7 @@ def settle(cfg: Config) -> Config:
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("max_ahead", "warmup", "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
+    0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     0 < cfg.top_p <= 1 or refuse(f"--top-p {cfg.top_p}: must be above 0 and at most 1")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
@@ -247,10 +251,13 @@ class Run:
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
         layout = {name: p.shape for name, p in model.named_parameters()}
         probe = (self.prompts[0] + self.prompts[-1] + self.prompts[0])[:64]
-        estimator = ESTIMATORS[cfg.estimator]
-        self.cfg = cfg
+        cfg = replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student)))
+        estimator, dtype = ESTIMATORS[cfg.estimator], torch.bfloat16 if cfg.gpus else torch.float32
+        hidden = AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size
+        self.cfg, self.slot_bytes = cfg, estimator.bytes(cfg.mc_samples, cfg.top_k, hidden * dtype.itemsize)
         self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
-                           estimator.columns(cfg.mc_samples, cfg.top_k))
+                           estimator.columns(cfg.mc_samples, cfg.top_k),
+                           hidden if estimator.support == "full" else 0, dtype)
         self.weights = Weights(layout, probe, torch.bfloat16 if cfg.gpus else torch.float32)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.hands: list[Hand] = []
@@ -268,6 +275,7 @@ class Run:
         shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
         record.show_start(where, [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
+            [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]], changed(cfg))
         for name, device in where.items():
             self.hands.append(Hand(name, device, cfg, shared[name.rstrip("0123456789")]))

@@ -19,10 +19,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from estimators import ESTIMATORS
+from estimators import ESTIMATORS, draw
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
@@ -38,6 +39,7 @@ class Segment:
 
     tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
     ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
+    hidden  [n, H]  the teacher's last state that predicts the token; H = 0 where the estimator does not need it
     """
     slot: int
     tokens: Tensor
@@ -47,6 +49,7 @@ class Segment:
     ids: Tensor
     logmu: Tensor
     logq: Tensor
+    hidden: Tensor = torch.empty(0, 0)
 
     def __len__(self) -> int:
         return len(self.version)
@@ -55,17 +58,19 @@ class Segment:
 class Slots:
     """The slab. A slot belongs to one process at a time; its number is the permission to touch it.
 
-    tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]
+    tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
     uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
     the version of the first new one (while there is none, of its holder's weights). logq is nan until it is scored.
     """
 
-    def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int):
+    def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
+                 dtype: torch.dtype = torch.float32):
         S, T, C = slots, max_response, columns
         self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
         self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
         self.logmu = torch.zeros(S, T, C).share_memory_()
         self.logq = torch.full((S, T, C), torch.nan).share_memory_()
+        self.hidden = torch.zeros(S, T, hidden, dtype=dtype).share_memory_()
         self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
         self.uid, self.prompt, self.start, self.length, self.born = (
             torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(5))
@@ -99,7 +104,7 @@ class Slots:
     def read(self, s: int) -> Segment:
         start, n = int(self.start[s]), int(self.length[s])
         return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
-                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n])
+                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n], self.hidden[s, :n])
 
 
 # -- the ledger: which tickets a batch takes -------------------------------------------------------
@@ -361,34 +366,58 @@ def sequence_logp(model, tokens: list[int]) -> Tensor:
     """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
     x = torch.tensor(tokens)
     blank = torch.empty(len(tokens) - 1, 0)
-    segment = Segment(-1, x, 1, 1, blank, blank, blank, blank)
+    segment = Segment(-1, x, 1, 1, blank, blank, blank, blank, blank)
     rows = response_rows(model.base_model(input_ids=x[None].to(model.device)).last_hidden_state, [segment])
     logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
     return logp.gather(-1, x[segment.start:, None].to(logp.device)).squeeze(-1)
 
 
+def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
+    """Log-probs [M, vocab], float32, of the student's `vocab` words from the teacher's last states [M, H].
+
+    The normaliser is the teacher's own. A model's head may have more rows than there are words, padded to a round
+    number: those that only the teacher has are cut off, those that only the student has are impossible to the teacher.
+    """
+    logq = head(rows).float().log_softmax(-1)[:, :vocab]
+    return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)
+
+
 @torch.no_grad()
-def score(model, segments: list[Segment], slots: Slots, support: str, chunk: int = 1024) -> None:
-    """Write the teacher's log-probs, float32, into logq; for teacher_topk also its K best ids into columns 1..K."""
+def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *, seed: int = 0,
+          chunk: int = 1024) -> None:
+    """Write the teacher's log-probs, float32, into logq, and what else `support` asks of the teacher."""
     tokens, mask = pad(segments, model.device)
     rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
     ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
-    vocab = model.config.vocab_size
+    if support == "teacher_mc":      # numbers of its own for every token: another stream than that of the rollout
+        u = torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1]).random(
+            (len(s), ids.shape[1] - 1))) for s in segments]).to(rows.device)
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
-        log_softmax = model.get_output_embeddings()(rows[i:i + chunk]).float().log_softmax(-1)
+        part = slice(i, i + chunk)
+        every = teacher_logq(model.get_output_embeddings(), rows[part], vocab)
         if support == "teacher_topk":
-            ids[i:i + chunk, 1:] = log_softmax.topk(min(ids.shape[1] - 1, vocab)).indices
-        logq[i:i + chunk] = log_softmax.gather(-1, ids[i:i + chunk])
+            ids[part, 1:] = every.topk(ids.shape[1] - 1).indices
+        if support == "teacher_mc":
+            ids[part, 1:] = draw(every, u[part])[0]
+        logq[part] = every.gather(-1, ids[part])
     for s in segments:
         slots.ids[s.slot, :len(s)] = ids[at:at + len(s)].int().cpu()
         slots.logq[s.slot, :len(s)] = logq[at:at + len(s)].cpu()
+        if support == "full":
+            slots.hidden[s.slot, :len(s)] = rows[at:at + len(s)].cpu()
         at += len(s)
+
+
+def vocab_size(folder: str) -> int:
+    """Rows of a model's head."""
+    from transformers import AutoConfig
+    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
 def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: torch.dtype) -> None:
     model = load_model(cfg.teacher, device, dtype)
-    support = ESTIMATORS[cfg.estimator].support
+    support, vocab = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student)
     link.send("ready")
     while True:
         waiting: list[int] = []
@@ -400,7 +429,7 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: to
             waiting += body if order == "score" else []
         for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
             with link.span("score"):
-                score(model, group, slots, support)
+                score(model, group, slots, support, vocab, seed=cfg.seed)
             link.send("scored", slots=[s.slot for s in group])
 
 

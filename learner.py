@@ -3,7 +3,8 @@ The learner: one training step, what it measures, publishing, saving.
 
 A step reads its slots in place, recomputes log p at the cached tokens under the current student, and back-propagates
 the estimator's loss: the sum over all valid positions of the optimizer batch divided by their number, whatever the
-micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions.
+micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions. Where the
+estimator sees the whole vocabulary, the slot holds the teacher's last hidden state and the teacher's head is here.
 
 Master weights, optimizer state, log-softmax and every log-prob are float32; on a GPU the matrix products run in
 bf16. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing.
@@ -21,8 +22,19 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cache import Link, Segment, Slots, Weights, by_length, load_model, pad, response_rows, sequence_logp
-from estimators import ESTIMATORS, VALUE, importance_weight
+from cache import (
+    Link,
+    Segment,
+    Slots,
+    Weights,
+    by_length,
+    load_model,
+    pad,
+    response_rows,
+    sequence_logp,
+    teacher_logq,
+)
+from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -31,7 +43,8 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "step": "train batches so far, this one included",
     "version": "of the weights after this step = publishes since the start",
     "loss": "the estimator's surrogate: sum over positions / number of positions, nats (its value is not the KL)",
-    "kl": "unbiased estimate of the per-token KL that --kl names, current student, prefixes as visited, nats",
+    "kl": "unbiased estimate of the per-token KL that --kl names, current student, prefixes as visited, nats (exact "
+          "where the estimator sees the whole vocabulary)",
     "entropy": "of the student, mean over positions: -mean of w log p over the drawn tokens, nats",
     "lag_min": "freshest token of the batch: learner version before the step - version that drew the token",
     "lag_mean": "the same, mean over tokens",
@@ -89,6 +102,11 @@ class Learner:
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
         self.estimator = ESTIMATORS[cfg.estimator]
+        self.loss = self.estimator.bind(cfg)
+        self.known: dict[int, dict[str, Tensor]] = {}        # slot -> what `prepass` found for its tokens
+        self.teacher_head = None
+        if self.estimator.support == "full":                 # the rest of the teacher is let go
+            self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
         self.model = load_model(cfg.student, device, torch.float32).train()
         self.head = self.model.get_output_embeddings()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
@@ -98,9 +116,10 @@ class Learner:
     def step(self, segments: list[Segment], version: int) -> dict[str, float]:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed."""
         size, measured = -(-len(segments) // self.cfg.minibatches), []
+        self.known = self.prepass(segments)
         for i in range(0, len(segments), size):
             minibatch = segments[i:i + size]
-            count = sum(map(len, minibatch))
+            count = max(1, sum(map(len, minibatch)))
             for group in by_length(minibatch, self.cfg.micro_tokens):
                 measured.append(self.backward(group, count))
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
@@ -116,36 +135,75 @@ class Learner:
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
             "grad_norm": norm.item(), "lr": lr}
 
+    @torch.no_grad()
+    def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
+        """By slot, per token: what the estimator wants to know about the whole train batch before its first update."""
+        if self.estimator.batch is None:
+            return {}
+        segments = [s for group in by_length(segments, self.cfg.micro_tokens) for s in group]
+        logp = []
+        for group in by_length(segments, self.cfg.micro_tokens):
+            rows, ids = self.rows(group), self.cached(group, "ids")
+            for i in range(0, len(rows), self.cfg.chunk):
+                logp.append(self.log_softmax(rows[i:i + self.cfg.chunk]).gather(-1, ids[i:i + self.cfg.chunk].long()))
+        columns = [self.estimator.scored(x) for x in
+                   (torch.cat(logp), self.cached(segments, "logq"), self.cached(segments, "logmu"))]
+        found = {name: x.expand(len(columns[0]), -1).split([len(s) for s in segments])
+                 for name, x in self.estimator.batch(*columns).items()}
+        return {s.slot: {name: parts[i] for name, parts in found.items()} for i, s in enumerate(segments)}
+
     def backward(self, group: list[Segment], count: int) -> dict[str, Tensor]:
         """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
+        rows = self.rows(group)
+        slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
+        for name in ("logmu", "logq", "hidden"):
+            refuse_nan(name, slot[name], group)
+        known = {name: torch.cat([self.known[s.slot][name] for s in group])
+                 for name in (self.known[group[0].slot] if self.known else ())}
+        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
+        for i in range(0, max(1, len(rows)), chunk):      # [chunk, V] is the most that ever exists of the logits
+            at = slice(i, i + chunk)
+            parts.append(self.head_backward(leaf[at], {name: x[at] for name, x in slot.items()},
+                                            {name: x[at] for name, x in known.items()}, count))
+        measured = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        refuse_nan("logp", measured["w"], group)          # logmu is not nan, so that w is where logp is
+        rows.backward(leaf.grad)
+        return measured
+
+    def head_backward(self, rows: Tensor, slot: dict[str, Tensor], known: dict[str, Tensor],
+                      count: int) -> dict[str, Tensor]:
+        """The estimator's loss from hidden states [M, H] and a slot's columns [M, C], and its gradient."""
+        everything, ids = self.log_softmax(rows), slot["ids"].long()
+        logp, logq, logmu = everything.gather(-1, ids), slot["logq"], slot["logmu"]
+        n = self.estimator.drawn(ids.shape[1])                      # so many columns came from mu
+        drawn = logp.detach()[:, :n], logq[:, :n], logmu[:, :n]
+        if self.teacher_head is None:
+            loss = self.loss(*(self.estimator.scored(x) for x in (logp, logq, logmu)), **known)
+            kl = VALUE[self.estimator.kl](*drawn)
+        else:
+            with torch.no_grad():
+                every_q = teacher_logq(self.teacher_head, slot["hidden"], everything.shape[1])
+            loss = self.loss(everything, every_q, every_q, **known)
+            kl = DENSE[self.estimator.kl](everything.detach(), every_q, every_q)
+        (loss.sum() / count).backward()
+        w = importance_weight(drawn[0], drawn[2])
+        distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
+        return {"loss": loss.detach(), "kl": kl, "w": w[:, 0], "entropy": -(w * drawn[0]).mean(-1),
+                "duplicates": 1 - distinct / n}
+
+    def rows(self, group: list[Segment]) -> Tensor:
+        """The student's hidden states [M, H] that predict the new tokens."""
         tokens, mask = pad(group, self.device)
         with self.compute():
-            rows = response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
-        ids, logmu, logq = (torch.cat([getattr(s, name) for s in group]).to(self.device)
-                            for name in ("ids", "logmu", "logq"))
-        if logq.isnan().any():
-            bad = [s.slot for s in group if s.logq.isnan().any()]
-            raise RuntimeError(f"slots {bad} reached the learner without a score (or the teacher scored nan)")
-        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
-        for i in range(0, len(rows), chunk):      # so that [chunk, V] is the most that ever exists of the logits
-            parts.append(self.head_backward(leaf[i:i + chunk], *(x[i:i + chunk] for x in (ids, logmu, logq)), count))
-        rows.backward(leaf.grad)
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+            return response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
 
-    def head_backward(self, rows: Tensor, ids: Tensor, logmu: Tensor, logq: Tensor, count: int) -> dict[str, Tensor]:
-        """The estimator's loss from hidden states [M, H] and a slot's columns [M, C], and its gradient."""
+    def log_softmax(self, rows: Tensor) -> Tensor:
         with self.compute():
             logits = self.head(rows)
-        logp = logits.float().log_softmax(-1).gather(-1, ids.long())
-        logp_, logq_, logmu_ = (self.estimator.scored(x) for x in (logp, logq, logmu))
-        loss = self.estimator.fn(logp_, logq_, logmu_)
-        (loss.sum() / count).backward()
-        drawn = slice(0, self.estimator.drawn(ids.shape[1]))        # the columns that came from mu
-        logp, logq, logmu, ids = logp.detach()[:, drawn], logq[:, drawn], logmu[:, drawn], ids[:, drawn]
-        w = importance_weight(logp, logmu)
-        distinct = ids.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
-        return {"loss": loss.detach(), "kl": VALUE[self.cfg.kl](logp, logq, logmu), "w": w[:, 0],
-                "entropy": -(w * logp).mean(-1), "duplicates": 1 - distinct / ids.shape[1]}
+        return logits.float().log_softmax(-1)
+
+    def cached(self, group: list[Segment], name: str) -> Tensor:
+        return torch.cat([getattr(s, name) for s in group]).to(self.device)
 
     def compute(self):
         return torch.autocast(self.device.type, self.dtype, enabled=self.dtype != torch.float32)
@@ -180,6 +238,16 @@ def rate(update: int, cfg: Config) -> float:
         return 1.0
     total = cfg.steps * cfg.minibatches
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup)))
+
+
+NAN = {"logmu": "the engine sampled from nan", "logq": "the teacher has not scored it, or scored nan",
+       "hidden": "the teacher's last state is nan", "logp": "the student's own output is nan"}
+
+
+def refuse_nan(name: str, x: Tensor, group: list[Segment]) -> None:
+    if x.isnan().any():
+        bad = [s.slot for s, part in zip(group, x.split([len(s) for s in group])) if part.isnan().any()]
+        raise RuntimeError(f"{name} is nan in slots {bad} at the learner: {NAN[name]}")
 
 
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -5,8 +5,8 @@ The worker takes tickets, generates, and hands slots over. It loads newly publis
 without waiting for what is running: running responses are flushed to their slots, the weights are replaced, and the
 responses go on from their tokens so far, whose context is computed anew. Every token carries the version that drew it.
 
-Sampling is ours in both engines (`draw`): N tokens per position, i.i.d. from the softmax that is really sampled, the
-first one emitted. vLLM runs it through its public logits-processor interface. What is left out: beam search, tool
+Sampling is ours in both engines (`draw_rows`): N tokens per position, i.i.d. from the softmax that is really sampled,
+the first one emitted. vLLM runs it through its public logits-processor interface. What is left out: beam search, tool
 calls, penalties, speculative decoding; distillation wants samples of the plain distribution.
 Tests: tests/test_rollout.py
 """
@@ -25,46 +25,13 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from cache import Link, Slots, Weights, load_model, sequence_logp, stop_ids
-from estimators import ESTIMATORS
+from estimators import ESTIMATORS, draw, shaped
 
 if TYPE_CHECKING:
     from asyncopd import Config
 
-BLOCK = 64       # words per block of the two-level inverse below: at V = 150,000 and N = 64 both levels cost the same
-
 
 # -- the draw --------------------------------------------------------------------------------------
-
-def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution of softmax(logits) at u: ids [R, N] and their log-probs, float32, [R, N].
-
-    logits [R, V] of any float dtype; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are
-    drawn as often as they should be. Two levels: a block of words by the blocks' masses, then a word inside of it,
-    so that only one pass over V is needed whatever N is.
-    """
-    R, N = u.shape
-    x = logits.float() if temperature == 1.0 else logits.float() / temperature
-    if top_p < 1.0:
-        x = nucleus(x, top_p)
-    top = x.amax(-1, keepdim=True)
-    weight = pad((x - top).exp_(), (0, -x.shape[1] % BLOCK)).view(R, -1, BLOCK)
-    mass = weight.sum(-1).double()
-    edge = mass.cumsum(-1)
-    target = (u * edge[:, -1:]).clamp(max=edge[:, -1:] * (1 - 1e-15))
-    block = torch.searchsorted(edge, target, right=True)                      # first block whose edge lies beyond
-    inside = weight[torch.arange(R, device=x.device)[:, None], block].double().cumsum(-1)       # [R, N, BLOCK]
-    start = edge.gather(1, block) - mass.gather(1, block)
-    rest = (target - start).clamp(min=0).minimum(inside[..., -1] * (1 - 1e-15))
-    ids = block * BLOCK + torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
-    return ids, x.gather(1, ids) - top - edge[:, -1:].log().float()
-
-
-def nucleus(x: Tensor, top_p: float) -> Tensor:
-    """-inf outside the smallest set of words whose probabilities reach top_p. x [R, V]."""
-    value, order = x.softmax(-1).sort(descending=True)
-    outside = value.cumsum(-1) - value >= top_p
-    return x.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
-
 
 class Sampler:
     """One response's random numbers, by (seed, prompt, position it starts from): the same on every machine."""
@@ -73,9 +40,22 @@ class Sampler:
         self.random = np.random.default_rng([seed, uid, position]).random
 
 
-def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, temperature: float, top_p: float):
+def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, k: int, temperature: float, top_p: float):
+    """Ids [R, n + k] and their log-probs: n i.i.d. draws, the first one to emit; then the k best words."""
     u = torch.from_numpy(np.stack([s.random(n) for s in samplers])).to(logits.device)
-    return draw(logits, u, temperature, top_p)
+    x = shaped(logits, temperature, top_p)
+    ids, logmu = draw(x, u)
+    if k:
+        best = x.topk(k)
+        log_norm = x.gather(1, ids[:, :1]) - logmu[:, :1]
+        ids, logmu = torch.cat([ids, best.indices], 1), torch.cat([logmu, best.values - log_norm], 1)
+    return ids, logmu
+
+
+def draws(cfg: Config) -> tuple[int, int]:
+    """What an engine records of every position: n draws, then its k best words."""
+    estimator = ESTIMATORS[cfg.estimator]
+    return estimator.drawn(cfg.mc_samples), estimator.top(cfg.top_k)
 
 
 # -- the worker ------------------------------------------------------------------------------------
@@ -227,8 +207,8 @@ class HFEngine:
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.student, device, dtype)
-        self.n, self.seed = ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), cfg.seed
-        self.how = cfg.temperature, cfg.top_p
+        self.n, self.k = draws(cfg)
+        self.seed, self.how = cfg.seed, (cfg.temperature, cfg.top_p)
         self.ends = set(stop_ids(cfg.student))
         self.rows: list[Row] = []          # in the order of the cache's batch dimension
         self.new: list[Row] = []           # not yet in the cache
@@ -256,18 +236,18 @@ class HFEngine:
             logits = self.decode([r.drawn[-1][0][0] for r in rows])
         else:
             return []
-        ids, logmu = draw_rows(logits, [r.sampler for r in rows], self.n, *self.how)
+        ids, logmu = draw_rows(logits, [r.sampler for r in rows], self.n, self.k, *self.how)
         for row, a, b in zip(rows, ids.cpu(), logmu.cpu()):
             row.drawn.append((a, b))
         self.rows = self.rows if rows is self.rows else self.rows + rows
         return [r.key for r in rows if len(r.drawn) == r.budget or int(r.drawn[-1][0][0]) in self.ends]
 
     def take(self, keys: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        """Remove responses; per key the tokens [k], drawn ids [k, N] and their log-probs [k, N]."""
+        """Remove responses; per key the tokens [L], recorded ids [L, n + k] and their log-probs."""
         out = {}
         for row in self.rows + self.new:
             if row.key in keys:
-                empty = torch.empty(0, self.n)
+                empty = torch.empty(0, self.n + self.k)
                 ids = torch.stack([a for a, _ in row.drawn]) if row.drawn else empty.long()
                 out[row.key] = ids[:, 0], ids, torch.stack([b for _, b in row.drawn]) if row.drawn else empty
         self.new = [r for r in self.new if r.key not in keys]
@@ -327,7 +307,7 @@ class Row:
 
     def __init__(self, key: int, tokens: list[int], budget: int, sampler: Sampler):
         self.key, self.tokens, self.budget, self.sampler = key, tokens, budget, sampler
-        self.drawn: list[tuple[Tensor, Tensor]] = []        # per new token: ids [N], the first one emitted; logmu [N]
+        self.drawn: list[tuple[Tensor, Tensor]] = []        # per new token: ids [n + k], the first one emitted; logmu
 
 
 # -- the engine in vLLM ----------------------------------------------------------------------------
@@ -335,7 +315,7 @@ class Row:
 class VLLMEngine:
     """vLLM inside this very process: no child processes, so a kill leaves no orphan. Public interfaces only.
 
-    Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw`, keeps them, and
+    Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
     leaves the emitted one as the engine's only choice. Prefix caching is off: it would answer with keys and values of
     weights that are gone, and one response per prompt has nothing to share.
     """
@@ -348,9 +328,9 @@ class VLLMEngine:
         from vllm import LLM, SamplingParams
         from vllm.sampling_params import RequestOutputKind
         self.Params, self.DELTA = SamplingParams, RequestOutputKind.DELTA
+        n, k = draws(cfg)
         self.ends = stop_ids(cfg.student)
-        self.how = dict(n=ESTIMATORS[cfg.estimator].drawn(cfg.mc_samples), seed=cfg.seed, temperature=cfg.temperature,
-                        top_p=cfg.top_p)
+        self.how = dict(n=n, k=k, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p)
         length = cfg.max_prompt + cfg.max_response + 1
         self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
                        max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
@@ -413,7 +393,7 @@ class VLLMEngine:
         return [list(o.outputs[0].token_ids) for o in outs]
 
 
-DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [N], logmu [N]), on the device
+DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [n + k], logmu), on the device
 
 
 class Extension:
@@ -473,7 +453,7 @@ def __getattr__(name: str):
             at, rows = zip(*sorted(self.rows.items()))
             how, index = rows[0][0], torch.tensor(at, device=logits.device)
             ours = logits if len(at) == len(logits) else logits[index]
-            ids, logmu = draw_rows(ours, [r[1] for r in rows], how["n"], how["temperature"], how["top_p"])
+            ids, logmu = draw_rows(ours, [r[1] for r in rows], how["n"], how["k"], how["temperature"], how["top_p"])
             for (settings, _, output), a, b in zip(rows, ids, logmu):
                 drawn = DRAWN.setdefault(settings["key"], [])
                 del drawn[len(output):]      # a step that the engine threw away and repeats

@@ -26,7 +26,8 @@ def save_tiny(folder: Path, *, seed: int, layers: int = 1, tied: bool = False, s
 @pytest.fixture(scope="session")
 def models(tmp_path_factory) -> dict[str, str]:
     root = tmp_path_factory.mktemp("models")
-    return {"student": save_tiny(root / "student", seed=0), "teacher": save_tiny(root / "teacher", seed=1, layers=2, sharp=8.0),
+    return {"student": save_tiny(root / "student", seed=0),
+            "teacher": save_tiny(root / "teacher", seed=1, layers=2, sharp=8.0),
             "tied": save_tiny(root / "tied", seed=2, tied=True)}
 
 

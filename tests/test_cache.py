@@ -120,7 +120,7 @@ def test_micro_batches_hold_every_segment_once_within_the_budget():
 def test_the_teachers_scores_equal_a_loop_over_single_sequences(models, support):
     model, slots = load_model(models["teacher"], "cpu", torch.float32), filled([4, 2, 7], columns=4)
     drawn = slots.ids.clone()
-    score(model, [slots.read(s) for s in range(3)], slots, support, chunk=3)
+    score(model, [slots.read(s) for s in range(3)], slots, support, vocab=32, chunk=3)
     for s in range(3):
         segment = slots.read(s)
         for t in range(len(segment)):

@@ -59,7 +59,7 @@ class Link:
 
 
 class Pipeline:
-    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; the parent's routing is that of asyncopd.Run."""
+    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as asyncopd.Run does."""
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute"):
@@ -148,8 +148,8 @@ def lengths(seed, tail):
     return lambda uid: min(T, max(1, int(random.Random(f"{seed}-{uid}").paretovariate(tail))))
 
 
-PIPELINES = dict(seed=st.integers(0, 10 ** 6), batch=st.integers(1, 5), workers=st.integers(1, 3), ahead=st.integers(0, 8),
-                 more=st.integers(0, 8), tail=st.sampled_from([0.4, 0.8, 1.5]),
+PIPELINES = dict(seed=st.integers(0, 10 ** 6), batch=st.integers(1, 5), workers=st.integers(1, 3),
+                 ahead=st.integers(0, 8), more=st.integers(0, 8), tail=st.sampled_from([0.4, 0.8, 1.5]),
                  inflight=st.sampled_from(["recompute", "finish"]))
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 

@@ -16,7 +16,8 @@ from tests.conftest import ROOT
 
 
 def command(config_flags: dict) -> list[str]:
-    return [sys.executable, str(ROOT / "asyncopd.py"), *(f"--{k.replace('_', '-')}={v}" for k, v in config_flags.items())]
+    flags = (f"--{k.replace('_', '-')}={v}" for k, v in config_flags.items())
+    return [sys.executable, str(ROOT / "asyncopd.py"), *flags]
 
 
 @pytest.fixture
@@ -43,7 +44,9 @@ def shared_memory() -> set[str]:
 
 
 def alive(pids) -> list[int]:
-    return [p for p in pids if Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2]]
+    def state(p):
+        return Path(f"/proc/{p}/stat").read_text().split()[2]
+    return [p for p in pids if Path(f"/proc/{p}").exists() and state(p) != "Z"]
 
 
 def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):

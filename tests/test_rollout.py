@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from cache import Slots, Weights, load_model, sequence_logp
-from rollout import BLOCK, HFEngine, VLLMEngine, draw, nucleus
+from estimators import BLOCK, draw, shaped
+from rollout import HFEngine, VLLMEngine
 from tests.conftest import save_tiny
 
 # -- the draw --------------------------------------------------------------------------------------
@@ -47,12 +48,12 @@ def test_words_of_probability_zero_are_never_drawn():
 def test_the_logprob_is_that_of_the_distribution_really_sampled():
     logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
     u = torch.rand(1, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
-    ids, logp = draw(logits, u, top_p=0.7)
+    ids, logp = draw(shaped(logits, top_p=0.7), u)
     assert set(ids.flatten().tolist()) == {0, 1}
     torch.testing.assert_close(logp.exp(), torch.where(ids == 0, 0.5 / 0.8, 0.3 / 0.8))
-    ids, logp = draw(logits, u, temperature=2.0)
+    ids, logp = draw(shaped(logits, temperature=2.0), u)
     torch.testing.assert_close(logp, (logits / 2).log_softmax(-1).gather(1, ids))
-    assert nucleus(logits, 0.5).isfinite().sum() == 1, "the smallest set that reaches top_p"
+    assert shaped(logits, top_p=0.5).isfinite().sum() == 1, "the smallest set that reaches top_p"
 
 
 # -- the engines -----------------------------------------------------------------------------------

@@ -1,0 +1,313 @@
+"""
+From a row of the table to a gradient: what the engine records, the teacher scores and the learner trains, for every
+estimator, in one process on a tiny random Qwen3, float32. The processes have their own tests.
+"""
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+import tasks
+from asyncopd import Config, Run
+from cache import Segment, Slots, load_model, score, teacher_logq
+from estimators import ESTIMATORS, Estimator, estimator_table
+from learner import METRICS, Learner, summarize
+from rollout import HFEngine, Sampler, draw_rows
+
+torch.set_num_threads(1)
+ROOT = Path(__file__).resolve().parent.parent
+VOCAB, HIDDEN, T, N, K = 32, 64, 6, 3, 5
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory):
+    """Folders of a student, of the weights that generate, and of teachers whose heads have 32 and 40 rows."""
+    root, tokenizer = tmp_path_factory.mktemp("models"), tasks.toy_tokenizer()
+    for name, how in {"student": dict(layers=1, hidden=32, seed=1), "teacher": dict(layers=1, hidden=HIDDEN, seed=3),
+                      "wide": dict(layers=1, hidden=HIDDEN, seed=3, vocab=40)}.items():
+        model = tasks.small_model(tokenizer, **how)
+        with torch.no_grad():
+            for x in model.parameters():
+                x.mul_(3)                       # away from the uniform distribution
+            if name == "student":
+                model.save_pretrained(root / name)
+                tokenizer.save_pretrained(root / name)
+                g, name = torch.Generator().manual_seed(9), "stale"
+                for x in model.parameters():
+                    x.add_(0.05 * torch.randn(x.shape, generator=g))
+        model.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root
+
+
+def config(models, estimator, **more):
+    how = dict(estimator=estimator, student=str(models / "student"), teacher=str(models / "teacher"), mc_samples=N,
+               top_k=K, max_prompt=8, max_response=T, minibatches=1, micro_tokens=10_000, seed=3)
+    return Config(**how | more)
+
+
+def filled(cfg, models, responses=4):
+    """Slots as they reach the learner: drawn by the stale student, scored by the teacher."""
+    row = ESTIMATORS[cfg.estimator]
+    slots = Slots(responses, cfg.max_prompt, T, row.columns(cfg.mc_samples, cfg.top_k),
+                  HIDDEN if row.support == "full" else 0)
+    engine = HFEngine(dataclasses.replace(cfg, student=str(models / "stale")), "cpu", torch.float32)
+    engine.ends = set()
+    for s in range(responses):
+        prompt = [3 + (s + i) % 10 for i in range(2 + s)]
+        slots.open(s, s, prompt, len(prompt), 0)
+        engine.add(s, prompt, T - s % 3, uid=s, position=0)
+    while engine.rows or engine.new:
+        for s, drawn in engine.take(engine.step()).items():
+            slots.append(s, *drawn, 0)
+    segments = [slots.read(s) for s in range(responses)]
+    score(load_model(cfg.teacher, "cpu", torch.float32), segments, slots, row.support, VOCAB, seed=cfg.seed)
+    return slots, [slots.read(s) for s in range(responses)]
+
+
+def gradient(learner, segments, size=None):
+    """Of one train batch, without taking the step; and its metrics."""
+    learner.known, size, measured = learner.prepass(segments), size or len(segments), []
+    for i in range(0, len(segments), size):
+        measured.append(learner.backward(segments[i:i + size], sum(map(len, segments))))
+    found = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+    learner.optimizer.zero_grad()
+    return found, summarize(measured)
+
+
+# -- every row -------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_every_estimator_steps_and_its_numbers_are_finite(models, name):
+    learner = Learner(config(models, name, minibatches=2), "cpu", torch.float32)
+    _, segments = filled(learner.cfg, models)
+    before = learner.head.weight.clone()
+    metrics = learner.step(segments, 2)
+    assert all(torch.tensor(float(x)).isfinite() for x in metrics.values()) and metrics.keys() <= METRICS.keys()
+    assert metrics["tokens"] == sum(map(len, segments)) and metrics["kl"] != 0
+    assert not torch.equal(before, learner.head.weight)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_splitting_a_batch_or_its_logits_changes_nothing(models, name):
+    whole, split = (Learner(config(models, name, **how), "cpu", torch.float32) for how in
+                    ({}, dict(micro_tokens=20, chunk=2)))
+    _, segments = filled(whole.cfg, models)
+    a, m = gradient(whole, segments)
+    b, n = gradient(split, segments, size=1)
+    assert torch.allclose(a, b, atol=1e-5 * a.abs().max().item()), (a - b).abs().max()
+    assert m == pytest.approx(n, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_a_slot_costs_what_the_table_says(name):
+    row, hidden = ESTIMATORS[name], 16
+    columns = row.columns(N, K)
+    slots = Slots(2, 8, 50, columns, hidden if row.support == "full" else 0, torch.bfloat16)
+    held = sum(getattr(slots, x).nbytes for x in ("ids", "logmu", "logq", "hidden"))
+    assert held == 2 * 50 * row.bytes(N, K, 2 * hidden)
+
+
+def test_a_new_row_in_the_table_is_all_that_a_new_estimator_takes(models):
+    """Total variation on the student's best words: no other file knows of it."""
+    def tv_topk(logp, logq, logmu):
+        return (logp.exp() - logq.exp()).abs().sum(-1) / 2
+    ESTIMATORS["tv_topk"] = Estimator(tv_topk, "reverse", "student_topk", unbiased=False)
+    try:
+        learner = Learner(config(models, "tv_topk"), "cpu", torch.float32)
+        _, segments = filled(learner.cfg, models)
+        first = learner.step(segments, 0)["loss"]
+        for _ in range(20):
+            last = learner.step(segments, 0)["loss"]
+        assert 0 < last < first < 1
+    finally:
+        del ESTIMATORS["tv_topk"]
+
+
+def test_no_other_module_names_an_estimator():
+    names = "|".join(ESTIMATORS)
+    for file in ("cache.py", "rollout.py", "learner.py", "record.py", "tasks.py"):
+        assert not re.search(rf"\b({names})\b", (ROOT / file).read_text()), file
+    found = re.findall(rf'^.*\b(?:{names})\b.*$', (ROOT / "asyncopd.py").read_text(), re.M)
+    assert all("knob(" in line for line in found), "in the parent only the help of a flag may name one"
+    assert len((ROOT / "estimators.py").read_text().splitlines()) <= 450
+    assert re.findall(r"^(?:from|import) (\w+)", (ROOT / "estimators.py").read_text(), re.M) == [
+        "__future__", "collections", "dataclasses", "functools", "typing", "torch", "torch", "torch"]
+
+
+def test_the_table_has_a_row_for_each_and_every_docstring_its_six_lines():
+    assert len(estimator_table().splitlines()) == 2 + len(ESTIMATORS)
+    for name, row in ESTIMATORS.items():
+        assert row.fn.__name__ == name
+        for line in ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered"):
+            assert len(row.says(line)) > 3, (name, line)
+
+
+# -- what the engine records, what the teacher scores -----------------------------------------------
+
+def test_the_student_records_its_best_words_with_their_log_probs(models):
+    cfg = config(models, "reverse_topk")
+    _, segments = filled(cfg, models)
+    model = load_model(str(models / "stale"), "cpu", torch.float32)
+    for s in segments:
+        with torch.no_grad():
+            truth = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
+        assert torch.equal(s.ids[:, 0], s.tokens[s.start:]), "column 0 is the emitted token"
+        assert torch.allclose(s.logmu, truth.gather(-1, s.ids.long()), atol=1e-4)
+        assert torch.allclose(s.logmu[:, 1:], truth.topk(K).values, atol=1e-4)
+
+
+def test_best_words_under_temperature_and_nucleus_are_those_of_what_was_sampled():
+    logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
+    ids, logmu = draw_rows(logits, [Sampler(0, 0, 0)], 2, 5, 0.5, 0.9)
+    p = (2 * logits[0]).softmax(-1)
+    kept = (p[:2] / p[:2].sum()).log()
+    assert ids.shape == (1, 7) and set(ids[0, :2].tolist()) <= {0, 1}
+    assert torch.allclose(logmu[0, 2:4], kept, atol=1e-5) and (logmu[0, 4:] == -torch.inf).all()
+
+
+def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
+    got, _ = gradient(learner := Learner(config(models, "reverse_topk", top_k=VOCAB), "cpu", torch.float32),
+                      filled(learner.cfg, models)[1])
+    want, _ = gradient(learner := Learner(config(models, "reverse_dense"), "cpu", torch.float32),
+                       filled(learner.cfg, models)[1])
+    assert torch.allclose(got, want, atol=2e-5 * want.abs().max().item())
+
+
+@pytest.mark.parametrize("name", ["reverse_topk", "forward_topk", "reverse_dense"])
+def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabulary(models, tmp_path, name):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
+    run = Run(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
+    row, hidden = ESTIMATORS[name], HIDDEN if ESTIMATORS[name].support == "full" else 0
+    assert run.cfg.top_k == VOCAB and run.slots.hidden.shape == (4, T, hidden)
+    assert run.slots.ids.shape == (4, T, row.columns(N, VOCAB)) and run.slot_bytes == row.bytes(N, VOCAB, 4 * hidden)
+
+
+def test_the_teacher_draws_from_its_own_distribution_and_repeats_itself(models):
+    cfg = config(models, "forward_mc", mc_samples=3000)
+    _, segments = filled(cfg, models, responses=1)
+    again = filled(cfg, models, responses=1)[1]
+    assert torch.equal(segments[0].ids, again[0].ids)
+    other = filled(config(models, "forward_mc", mc_samples=3000, seed=4), models, responses=1)[1]
+    assert not torch.equal(segments[0].ids[:1], other[0].ids[:1])
+    s, model = segments[0], load_model(cfg.teacher, "cpu", torch.float32)
+    with torch.no_grad():
+        q = model(s.tokens[None].long()).logits[0, s.start - 1:-1].softmax(-1)
+    for t in range(len(s)):
+        seen = torch.bincount(s.ids[t, 1:].long(), minlength=VOCAB) / 3000
+        common = q[t] > 5 / 3000
+        chi = ((seen - q[t])[common] ** 2 / q[t][common]).sum() * 3000
+        assert chi < common.sum() + 5 * (2 * common.sum()) ** 0.5, f"position {t}: chi square {chi:.1f}"
+    assert torch.allclose(s.logq.exp(), q.gather(-1, s.ids.long()), atol=1e-5)
+
+
+@pytest.mark.parametrize("teacher", ["teacher", "wide"])
+def test_exact_divergences_match_both_models_run_side_by_side(models, teacher):
+    """Also where the teacher's head has more rows than the student's."""
+    learner = Learner(config(models, "reverse_dense", teacher=str(models / teacher)), "cpu", torch.float32)
+    _, segments = filled(learner.cfg, models)
+    got, metrics = gradient(learner, segments)
+    p, q = load_model(learner.cfg.student, "cpu", torch.float32), load_model(learner.cfg.teacher, "cpu", torch.float32)
+    total = 0.0
+    for s in segments:
+        logp = p(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
+        with torch.no_grad():
+            logq = q(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)[:, :VOCAB]
+        total = total + (logp.exp() * (logp - logq)).sum()
+    (total / sum(map(len, segments))).backward()
+    want = torch.cat([x.grad.flatten() for x in p.parameters()])
+    assert torch.allclose(got, want, atol=2e-5 * want.abs().max().item())
+    assert metrics["kl"] == pytest.approx(metrics["loss"], rel=1e-5)
+    assert metrics["kl"] == pytest.approx(total.item() / sum(map(len, segments)), rel=1e-4)
+
+
+@pytest.mark.parametrize("name", ["forward_topk", "forward_mc", "reverse_mc"])
+def test_a_wider_teacher_offers_no_word_the_student_lacks(models, name):
+    learner = Learner(config(models, name, teacher=str(models / "wide")), "cpu", torch.float32)
+    _, segments = filled(learner.cfg, models)
+    assert all(int(s.ids.max()) < VOCAB for s in segments)
+    assert torch.tensor(learner.step(segments, 0)["loss"]).isfinite()
+
+
+def test_rows_that_only_one_head_has_are_cut_or_impossible():
+    rows, head = torch.randn(2, 8), torch.nn.Linear(8, 10)
+    truth = head(rows).log_softmax(-1)
+    assert torch.equal(teacher_logq(head, rows, 7), truth[:, :7])
+    wider = teacher_logq(head, rows, 12)
+    assert torch.equal(wider[:, :10], truth) and (wider[:, 10:] == -torch.inf).all()
+
+
+def test_what_the_whole_batch_knows_is_the_student_before_its_first_update(models):
+    learner = Learner(config(models, "decoupled_ppo", minibatches=2, lr=0.1), "cpu", torch.float32)
+    _, segments = filled(learner.cfg, models)
+    model = load_model(learner.cfg.student, "cpu", torch.float32)
+    learner.step(segments, 0)
+    for s in segments:
+        with torch.no_grad():
+            truth = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
+        assert torch.allclose(learner.known[s.slot]["prox"], truth.gather(-1, s.ids.long()), atol=1e-4)
+
+
+# -- what the log says -----------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["reverse_mc", "reverse_ppo", "reverse_topk", "forward_topk", "forward_mc",
+                                  "reverse_dense"])
+def test_diagnostics_are_those_of_the_columns_that_mu_drew(models, name):
+    learner = Learner(config(models, name), "cpu", torch.float32)
+    _, segments = filled(learner.cfg, models)
+    _, got = gradient(learner, segments)
+    model, n = load_model(learner.cfg.student, "cpu", torch.float32), ESTIMATORS[name].drawn(N)
+    w, entropy, value, duplicates, exact = [], [], [], [], []
+    teacher = load_model(learner.cfg.teacher, "cpu", torch.float32)
+    with torch.no_grad():
+        for s in segments:
+            logp = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
+            logq = teacher(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
+            exact += (logp.exp() * (logp - logq)).sum(-1).tolist()
+            for t in range(len(s)):
+                ids = s.ids[t, :n].tolist()
+                weights = [(logp[t, a] - s.logmu[t, i]).exp().item() for i, a in enumerate(ids)]
+                w.append(weights[0])
+                entropy.append(-sum(x * logp[t, a].item() for x, a in zip(weights, ids)) / n)
+                value.append([x * (logp[t, a] - logq[t, a]).item() for x, a in zip(weights, ids)] if
+                             ESTIMATORS[name].kl == "reverse" else
+                             [((logq[t, a] - s.logmu[t, i]).exp() * (logq[t, a] - logp[t, a])).item()
+                              for i, a in enumerate(ids)])
+                duplicates.append(1 - len(set(ids)) / n)
+    size, value = len(w), [sum(x) / n for x in value]
+    want = {"w_max": max(w), "w_p99": sorted(w)[int(0.99 * (size - 1))], "entropy": sum(entropy) / size,
+            "ess": sum(w) ** 2 / sum(x * x for x in w) / size, "duplicates": sum(duplicates) / size, "tokens": size,
+            "kl": sum(exact if ESTIMATORS[name].support == "full" else value) / size}
+    assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
+
+
+def test_nothing_to_train_on_is_a_loss_of_zero(models):
+    learner = Learner(config(models, "reverse_mc"), "cpu", torch.float32)
+    slots, _ = filled(learner.cfg, models)
+    slots.length[0] = 0
+    measured = learner.backward([slots.read(0)], 1)
+    assert measured["loss"].sum() == 0 and all((p.grad == 0).all() for p in learner.model.parameters())
+    _, segments = slots, [slots.read(s) for s in range(4)]
+    assert learner.step(segments, 0)["tokens"] == sum(map(len, segments))
+
+
+@pytest.mark.parametrize("source", ["logq", "logmu", "hidden", "logp"])
+def test_a_nan_names_its_source_and_its_slot(models, source):
+    learner = Learner(config(models, "reverse_dense"), "cpu", torch.float32)
+    slots, segments = filled(learner.cfg, models)
+    if source == "logp":
+        with torch.no_grad():
+            learner.head.weight[0, 0] = torch.nan
+        message = r"logp is nan in slots \[.*0.*\].*student"
+    else:
+        getattr(slots, source)[2, 1] = torch.nan
+        message = rf"{source} is nan in slots \[2\]"
+    with pytest.raises(RuntimeError, match=message):
+        learner.step(segments, 0)
+
+
+def test_a_segment_without_hidden_states_can_still_be_made():
+    blank = torch.empty(0, 1)
+    assert Segment(0, torch.zeros(3), 1, blank, blank, blank, blank).hidden.shape == (0, 0)
