@@ -47,14 +47,14 @@ def shaped(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tens
     return x
 
 
-def draw(x: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution of softmax(x) at u: ids [R, N] and their log-probs, float32, [R, N].
+def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Invert the cumulative distribution of softmax(logits) at u: ids [R, N] and their log-probs, float32, [R, N].
 
-    x [R, V] float32; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are drawn as often as they
-    should be. Two levels: a block of words by the blocks' masses, then a word inside of it, so that only one pass over
-    V is needed whatever N is.
+    logits [R, V] of any float dtype; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are drawn
+    as often as they should be. Two levels: a block of words by the blocks' masses, then a word inside of it, so that
+    only one pass over V is needed whatever N is.
     """
-    R, N = u.shape
+    R, x = len(u), shaped(logits, temperature, top_p)
     top = x.amax(-1, keepdim=True)
     weight = pad((x - top).exp_(), (0, -x.shape[1] % BLOCK)).view(R, -1, BLOCK)
     mass = weight.sum(-1).double()

@@ -43,9 +43,9 @@ class Sampler:
 def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, k: int, temperature: float, top_p: float):
     """Ids [R, n + k] and their log-probs: n i.i.d. draws, the first one to emit; then the k best words."""
     u = torch.from_numpy(np.stack([s.random(n) for s in samplers])).to(logits.device)
-    x = shaped(logits, temperature, top_p)
-    ids, logmu = draw(x, u)
+    ids, logmu = draw(logits, u, temperature, top_p)
     if k:
+        x = shaped(logits, temperature, top_p)
         best = x.topk(k)
         log_norm = x.gather(1, ids[:, :1]) - logmu[:, :1]
         ids, logmu = torch.cat([ids, best.indices], 1), torch.cat([logmu, best.values - log_norm], 1)

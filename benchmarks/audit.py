@@ -39,7 +39,7 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from cache import Segment, load_model, response_rows  # noqa: E402
+from cache import Slots, load_model, response_rows  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
 from rollout import HFEngine  # noqa: E402
 
@@ -80,20 +80,21 @@ def visited(run: Path, lag: int, M: int) -> Positions:
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
     tokenizer = tasks.toy_tokenizer()
     prompts = tasks.encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.prompt_suffix)
+    slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, engine.n + engine.k)
     for s, prompt in enumerate(prompts):
+        slots.open(s, s, prompt, len(prompt), 0)
         engine.add(s, prompt, cfg.max_response, uid=s, position=0)
-    segments = []
     while engine.rows or engine.new:
-        for s, (tokens, _, _) in engine.take(engine.step()).items():
-            blank = torch.zeros(len(tokens), 0)
-            whole = torch.cat([torch.tensor(prompts[s]), tokens])
-            segments.append(Segment(s, whole, len(prompts[s]), torch.zeros(len(tokens)), blank, blank, blank))
+        for s, drawn in engine.take(engine.step()).items():
+            slots.append(s, *drawn, 0)
+    segments = [slots.read(s) for s in range(len(slots))]
     at = torch.randperm(sum(map(len, segments)), generator=torch.Generator().manual_seed(0))[:M]
     logits = []
     for folder in (run / "student", cfg.teacher, old):
         model = load_model(str(folder), "cpu", torch.float32)
-        rows = [response_rows(model.base_model(input_ids=s.tokens[None]).last_hidden_state, [s]) for s in segments]
-        logits.append(model.get_output_embeddings()(torch.cat(rows)[at]).double())
+        states = [model.base_model(input_ids=s.tokens[None].long()).last_hidden_state for s in segments]
+        rows = torch.cat([response_rows(x, [s]) for x, s in zip(states, segments)])
+        logits.append(model.get_output_embeddings()(rows[at]).double())
     return Positions(logits[0], logits[1].log_softmax(-1), logits[2].log_softmax(-1))
 
 

@@ -11,7 +11,7 @@ import torch
 
 import tasks
 from asyncopd import Config, Run
-from cache import Segment, Slots, load_model, score, teacher_logq
+from cache import Slots, load_model, score, teacher_logq
 from estimators import ESTIMATORS, Estimator, estimator_table
 from learner import METRICS, Learner, summarize
 from rollout import HFEngine, Sampler, draw_rows
@@ -306,8 +306,3 @@ def test_a_nan_names_its_source_and_its_slot(models, source):
         message = rf"{source} is nan in slots \[2\]"
     with pytest.raises(RuntimeError, match=message):
         learner.step(segments, 0)
-
-
-def test_a_segment_without_hidden_states_can_still_be_made():
-    blank = torch.empty(0, 1)
-    assert Segment(0, torch.zeros(3), 1, blank, blank, blank, blank).hidden.shape == (0, 0)
