@@ -4,38 +4,29 @@ Asynchronous on-policy distillation: a student writes, a teacher scores, a learn
     python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
     python asyncopd.py --gpus 0                                 # no GPU: the same processes, a toy model
 
-This file is the parent: the flags, which role runs where, starting the workers, the loop that routes slot numbers
-between them, and everything a person sees. The decisions are in cache.Ledger, the algorithm in learner.Learner and
-estimators.py. What is left out: several machines.
-Reading order: estimators, cache, rollout, learner, asyncopd (then tasks and record, at leisure).
-Tests: tests/test_cli.py, tests/test_pipeline.py
+This file is the command: the flags, what they may be, which role runs on which device, and the exit code.
+Reading order: estimators, cache, rollout, learner, run (then tasks and record, at leisure).
+What is left out: several machines. Tests: tests/test_cli.py
 """
 from __future__ import annotations
 
 import argparse
 import importlib.util
-import multiprocessing
-import os
 import shutil
 import signal
 import sys
 import time
-import traceback
-from collections import defaultdict
-from dataclasses import asdict, dataclass, field, fields, replace
-from multiprocessing.connection import wait
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import get_type_hints
 
 import torch
 import yaml
 
-import record
 import tasks
-from cache import Ledger, Link, Slots, Weights, stop_ids, teacher_worker, vocab_size
+from cache import stop_ids, vocab_size
 from estimators import DEFAULT, ESTIMATORS
-from learner import METRICS, learner_worker
-from rollout import rollout_worker
+from run import Job, Run
 
 ROOT = Path(__file__).resolve().parent
 
@@ -179,282 +170,38 @@ def plan(cfg: Config) -> dict[str, str]:
     return {role: f"cuda:{min(i, cfg.gpus - 1)}" for i, role in enumerate(roles)}
 
 
-# -- workers ---------------------------------------------------------------------------------------
+# -- what the flags name ---------------------------------------------------------------------------
 
-WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": learner_worker}
+def prepare(cfg: Config) -> tuple[Config, Job]:
+    """Models and texts, checked, without loading a weight. The toy's models are made here on first use."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    if cfg.task == "toy" and not cfg.student:
+        student, teacher = tasks.toy_models(ROOT / "runs")
+        cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
+    task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, eval_file=cfg.eval_task,
+                           eval_n=cfg.eval_n)
+    for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
+        try:
+            AutoConfig.from_pretrained(name)
+        except (OSError, ValueError) as e:
+            refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
+    tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+    same_words(tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
+    prompts = [p for p in tasks.encode(task.train, tokenizer, cfg.prompt_suffix) if 0 < len(p) <= cfg.max_prompt]
+    prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
+    ends = set(stop_ids(cfg.student))
 
+    def grade(answers: list[list[int]]) -> tuple[list[str], list[bool]]:
+        texts = tokenizer.batch_decode([[t for t in a if t not in ends] for a in answers], skip_special_tokens=True)
+        return texts, [task.grade(text, row.answer) for text, row in zip(texts, task.eval)]
 
-def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) -> None:
-    """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the parent, which stops us in order
-    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(sink, 1), os.dup2(sink, 2)
-    if device == "cpu":
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // 2))
-        if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(name[7:]) % max(1, cores - 1)))
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"], device = device.split(":")[1], "cuda:0"
-    link = Link(pipe)
-    try:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
-    except EOFError:                                     # the parent is gone
-        pass
-    except BaseException:
-        link.send("crash", traceback=traceback.format_exc())
-        raise
-
-
-class Hand:
-    """A worker as its parent sees it."""
-
-    def __init__(self, name: str, device: str, cfg: Config, args: tuple):
-        spawn = multiprocessing.get_context("spawn")
-        self.name, self.role, self.load, self.stopped = name, name.rstrip("0123456789"), 0, False
-        self.pipe, theirs = spawn.Pipe()
-        self.process = spawn.Process(target=guarded, name=name, daemon=True,
-                                     args=(name, theirs, f"{cfg.out}/{name}.log", cfg, device, args))
-        self.process.start()
-        theirs.close()
-
-    def send(self, order: str, body=None) -> None:
-        self.pipe.send((order, body))
-
-
-# -- the run ---------------------------------------------------------------------------------------
-
-class Run:
-    """The parent: routes slots, keeps the record, ends the run. `loop` is the whole of the pipeline."""
-
-    def __init__(self, cfg: Config):
-        from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-        if cfg.task == "toy" and not cfg.student:
-            student, teacher = tasks.toy_models(ROOT / "runs")
-            cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
-        self.task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key,
-                                    eval_file=cfg.eval_task, eval_n=cfg.eval_n)
-        for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
-            try:
-                AutoConfig.from_pretrained(name)
-            except (OSError, ValueError) as e:
-                refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-        same_words(self.tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
-        self.prompts = [p for p in tasks.encode(self.task.train, self.tokenizer, cfg.prompt_suffix)
-                        if 0 < len(p) <= cfg.max_prompt]
-        self.prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
-        self.eval_prompts = tasks.encode(self.task.eval, self.tokenizer, cfg.prompt_suffix)
-        self.ends = set(stop_ids(cfg.student))
-        with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
-        layout = {name: p.shape for name, p in model.named_parameters()}
-        probe = (self.prompts[0] + self.prompts[-1] + self.prompts[0])[:64]
-        cfg = replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student)))
-        estimator, dtype = ESTIMATORS[cfg.estimator], torch.bfloat16 if cfg.gpus else torch.float32
-        hidden = AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size
-        self.cfg, self.slot_bytes = cfg, estimator.bytes(cfg.mc_samples, cfg.top_k, hidden * dtype.itemsize)
-        self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
-                           estimator.columns(cfg.mc_samples, cfg.top_k),
-                           hidden if estimator.support == "full" else 0, dtype)
-        self.weights = Weights(layout, probe, torch.bfloat16 if cfg.gpus else torch.float32)
-        self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
-        self.hands: list[Hand] = []
-        self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
-        self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
-        self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
-        self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
-        self.steps: list[dict] = []
-        self.made = self.dropped = 0
-
-    def start(self) -> None:
-        """Start the workers, wait until all can work, evaluate version 0."""
-        cfg, where = self.cfg, plan(self.cfg)
-        both = (self.slots, self.weights)
-        shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
-        record.show_start(where, [
-            [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
-            [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
-            ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]], changed(cfg))
-        for name, device in where.items():
-            self.hands.append(Hand(name, device, cfg, shared[name.rstrip("0123456789")]))
-        self.log = record.Log(Path(cfg.out), cfg.steps)
-        self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
-        waiting = set(where)
-        while waiting:
-            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "ready"}
-        for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
-            waiting |= self.evaluate(hand)
-        while waiting:
-            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "evaluated"}
-        self.began = self.last_step = time.monotonic()
-
-    def role(self, role: str) -> list[Hand]:
-        return [h for h in self.hands if h.role == role]
-
-    def loop(self) -> None:
-        """Give work, hear reports, until the last batch is trained."""
-        while self.ledger.version < self.cfg.steps:
-            self.give_work()
-            for hand, kind, body in self.reports():
-                self.handle(hand, kind, body)
-
-    def give_work(self) -> None:
-        orders: dict[tuple[str, str], list] = defaultdict(list)         # (worker, what to do) -> slots
-        for t in self.ledger.hand_out():
-            hand = min(self.role("rollout"), key=lambda h: h.load)
-            prompt = self.prompts[tasks.prompt_number(t.uid, len(self.prompts), self.cfg.seed)]
-            self.slots.open(t.slot, t.uid, prompt if t.context is None else t.context, len(prompt), self.ledger.version)
-            orders[hand.name, "take"].append((self.ledger.version if self.ledger.lockstep else None, t.slot))
-            t.holder, hand.load = hand.name, hand.load + 1
-        for t in self.ledger.to_score():
-            hand = min(self.role("teacher"), key=lambda h: h.load)
-            orders[hand.name, "score"].append(t.slot)
-            t.stage, t.holder, hand.load = "teacher", hand.name, hand.load + 1
-        for t in self.ledger.to_stop():
-            orders[t.holder, self.ledger.rule].append(t.slot)
-        if batch := self.ledger.next_batch():
-            orders["learner", "train"] = [t.slot for t in batch]
-        for hand in self.hands:
-            for (name, order), body in orders.items():
-                if name == hand.name:
-                    hand.send(order, body)
-
-    def handle(self, hand: Hand, kind: str, body: dict) -> None:
-        if kind == "generated":
-            for s in body["slots"]:
-                self.ledger.generated(s, body["finished"])
-                if not body["finished"]:
-                    self.log.write("event", what="cut", uid=self.ledger.tickets[s].uid, version=self.ledger.version,
-                                   born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
-        elif kind == "dropped":
-            for s in body["slots"]:
-                self.dropped += int(self.slots.length[s])
-                self.ledger.dropped(s)
-        elif kind == "scored":
-            for s in body["slots"]:
-                self.ledger.scored(s)
-        elif kind == "trained":
-            self.ledger.trained()                        # after the publish: a freed slot never meets older weights
-            self.step_done(body["metrics"])
-        hand.load -= len(body.get("slots", ()))
-
-    def reports(self):
-        """(hand, kind, body) of everything that has arrived, waiting up to a second; a dead worker ends the run."""
-        by_pipe = {h.pipe: h for h in self.hands if not h.stopped}
-        for pipe in wait(list(by_pipe), timeout=1.0):
-            hand = by_pipe[pipe]
-            try:
-                kind, body, spans = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                hand.process.join(5)
-                raise RuntimeError(f"{hand.name} died with exit code {hand.process.exitcode}; "
-                                   f"its output: {self.cfg.out}/{hand.name}.log") from None
-            self.spans += [(hand.name, *s) for s in spans]
-            if kind == "crash":
-                raise RuntimeError(f"{hand.name} crashed\n{body['traceback']}")
-            if "tokens" in body:
-                self.generated[hand.name] = body["tokens"]
-            if kind == "pushed":
-                self.pushed[hand.name] = body
-            if kind == "evaluated":
-                self.graded(hand, body)
-            yield hand, kind, body
-
-    # -- evaluation and record ---------------------------------------------------------------------
-
-    def evaluate(self, hand: Hand) -> set[str]:
-        """Ask for greedy answers to the held-out rows; who will report (nobody where no row has an answer)."""
-        if not self.eval_prompts:
-            return set()
-        hand.send("evaluate", (self.eval_prompts, self.cfg.max_response))
-        return {hand.name}
-
-    def graded(self, hand: Hand, body: dict) -> None:
-        answers = [[t for t in a if t not in self.ends] for a in body["answers"]]
-        texts = self.tokenizer.batch_decode(answers, skip_special_tokens=True)
-        right = [self.task.grade(text, row.answer) for text, row in zip(texts, self.task.eval)]
-        who, step = ("teacher", 0) if hand.role == "teacher" else ("student", body["version"])
-        self.accuracy[who, step] = sum(right) / len(right)
-        self.log.write("eval", step=step, accuracy=self.accuracy[who, step], n=len(right), who=who,
-                       examples=[dict(prompt=r.prompt, text=t, right=ok) for r, t, ok in
-                                 list(zip(self.task.eval, texts, right))[:3]])
-
-    def step_done(self, metrics: dict) -> None:
-        cfg, now, made = self.cfg, time.monotonic(), sum(self.generated.values())
-        metrics |= {"gen_tok_s": (made - self.made) / (now - self.last_step), "wall_s": now - self.began,
-                    "push_s": max(p["seconds"] for p in self.pushed.values())}
-        metrics |= {f"engine_gap_{name}": max(p["gap"][i] for p in self.pushed.values())
-                    for i, name in enumerate(("mean", "p95", "max"))}
-        assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
-        self.made, self.last_step = made, now
-        self.steps.append(metrics)
-        self.log.step(metrics)
-        step = metrics["step"]
-        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
-            self.evaluate(self.role("rollout")[0])
-        if cfg.save_every and step % cfg.save_every == 0:
-            self.role("learner")[0].send("save", f"{cfg.out}/checkpoints/step-{step}")
-
-    def finish(self) -> None:
-        """The last evaluation, the student's folder, the totals."""
-        cfg, steps, wall = self.cfg, self.steps, self.last_step - self.began
-        self.evaluate(self.role("rollout")[0])
-        self.role("learner")[0].send("save", f"{cfg.out}/student")
-        self.stop()
-        record.write_trace(Path(cfg.out) / "trace.json", self.spans)
-        busy = record.busy_shares(self.spans, self.began, self.last_step)
-        trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
-        tail = [m["kl"] for m in steps[-10:]]
-        totals = {
-            "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
-            "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
-            "tokens_dropped": self.dropped, "wall_s": wall,
-            "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
-            "score_tok_s": trained / wall / busy["teacher"],
-            "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,
-            "lag_max": max(m["lag_max"] for m in steps), "kl_before": steps[0]["kl"], "kl_after": sum(tail) / len(tail),
-            "accuracy_before": self.accuracy.get(("student", 0)),
-            "accuracy_after": self.accuracy.get(("student", cfg.steps)),
-            "accuracy_teacher": self.accuracy.get(("teacher", 0))}
-        assert totals.keys() == record.DONE.keys(), totals.keys() ^ record.DONE.keys()
-        self.log.write("done", **totals)
-        self.log.close()
-        record.show_end(totals, cfg.out)
-
-    def stop(self) -> None:
-        """Every worker ends after the orders it has; then it is gone."""
-        for hand in self.hands:
-            hand.send("stop")
-        while any(not h.stopped for h in self.hands):
-            for hand, kind, _ in self.reports():
-                hand.stopped = kind == "stopped"
-        self.close()
-
-    def checkpoint(self, within_s: float) -> str:
-        """Save the student as it is; the folder, or "" where the learner does not manage in time or was never there."""
-        if not self.steps:
-            return ""
-        folder, limit = f"{self.cfg.out}/checkpoints/step-{len(self.steps)}", time.monotonic() + within_s
-        self.role("learner")[0].send("save", folder)
-        while time.monotonic() < limit:
-            for _, _, body in self.reports():
-                if body.get("folder") == folder:
-                    return folder
-        return ""
-
-    def close(self) -> None:
-        """No process is left, whatever happened."""
-        for hand in self.hands:
-            hand.process.join(5 if hand.stopped else 0)
-            hand.process.kill()
-        for hand in self.hands:
-            hand.process.join()
-
-
-def changed(cfg: Config) -> dict[str, object]:
-    return {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
+    return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student))), Job(
+        prompts=prompts, eval_prompts=tasks.encode(task.eval, tokenizer, cfg.prompt_suffix), eval_rows=task.eval,
+        grade=grade, layout={name: p.shape for name, p in model.named_parameters()},
+        probe=(prompts[0] + prompts[-1] + prompts[0])[:64],
+        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size)
 
 
 def same_words(student, teacher) -> None:
@@ -474,7 +221,8 @@ def main(argv: list[str]) -> int:
         if out.exists() and any(out.iterdir()):
             cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
             shutil.rmtree(out)
-        run = Run(cfg)
+        cfg, job = prepare(cfg)
+        run = Run(cfg, job, plan(cfg))
         out.mkdir(parents=True, exist_ok=True)
         run.start()
         run.loop()

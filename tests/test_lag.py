@@ -59,7 +59,7 @@ class Link:
 
 
 class Pipeline:
-    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as asyncopd.Run does."""
+    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as run.Run does."""
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute"):

@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tasks
-from asyncopd import Config, Run
+from asyncopd import Config, plan, prepare
 from cache import Slots, load_model, score, teacher_logq
 from estimators import ESTIMATORS, Estimator, estimator_table
 from learner import METRICS, Learner, summarize
 from rollout import HFEngine, Sampler, draw_rows
+from run import Run
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent
@@ -179,7 +180,8 @@ def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
 @pytest.mark.parametrize("name", ["reverse_topk", "forward_topk", "reverse_dense"])
 def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabulary(models, tmp_path, name):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
-    run = Run(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
+    cfg, job = prepare(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
+    run = Run(cfg, job, plan(cfg))
     row, hidden = ESTIMATORS[name], HIDDEN if ESTIMATORS[name].support == "full" else 0
     assert run.cfg.top_k == VOCAB and run.slots.hidden.shape == (4, T, hidden)
     assert run.slots.ids.shape == (4, T, row.columns(N, VOCAB)) and run.slot_bytes == row.bytes(N, VOCAB, 4 * hidden)

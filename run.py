@@ -1,0 +1,300 @@
+"""
+The parent of a run: starts the workers, routes slot numbers between them, hears what they report, ends them.
+
+The decisions are cache.Ledger's and the algorithm is learner.Learner's: here is only who is told what, and what is
+written down. Nothing of a model or a text is known here but what a `Job` says. What is left out: restarting a worker
+that died; it ends the run with its name and its traceback. Tests: tests/test_pipeline.py
+"""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+import traceback
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, fields
+from multiprocessing.connection import wait
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+import record
+from cache import Ledger, Link, Slots, Weights, teacher_worker
+from estimators import ESTIMATORS
+from learner import METRICS, learner_worker
+from rollout import rollout_worker
+from tasks import Row, prompt_number
+
+if TYPE_CHECKING:
+    from asyncopd import Config
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run works on, after every check: all that the parent knows of models and texts."""
+    prompts: list[list[int]]                     # token ids
+    eval_prompts: list[list[int]]
+    eval_rows: list[Row]
+    grade: Callable[[list[list[int]]], tuple[list[str], list[bool]]]      # answers' ids -> their texts, right or not
+    layout: dict[str, torch.Size]                # the student's parameters
+    probe: list[int]                             # tokens on which an engine proves a push
+    hidden: int                                  # width of the teacher
+
+
+# -- workers ---------------------------------------------------------------------------------------
+
+WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": learner_worker}
+
+
+def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) -> None:
+    """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the parent, which stops us in order
+    sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    os.dup2(sink, 1), os.dup2(sink, 2)
+    if device == "cpu":
+        cores = os.cpu_count() or 1
+        torch.set_num_threads(max(1, cores // 2))
+        if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(name[7:]) % max(1, cores - 1)))
+    else:
+        os.environ["CUDA_VISIBLE_DEVICES"], device = device.split(":")[1], "cuda:0"
+    link = Link(pipe)
+    try:
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
+    except EOFError:                                     # the parent is gone
+        pass
+    except BaseException:
+        link.send("crash", traceback=traceback.format_exc())
+        raise
+
+
+class Hand:
+    """A worker as its parent sees it."""
+
+    def __init__(self, name: str, device: str, cfg: Config, args: tuple):
+        spawn = multiprocessing.get_context("spawn")
+        self.name, self.role, self.load, self.stopped = name, name.rstrip("0123456789"), 0, False
+        self.pipe, theirs = spawn.Pipe()
+        self.process = spawn.Process(target=guarded, name=name, daemon=True,
+                                     args=(name, theirs, f"{cfg.out}/{name}.log", cfg, device, args))
+        self.process.start()
+        theirs.close()
+
+    def send(self, order: str, body=None) -> None:
+        self.pipe.send((order, body))
+
+
+# -- the run ---------------------------------------------------------------------------------------
+
+class Run:
+    """The parent: routes slots, keeps the record, ends the run. `loop` is the whole of the pipeline."""
+
+    def __init__(self, cfg: Config, job: Job, where: dict[str, str]):
+        estimator, dtype = ESTIMATORS[cfg.estimator], torch.bfloat16 if cfg.gpus else torch.float32
+        self.cfg, self.job, self.where = cfg, job, where
+        self.slot_bytes = estimator.bytes(cfg.mc_samples, cfg.top_k, job.hidden * dtype.itemsize)
+        self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
+                           estimator.columns(cfg.mc_samples, cfg.top_k),
+                           job.hidden if estimator.support == "full" else 0, dtype)
+        self.weights = Weights(job.layout, job.probe, dtype)
+        self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
+        self.hands: list[Hand] = []
+        self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
+        self.counters: list[tuple[float, dict[str, float]]] = []   # time, what the trace draws as curves
+        self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
+        self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
+        self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
+        self.steps: list[dict] = []
+        self.made = self.dropped = 0
+        self.routing_s = 0.0                                       # seconds of the parent's own work
+
+    def start(self) -> None:
+        """Start the workers, wait until all can work, evaluate version 0."""
+        cfg, where = self.cfg, self.where
+        both = (self.slots, self.weights)
+        shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
+        record.show_start(where, [
+            [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
+            [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
+            ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
+            {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
+        for name, device in where.items():
+            self.hands.append(Hand(name, device, cfg, shared[name.rstrip("0123456789")]))
+        self.log = record.Log(Path(cfg.out), cfg.steps)
+        self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
+        waiting = set(where)
+        while waiting:
+            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "ready"}
+        for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
+            waiting |= self.evaluate(hand)
+        while waiting:
+            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "evaluated"}
+        self.began = self.last_step = time.monotonic()
+
+    def role(self, role: str) -> list[Hand]:
+        return [h for h in self.hands if h.role == role]
+
+    def loop(self) -> None:
+        """Give work, hear reports, until the last batch is trained."""
+        while self.ledger.version < self.cfg.steps:
+            start = time.monotonic()
+            self.give_work()
+            self.routing_s += time.monotonic() - start
+            for hand, kind, body in self.reports():
+                start = time.monotonic()
+                self.handle(hand, kind, body)
+                self.routing_s += time.monotonic() - start
+
+    def give_work(self) -> None:
+        orders: dict[tuple[str, str], list] = defaultdict(list)         # (worker, what to do) -> slots
+        for t in self.ledger.hand_out():
+            hand = min(self.role("rollout"), key=lambda h: h.load)
+            prompt = self.job.prompts[prompt_number(t.uid, len(self.job.prompts), self.cfg.seed)]
+            self.slots.open(t.slot, t.uid, prompt if t.context is None else t.context, len(prompt), self.ledger.version)
+            orders[hand.name, "take"].append((self.ledger.version if self.ledger.lockstep else None, t.slot))
+            t.holder, hand.load = hand.name, hand.load + 1
+        for t in self.ledger.to_score():
+            hand = min(self.role("teacher"), key=lambda h: h.load)
+            orders[hand.name, "score"].append(t.slot)
+            t.stage, t.holder, hand.load = "teacher", hand.name, hand.load + 1
+        for t in self.ledger.to_stop():
+            orders[t.holder, self.ledger.rule].append(t.slot)
+        if batch := self.ledger.next_batch():
+            orders["learner", "train"] = [t.slot for t in batch]
+        for hand in self.hands:
+            for (name, order), body in orders.items():
+                if name == hand.name:
+                    hand.send(order, body)
+
+    def handle(self, hand: Hand, kind: str, body: dict) -> None:
+        if kind == "generated":
+            for s in body["slots"]:
+                self.ledger.generated(s, body["finished"])
+                if not body["finished"]:
+                    self.log.write("event", what="cut", uid=self.ledger.tickets[s].uid, version=self.ledger.version,
+                                   born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
+        elif kind == "dropped":
+            for s in body["slots"]:
+                self.dropped += int(self.slots.length[s])
+                self.ledger.dropped(s)
+        elif kind == "scored":
+            for s in body["slots"]:
+                self.ledger.scored(s)
+        elif kind == "trained":
+            self.ledger.trained()                        # after the publish: a freed slot never meets older weights
+            self.step_done(body["metrics"])
+        hand.load -= len(body.get("slots", ()))
+
+    def reports(self):
+        """(hand, kind, body) of everything that has arrived, waiting up to a second; a dead worker ends the run."""
+        by_pipe = {h.pipe: h for h in self.hands if not h.stopped}
+        for pipe in wait(list(by_pipe), timeout=1.0):
+            hand = by_pipe[pipe]
+            try:
+                kind, body, spans = pipe.recv()
+            except (EOFError, ConnectionResetError):
+                hand.process.join(5)
+                raise RuntimeError(f"{hand.name} died with exit code {hand.process.exitcode}; "
+                                   f"its output: {self.cfg.out}/{hand.name}.log") from None
+            self.spans += [(hand.name, *s) for s in spans]
+            if kind == "crash":
+                raise RuntimeError(f"{hand.name} crashed\n{body['traceback']}")
+            if "tokens" in body:
+                self.generated[hand.name] = body["tokens"]
+            if kind == "pushed":
+                self.pushed[hand.name] = body
+            if kind == "evaluated":
+                self.graded(hand, body)
+            yield hand, kind, body
+
+    # -- evaluation and record ---------------------------------------------------------------------
+
+    def evaluate(self, hand: Hand) -> set[str]:
+        """Ask for greedy answers to the held-out rows; who will report (nobody where no row has an answer)."""
+        if not self.job.eval_prompts:
+            return set()
+        hand.send("evaluate", (self.job.eval_prompts, self.cfg.max_response))
+        return {hand.name}
+
+    def graded(self, hand: Hand, body: dict) -> None:
+        texts, right = self.job.grade(body["answers"])
+        who, step = ("teacher", 0) if hand.role == "teacher" else ("student", body["version"])
+        self.accuracy[who, step] = sum(right) / len(right)
+        self.log.write("eval", step=step, accuracy=self.accuracy[who, step], n=len(right), who=who,
+                       examples=[dict(prompt=r.prompt, text=t, right=ok) for r, t, ok in
+                                 list(zip(self.job.eval_rows, texts, right))[:3]])
+
+    def step_done(self, metrics: dict) -> None:
+        cfg, now, made = self.cfg, time.monotonic(), sum(self.generated.values())
+        metrics |= {"gen_tok_s": (made - self.made) / (now - self.last_step), "wall_s": now - self.began,
+                    "push_s": max(p["seconds"] for p in self.pushed.values())}
+        metrics |= {f"engine_gap_{name}": max(p["gap"][i] for p in self.pushed.values())
+                    for i, name in enumerate(("mean", "p95", "max"))}
+        assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
+        self.made, self.last_step = made, now
+        self.steps.append(metrics)
+        self.log.step(metrics)
+        step = metrics["step"]
+        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+            self.evaluate(self.role("rollout")[0])
+        if cfg.save_every and step % cfg.save_every == 0:
+            self.role("learner")[0].send("save", f"{cfg.out}/checkpoints/step-{step}")
+
+    def finish(self) -> None:
+        """The last evaluation, the student's folder, the totals."""
+        cfg, steps, wall = self.cfg, self.steps, self.last_step - self.began
+        self.evaluate(self.role("rollout")[0])
+        self.role("learner")[0].send("save", f"{cfg.out}/student")
+        self.stop()
+        record.write_trace(Path(cfg.out) / "trace.json", self.spans)
+        busy = record.busy_shares(self.spans, self.began, self.last_step)
+        trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
+        tail = [m["kl"] for m in steps[-10:]]
+        totals = {
+            "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
+            "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
+            "tokens_dropped": self.dropped, "wall_s": wall,
+            "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
+            "score_tok_s": trained / wall / busy["teacher"],
+            "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,
+            "lag_max": max(m["lag_max"] for m in steps), "kl_before": steps[0]["kl"], "kl_after": sum(tail) / len(tail),
+            "accuracy_before": self.accuracy.get(("student", 0)),
+            "accuracy_after": self.accuracy.get(("student", cfg.steps)),
+            "accuracy_teacher": self.accuracy.get(("teacher", 0))}
+        assert totals.keys() == record.DONE.keys(), totals.keys() ^ record.DONE.keys()
+        self.log.write("done", **totals)
+        self.log.close()
+        record.show_end(totals, cfg.out)
+
+    def stop(self) -> None:
+        """Every worker ends after the orders it has; then it is gone."""
+        for hand in self.hands:
+            hand.send("stop")
+        while any(not h.stopped for h in self.hands):
+            for hand, kind, _ in self.reports():
+                hand.stopped = kind == "stopped"
+        self.close()
+
+    def checkpoint(self, within_s: float) -> str:
+        """Save the student as it is; the folder, or "" where the learner does not manage in time or was never there."""
+        if not self.steps:
+            return ""
+        folder, limit = f"{self.cfg.out}/checkpoints/step-{len(self.steps)}", time.monotonic() + within_s
+        self.role("learner")[0].send("save", folder)
+        while time.monotonic() < limit:
+            for _, _, body in self.reports():
+                if body.get("folder") == folder:
+                    return folder
+        return ""
+
+    def close(self) -> None:
+        """No process is left, whatever happened."""
+        for hand in self.hands:
+            hand.process.join(5 if hand.stopped else 0)
+            hand.process.kill()
+        for hand in self.hands:
+            hand.process.join()
