@@ -14,6 +14,7 @@ the emitted token; the estimator's table entry says what the others are). Tests:
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -60,7 +61,7 @@ class Slots:
 
     tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
     uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
-    the version of the first new one (while there is none, of its holder's weights). logq is nan until it is scored.
+    the version of the first new one (while there is none, of its holder's weights). logq is nan until scored.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
@@ -87,7 +88,6 @@ class Slots:
         assert len(context) < self.tokens.shape[1], f"context of {len(context)} leaves no room in slot {s}"
         self.tokens[s, :len(context)] = torch.as_tensor(context, dtype=torch.int32)
         self.uid[s], self.prompt[s], self.start[s], self.length[s], self.born[s] = uid, prompt, len(context), 0, version
-        self.logq[s] = torch.nan
 
     def append(self, s: int, tokens: Tensor, ids: Tensor, logmu: Tensor, version: int) -> None:
         """k more tokens [k] with their drawn columns [k, D], D <= C: the teacher fills in the other C - D."""
@@ -96,7 +96,7 @@ class Slots:
         n, at = int(self.length[s]), int(self.start[s] + self.length[s])
         self.tokens[s, at:at + k] = tokens
         self.ids[s, n:n + k, :D], self.logmu[s, n:n + k, :D] = ids, logmu
-        self.version[s, n:n + k] = version
+        self.logq[s, n:n + k], self.version[s, n:n + k] = torch.nan, version
         if n == 0:
             self.born[s] = version
         self.length[s] = n + k
@@ -109,6 +109,9 @@ class Slots:
 
 # -- the ledger: which tickets a batch takes -------------------------------------------------------
 
+STAGES = ("rollout", "generated", "teacher", "scored", "learner")
+
+
 @dataclass(slots=True)
 class Ticket:
     """One round of a slot: a whole response, or after a cut one segment of it."""
@@ -116,8 +119,7 @@ class Ticket:
     slot: int
     uid: int                       # which prompt, counted over all epochs
     context: Tensor | None         # what a cut response had so far, prompt included; None: a new response
-    stage: str = "rollout"         # rollout, generated, teacher, scored, learner
-    finished: bool = True          # False: cut, the rest of the response is another ticket
+    stage: str = "rollout"         # one of STAGES
     holder: str = ""               # the worker that has it
     arrived: int = 0               # order of becoming scored
     asked: int = -1                # version at which its holder was told that it is overdue
@@ -136,12 +138,15 @@ class Ledger:
         self.slots, self.batch, self.lockstep = slots, batch, schedule != "async"
         self.ahead, self.max_lag, self.rule = max_ahead, max_lag, "keep" if self.lockstep else overdue
         self.version = self.handed_out = self.prompts = self.arrivals = 0
-        self.free = list(range(len(slots)))
+        self.free = deque(range(len(slots)))
         self.tickets: dict[int, Ticket] = {}                       # by slot
-        self.rests: list[Ticket] = []                              # cut, waiting for a slot to go on in
+        self.at: dict[str, dict[int, Ticket]] = {stage: {} for stage in STAGES}      # the same, by stage
+        self.rests: deque[Ticket] = deque()                        # cut, waiting for a slot to go on in
 
-    def at(self, *stages: str) -> list[Ticket]:
-        return [t for t in self.tickets.values() if t.stage in stages]
+    def move(self, t: Ticket, stage: str) -> None:
+        del self.at[t.stage][t.slot]
+        t.stage = stage
+        self.at[stage][t.slot] = t
 
     def hand_out(self) -> list[Ticket]:
         """New tickets, as many as may be generated now, rests of cut responses first.
@@ -151,48 +156,52 @@ class Ledger:
         """
         n = len(self.free)
         if self.lockstep:
-            n = 0 if self.at("rollout") else (self.version + self.ahead + 1) * self.batch - self.handed_out
+            n = 0 if self.at["rollout"] else (self.version + self.ahead + 1) * self.batch - self.handed_out
         new = []
         for _ in range(n):
-            slot = self.free.pop(0)
             if self.rests:
-                cut = self.rests.pop(0)
-                new.append(Ticket(self.handed_out, slot, cut.uid, cut.context))
+                rest = self.rests.popleft()
+                t = Ticket(self.handed_out, self.free.popleft(), rest.uid, rest.context)
             else:
-                new.append(Ticket(self.handed_out, slot, self.prompts, None))
+                t = Ticket(self.handed_out, self.free.popleft(), self.prompts, None)
                 self.prompts += 1
             self.handed_out += 1
-        self.tickets.update((t.slot, t) for t in new)
+            self.tickets[t.slot] = self.at["rollout"][t.slot] = t
+            new.append(t)
         return new
 
     def generated(self, slot: int, finished: bool = True) -> None:
         """Its holder has handed slot over. A cut response's tokens so far are the context of the rest."""
-        t = self.tickets[slot]
-        assert t.stage == "rollout", t
-        t.stage, t.finished = "generated", finished
+        t = self.at["rollout"][slot]
+        self.move(t, "generated")
         if not finished:
             self.rests.append(Ticket(-1, -1, t.uid, self.slots.read(slot).tokens.clone()))
 
     def to_score(self) -> list[Ticket]:
-        """What the teacher may have now: all that is generated; in lockstep only when the whole batch is."""
-        return [] if self.lockstep and self.ahead == 0 and self.at("rollout") else self.at("generated")
+        """What the teacher gets now: all that is generated; in sync only when the whole batch is. Moves it there."""
+        if self.lockstep and self.ahead == 0 and self.at["rollout"]:
+            return []
+        ready = list(self.at["generated"].values())
+        for t in ready:
+            self.move(t, "teacher")
+        return ready
 
     def scored(self, slot: int) -> None:
-        t = self.tickets[slot]
-        assert t.stage == "teacher", t
-        t.stage, t.arrived = "scored", self.arrivals
+        t = self.at["teacher"][slot]
+        self.move(t, "scored")
+        t.arrived = self.arrivals
         self.arrivals += 1
 
     def overdue(self) -> list[Ticket]:
         """Tickets that the next batch must have. `born` may lag behind its holder, on the safe side only."""
         if self.rule == "keep":
             return []
-        floor = self.version - self.max_lag
-        return [t for t in self.at("rollout", "generated", "teacher", "scored") if self.slots.born[t.slot] <= floor]
+        old = (self.slots.born <= self.version - self.max_lag).nonzero().flatten().tolist()
+        return [self.tickets[s] for s in old if s in self.tickets]
 
     def to_stop(self) -> list[Ticket]:
         """Overdue and still running, not told yet: to be cut or dropped now, while the learner waits for its batch."""
-        if self.rule not in ("cut", "drop") or self.at("learner"):
+        if self.rule not in ("cut", "drop") or self.at["learner"]:
             return []
         late = [t for t in self.overdue() if t.stage == "rollout" and t.asked < self.version]
         for t in late:
@@ -200,8 +209,7 @@ class Ledger:
         return late
 
     def dropped(self, slot: int) -> None:
-        assert self.tickets[slot].stage == "rollout", self.tickets[slot]
-        del self.tickets[slot]
+        del self.at["rollout"][slot], self.tickets[slot]
         self.free.append(slot)
 
     def next_batch(self) -> list[Ticket] | None:
@@ -210,8 +218,10 @@ class Ledger:
         Overdue ones first and all of them, then the oldest; with keep, and only there, in the order of arrival. In
         lockstep batch j is tickets j * batch and on, whatever finished first.
         """
-        late, ready = self.overdue(), self.at("scored")
-        if self.at("learner") or any(t.stage != "scored" for t in late):
+        if self.at["learner"] or len(self.at["scored"]) < self.batch:
+            return None
+        late, ready = self.overdue(), list(self.at["scored"].values())
+        if any(t.stage != "scored" for t in late):
             return None
         if self.lockstep:
             if self.handed_out < (self.version + self.ahead + 1) * self.batch:
@@ -220,17 +230,19 @@ class Ledger:
         elif self.rule == "keep":
             ready.sort(key=lambda t: t.arrived)
         else:
-            ready.sort(key=lambda t: (int(self.slots.born[t.slot]), t.number))      # so the overdue come first
+            born = self.slots.born.tolist()
+            ready.sort(key=lambda t: (born[t.slot], t.number))     # so the overdue come first
         if len(ready) < self.batch:
             return None
         ready = ready[:max(self.batch, len(late))]
         for t in ready:
-            t.stage = "learner"
+            self.move(t, "learner")
         return ready
 
     def trained(self) -> list[Ticket]:
         """The learner has published: one version more, its slots are free."""
-        done = self.at("learner")
+        done = list(self.at["learner"].values())
+        self.at["learner"].clear()
         for t in done:
             del self.tickets[t.slot]
             self.free.append(t.slot)

@@ -61,8 +61,7 @@ def draws(cfg: Config) -> tuple[int, int]:
 # -- the worker ------------------------------------------------------------------------------------
 
 def rollout_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    engine = {"vllm": VLLMEngine, "hf": HFEngine}[cfg.engine](cfg, device, dtype)
-    worker = Worker(cfg, link, slots, weights, engine)
+    worker = Worker(cfg, link, slots, weights, ENGINES[cfg.engine](cfg, device, dtype))
     link.send("ready")
     while not worker.stopped:
         for order, body in link.orders(wait=worker.idle):
@@ -392,6 +391,8 @@ class VLLMEngine:
         outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
         return [list(o.outputs[0].token_ids) for o in outs]
 
+
+ENGINES = {"vllm": VLLMEngine, "hf": HFEngine}          # --engine
 
 DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [n + k], logmu), on the device
 

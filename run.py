@@ -160,15 +160,14 @@ class Run:
         for t in self.ledger.to_score():
             hand = min(self.role("teacher"), key=lambda h: h.load)
             orders[hand.name, "score"].append(t.slot)
-            t.stage, t.holder, hand.load = "teacher", hand.name, hand.load + 1
+            t.holder, hand.load = hand.name, hand.load + 1
         for t in self.ledger.to_stop():
             orders[t.holder, self.ledger.rule].append(t.slot)
         if batch := self.ledger.next_batch():
             orders["learner", "train"] = [t.slot for t in batch]
-        for hand in self.hands:
-            for (name, order), body in orders.items():
-                if name == hand.name:
-                    hand.send(order, body)
+        hands = {h.name: h for h in self.hands}
+        for (name, order), body in orders.items():
+            hands[name].send(order, body)
 
     def handle(self, hand: Hand, kind: str, body: dict) -> None:
         if kind == "generated":

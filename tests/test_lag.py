@@ -82,7 +82,6 @@ class Pipeline:
             t.holder = worker
             self.inbox[worker].append(("take", [(self.ledger.version if self.ledger.lockstep else None, t.slot)]))
         for t in self.ledger.to_score():
-            t.stage = "teacher"
             self.teacher.append(t.slot)
         for t in self.ledger.to_stop():
             self.inbox[t.holder].append((self.ledger.rule, [t.slot]))
