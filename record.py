@@ -43,10 +43,10 @@ DONE = {      # keys of the last line: formula or meaning, unit
 class Log:
     """log.jsonl, one object a line, flushed as it is written; and the progress bar."""
 
-    def __init__(self, folder: Path, steps: int):
+    def __init__(self, folder: Path, steps: int, quiet: bool = False):
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1)
+        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet)
 
     def write(self, type: str, **record) -> None:
         self.file.write(json.dumps({"type": type, **record}) + "\n")

@@ -93,9 +93,9 @@ class Hand:
 class Run:
     """The parent: routes slots, keeps the record, ends the run. `loop` is the whole of the pipeline."""
 
-    def __init__(self, cfg: Config, job: Job, where: dict[str, str]):
+    def __init__(self, cfg: Config, job: Job, where: dict[str, str], quiet: bool = False):
         estimator, dtype = ESTIMATORS[cfg.estimator], torch.bfloat16 if cfg.gpus else torch.float32
-        self.cfg, self.job, self.where = cfg, job, where
+        self.cfg, self.job, self.where, self.quiet = cfg, job, where, quiet
         self.slot_bytes = estimator.bytes(cfg.mc_samples, cfg.top_k, job.hidden * dtype.itemsize)
         self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                            estimator.columns(cfg.mc_samples, cfg.top_k),
@@ -117,14 +117,14 @@ class Run:
         cfg, where = self.cfg, self.where
         both = (self.slots, self.weights)
         shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
-        record.show_start(where, [
+        self.quiet or record.show_start(where, [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
         for name, device in where.items():
             self.hands.append(Hand(name, device, cfg, shared[name.rstrip("0123456789")]))
-        self.log = record.Log(Path(cfg.out), cfg.steps)
+        self.log = record.Log(Path(cfg.out), cfg.steps, self.quiet)
         self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
         waiting = set(where)
         while waiting:
@@ -267,7 +267,7 @@ class Run:
         assert totals.keys() == record.DONE.keys(), totals.keys() ^ record.DONE.keys()
         self.log.write("done", **totals)
         self.log.close()
-        record.show_end(totals, cfg.out)
+        self.quiet or record.show_end(totals, cfg.out)
 
     def stop(self) -> None:
         """Every worker ends after the orders it has; then it is gone."""

@@ -1,0 +1,244 @@
+"""
+Eight GPUs without eight GPUs: the real parent, ledger, slots, pipes and rollout worker, with an engine, a teacher and a
+learner that take time instead of computing. What a rule for overdue responses costs, at any scale of time.
+
+    python benchmarks/pipeline.py              # everything: benchmarks/pipeline.jsonl and figures/lag.png; 10 minutes
+    python benchmarks/pipeline.py --quick      # the defaults under each rule; 3 minutes
+
+A token here stands for 64 tokens of a response of up to 16,384; lengths are lognormal (sigma 0.8) or Pareto (1.3), mean
+about 4,500, cut at 16,384. The GPUs are split as in the paper: asynchronous, 1 teacher, 4 rollout and 3 learner GPUs (the
+learner's three are one process three times as fast as one); synchronous, the same seven shared in time, 7 rollout workers
+and then a learner 7/3 as fast. An engine's turn takes TURN_S (1 + running / 9): it reads the weights once and every
+response's keys and values, which for 4B parameters on a B200 weigh the same at about 37 responses of a batch of 256, 9 of
+ours of 64. Reading a context again, which a push costs every running response, is PREFILL times as fast as generating.
+The learner is the slowest stage: the bound is the learner busy all the time.
+
+Columns: trained tokens per second as a multiple of sync; share of the bound; overlap (3 is the most); lag min/mean/max;
+tokens dropped; mean length of a trained response / of all begun; context tokens read again per trained token; the
+parent's own work / wall time.
+Last line: one JSON object with cut_vs_keep, cut_vs_bound, async_vs_sync, overlap, lag_max, max_lag, dropped,
+scheduler_share (the last one at 1,280 slots).
+"""
+import argparse
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import torch  # noqa: E402
+
+import rollout  # noqa: E402
+import run  # noqa: E402
+from asyncopd import Config, settle  # noqa: E402
+from learner import METRICS  # noqa: E402
+
+T = 256                      # longest response, in units of 64 tokens
+BATCH = 64                   # responses per train batch; the paper's 256 takes four times as long
+STEP_S = 0.4                 # learner seconds for BATCH responses of mean length, on its three GPUs
+TEACHER_S = 0.2              # teacher seconds for the same
+TURN_S = 0.002               # an engine's turn, one token for every running response, with nothing running
+PREFILL = 20                 # tokens of context read while a full engine generates one
+
+
+def length(kind: str, uid: int) -> int:
+    """Tokens of response `uid`."""
+    rng = random.Random(f"{kind}-{uid}")
+    x = 53 * rng.lognormvariate(0, 0.8) if kind == "lognormal" else 23 * rng.paretovariate(1.3)
+    return max(1, min(T, round(x)))
+
+
+class StandIn:
+    """An engine: a turn of generation takes its time, and so does reading a prompt or a context."""
+
+    def __init__(self, cfg, device, dtype):
+        self.kind, self.rows, self.debt = cfg.task, {}, 0.0
+        full = max(1, (cfg.max_ahead + 1) * cfg.batch // cfg.rollouts)
+        self.read_s = self.turn_s(full) / full / PREFILL           # per token of context
+
+    def turn_s(self, running):
+        return TURN_S * (1 + running / 9)
+
+    def load(self, tensors):
+        self.debt += 0.01 * STEP_S
+
+    def logp(self, tokens):
+        return torch.zeros(len(tokens) - 1)
+
+    def add(self, key, tokens, budget, *, uid, position):
+        self.rows[key] = [length(self.kind, uid) - position, 0]
+        self.debt += len(tokens) * self.read_s
+
+    def step(self):
+        if self.rows:
+            time.sleep(self.turn_s(len(self.rows)) + self.debt)
+            self.debt = 0.0
+        done = []
+        for key, row in self.rows.items():
+            row[1] += 1
+            if row[1] >= row[0]:
+                done.append(key)
+        return done
+
+    def take(self, keys):
+        out = {}
+        for key in keys:
+            n = self.rows.pop(key)[1]
+            out[key] = torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64), torch.zeros(n, 1)
+        return out
+
+
+def teacher(cfg, link, slots, device, dtype):
+    per_token = TEACHER_S / (BATCH * mean_length(cfg.task))
+    link.send("ready")
+    while True:
+        waiting = []
+        for order, body in link.orders(wait=True):
+            if order == "stop":
+                return link.send("stopped")
+            waiting += body
+        for i in range(0, len(waiting), 8):
+            group = waiting[i:i + 8]
+            with link.span("score"):
+                time.sleep(per_token * sum(len(slots.read(s).tokens) for s in group))
+            link.send("scored", slots=group)
+
+
+def learner(cfg, link, slots, weights, device, dtype):
+    speed = 7 / 3 if cfg.schedule == "sync" else 1.0
+    per_token = STEP_S / (BATCH * mean_length(cfg.task)) / speed
+    weights.publish({"w": torch.zeros(1)}, 0, torch.zeros(1))
+    link.send("ready")
+    version = 0
+    while True:
+        for order, body in link.orders(wait=True):
+            if order == "stop":
+                return link.send("stopped")
+            if order != "train":
+                link.send("saved", folder=body)
+                continue
+            segments = [slots.read(s) for s in body]
+            lags = torch.cat([version - s.version for s in segments])
+            context = sum(s.start - s.prompt for s in segments)
+            with link.span("step"):
+                time.sleep(per_token * (len(lags) + context))
+            version += 1
+            with link.span("publish"):
+                weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
+            metrics = dict.fromkeys(METRICS.keys() - RUNS_OWN, 0.0) | dict(
+                step=version, version=version, tokens=len(lags), sequences=len(segments), context=context,
+                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
+            link.send("trained", metrics=metrics)
+
+
+RUNS_OWN = {"gen_tok_s", "wall_s", "push_s", "engine_gap_mean", "engine_gap_p95", "engine_gap_max"}
+rollout.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
+run.WORKERS |= {"teacher": teacher, "learner": learner}
+
+
+def mean_length(kind: str) -> float:
+    if kind not in MEANS:
+        MEANS[kind] = statistics.mean(length(kind, uid) for uid in range(20_000))
+    return MEANS[kind]
+
+
+MEANS: dict[str, float] = {}
+
+
+def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict:
+    """One run: its row of the table."""
+    from dataclasses import replace
+    out = tempfile.mkdtemp()
+    cfg = settle(Config(gpus=0, task="toy", student="-", teacher="-", engine="hf", steps=steps, batch=batch,
+                        max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, eval_n=0, out=out,
+                        save_every=0, **flags))
+    cfg = replace(cfg, engine="stand-in", task=kind)
+    job = run.Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
+                  layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
+    roles = [f"rollout{i}" for i in range(workers)] + ["teacher0", "learner"]
+    parent = run.Run(cfg, job, dict.fromkeys(roles, "cpu"), quiet=True)
+    try:
+        parent.start()
+        parent.loop()
+        parent.finish()
+    finally:
+        parent.close()
+    log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
+    shutil.rmtree(out)
+    last, m = log[-1], [x for x in log if x["type"] == "step"][5:]        # the first batches fill the pipeline
+    cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut"]
+    wall = m[-1]["wall_s"] - m[0]["wall_s"]
+    tokens = sum(x["tokens"] for x in m[1:])
+    responses = sum(x["sequences"] for x in m) - len(cut)
+    begun = [length(kind, uid) for uid in range(parent.ledger.prompts)]
+    return dict(rule="sync" if cfg.schedule == "sync" else f"step-off {cfg.max_ahead}" if cfg.schedule == "step-off"
+                else cfg.overdue, lengths=kind, inflight=cfg.inflight, max_ahead=cfg.max_ahead, max_lag=cfg.max_lag,
+                slots=len(parent.slots), steps=steps,
+                tok_s=tokens / wall, overlap=last["overlap"], lag_min=min(x["lag_min"] for x in m),
+                lag_mean=last["lag_mean"], lag_max=last["lag_max"], dropped=last["tokens_dropped"],
+                dropped_share=last["tokens_dropped"] / max(1, last["tokens_generated"]),
+                mean_trained=sum(x["tokens"] for x in m) / max(1, responses), mean_begun=statistics.mean(begun),
+                context=sum(x["context"] for x in m) / sum(x["tokens"] for x in m), cuts=len(cut),
+                scheduler_share=parent.routing_s / last["wall_s"], step_s=wall / (len(m) - 1),
+                bound=tokens / wall / (BATCH * mean_length(kind) / STEP_S))
+
+
+HEADER = ("rule", "lengths", "A", "L", "x sync", "of bound", "overlap", "lag", "dropped", "length", "context", "parent")
+
+
+def row(r: dict, sync: float) -> str:
+    cells = (r["rule"], r["lengths"], r["max_ahead"], "" if r["rule"] in ("sync", "keep") or "off" in r["rule"] else
+             r["max_lag"], f"{r['tok_s'] / sync:.2f}", f"{r['bound']:.2f}", f"{r['overlap']:.2f}",
+             f"{r['lag_min']}/{r['lag_mean']:.1f}/{r['lag_max']}", f"{r['dropped_share']:.0%}",
+             f"{r['mean_trained'] / r['mean_begun']:.2f}", f"{r['context']:.3f}", f"{r['scheduler_share']:.2%}")
+    return "  ".join(f"{str(c):>10}" for c in cells)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--steps", type=int, default=40)
+    args = parser.parse_args()
+    record = (HERE / "pipeline.jsonl").open("w") if not args.quick else None
+    sync, rows = {}, []
+
+    def show(r):
+        rows.append(r)
+        if record:
+            record.write(json.dumps(r) + "\n"), record.flush()
+        print(row(r, sync[r["lengths"]]["tok_s"]), flush=True)
+        return r
+    print("  ".join(f"{c:>10}" for c in HEADER))
+    for kind in ["lognormal"] if args.quick else ["lognormal", "pareto"]:
+        sync[kind] = play(kind, schedule="sync", workers=7, steps=max(12, args.steps // 3))
+        show(sync[kind])
+        if not args.quick:
+            show(play(kind, schedule="step-off", max_ahead=2, steps=max(15, args.steps // 2)))
+        for rule in ("keep", "cut", "wait", "drop"):
+            show(play(kind, overdue=rule, steps=args.steps))
+        if not args.quick:
+            for lag in (4, 6, 8, 12):
+                show(play(kind, max_lag=lag, steps=args.steps))
+            show(play(kind, overdue="wait", max_lag=4, steps=args.steps // 2))
+            show(play(kind, overdue="drop", max_lag=4, steps=args.steps))
+            show(play(kind, inflight="finish", steps=args.steps))
+    big = show(play("lognormal", batch=256, steps=12))
+    if record:
+        record.close()
+    first = {r["rule"]: r for r in reversed(rows) if r["lengths"] == "lognormal" and r["max_lag"] == 16
+             and r["inflight"] == "recompute" and r["slots"] < 1280}
+    print(json.dumps({
+        "cut_vs_keep": first["cut"]["tok_s"] / first["keep"]["tok_s"], "cut_vs_bound": first["cut"]["bound"],
+        "async_vs_sync": first["cut"]["tok_s"] / sync["lognormal"]["tok_s"], "overlap": first["cut"]["overlap"],
+        "lag_max": first["cut"]["lag_max"], "max_lag": 16, "dropped": first["cut"]["dropped"],
+        "scheduler_share": big["scheduler_share"]}))
+
+
+if __name__ == "__main__":
+    main()
