@@ -7,7 +7,8 @@ Asynchronous on-policy distillation: a student writes, a teacher scores, a learn
 This file is the parent: the flags, which role runs where, starting the workers, the loop that routes slot numbers
 between them, and everything a person sees. The decisions are in cache.Ledger, the algorithm in learner.Learner and
 estimators.py. What is left out: several machines.
-Reading order: estimators, cache, rollout, learner, asyncopd (then tasks and record, at leisure). Tests: tests/test_cli.py, tests/test_pipeline.py
+Reading order: estimators, cache, rollout, learner, asyncopd (then tasks and record, at leisure).
+Tests: tests/test_cli.py, tests/test_pipeline.py
 """
 from __future__ import annotations
 
@@ -65,12 +66,13 @@ class Config:
     # staleness
     schedule: str      = knob("async", "sync: lag 0, no overlap", choices=("async", "sync"))
     max_ahead: int     = knob(4, "train batches that generation may run ahead: memory, and the mean lag")
-    overdue: str       = knob("keep", "what happens to a response whose lag grows: keep = trained late", choices=("keep",))
+    overdue: str       = knob("keep", "what happens to a response whose lag grows", choices=("keep",))
     # training
     steps: int         = knob(200, "train batches")
     batch: int         = knob(256, "responses per train batch")
     minibatches: int   = knob(1, "optimizer updates per train batch")
     lr: float          = knob(3e-6, "AdamW learning rate")
+    lr_schedule: str   = knob("constant", "of the learning rate after the warm-up", choices=("constant", "cosine"))
     warmup: int        = knob(0, "optimizer updates over which the learning rate rises to --lr")
     weight_decay: float = knob(0.01, "AdamW weight decay")
     clip: float        = knob(1.0, "largest gradient norm")
@@ -85,7 +87,7 @@ class Config:
     gpus: int          = knob(-1, "GPUs to use (0: everything on the CPU, -1: all there are)")
     rollouts: int      = knob(0, "rollout workers (0: by the number of GPUs)")
     teachers: int      = knob(0, "teacher workers (0: by the number of GPUs)")
-    engine: str        = knob("", "of the rollout workers (default: vllm where it is installed)", choices=("", "vllm", "hf"))
+    engine: str        = knob("", "of the rollouts (default: vllm where it is installed)", choices=("", "vllm", "hf"))
     max_running: int   = knob(256, "responses that an engine generates at the same time")
     gpu_share: float   = knob(0.0, "share of a GPU's memory for vLLM (0: 0.85, or 0.3 where a GPU has all roles)")
     gap_max: float     = knob(0.0, "stop when engine and learner differ by more, nats (0: 1e-3 in float32, 1 in bf16)")
@@ -188,7 +190,8 @@ def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) ->
         os.environ["CUDA_VISIBLE_DEVICES"], device = device.split(":")[1], "cuda:0"
     link = Link(pipe)
     try:
-        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, torch.bfloat16 if device != "cpu" else torch.float32)
+        dtype = torch.float32 if device == "cpu" else torch.bfloat16
+        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
     except EOFError:                                     # the parent is gone
         pass
     except BaseException:
@@ -222,10 +225,15 @@ class Run:
         if cfg.task == "toy" and not cfg.student:
             student, teacher = tasks.toy_models(ROOT / "runs")
             cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-        same_words(self.tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
         self.task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key,
                                     eval_file=cfg.eval_task, eval_n=cfg.eval_n)
+        for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
+            try:
+                AutoConfig.from_pretrained(name)
+            except (OSError, ValueError) as e:
+                refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+        same_words(self.tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
         self.prompts = [p for p in tasks.encode(self.task.train, self.tokenizer, cfg.prompt_suffix)
                         if 0 < len(p) <= cfg.max_prompt]
         self.prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
@@ -255,7 +263,8 @@ class Run:
     def start(self) -> None:
         """Start the workers, wait until all can work, evaluate version 0."""
         cfg, where = self.cfg, plan(self.cfg)
-        shared = {"rollout": (self.slots, self.weights), "teacher": (self.slots,), "learner": (self.slots, self.weights)}
+        both = (self.slots, self.weights)
+        shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
         record.show_start(where, [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
@@ -405,6 +414,18 @@ class Run:
                 hand.stopped = kind == "stopped"
         self.close()
 
+    def checkpoint(self, within_s: float) -> str:
+        """Save the student as it is; the folder, or "" where the learner does not manage in time or was never there."""
+        if not self.steps:
+            return ""
+        folder, limit = f"{self.cfg.out}/checkpoints/step-{len(self.steps)}", time.monotonic() + within_s
+        self.role("learner")[0].send("save", folder)
+        while time.monotonic() < limit:
+            for _, _, body in self.reports():
+                if body.get("folder") == folder:
+                    return folder
+        return ""
+
     def close(self) -> None:
         """No process is left, whatever happened."""
         for hand in self.hands:
@@ -423,7 +444,8 @@ def same_words(student, teacher) -> None:
     s, t = student.get_vocab(), teacher.get_vocab()
     if s != t:
         word = next(w for w in sorted(s.keys() | t.keys(), key=lambda w: s.get(w, t.get(w))) if s.get(w) != t.get(w))
-        refuse(f"--student and --teacher do not share a vocabulary: {word!r} is {s.get(word)} here and {t.get(word)} there")
+        refuse(f"--student and --teacher do not share a vocabulary: {word!r} is {s.get(word)} in the student's and "
+               f"{t.get(word)} in the teacher's")
 
 
 def main(argv: list[str]) -> int:
@@ -447,7 +469,8 @@ def main(argv: list[str]) -> int:
         print(f"asyncopd: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("asyncopd: interrupted", file=sys.stderr)
+        saved = run.checkpoint(within_s=15) if run else ""
+        print(f"asyncopd: interrupted{f', {saved} holds the student' if saved else ''}", file=sys.stderr)
         return 130
     finally:
         if run:

@@ -12,6 +12,7 @@ What is left out: several learners, sequence parallelism. Tests: tests/test_lear
 """
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import time
@@ -109,8 +110,7 @@ class Learner:
         self.head = self.model.get_output_embeddings()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(
-            self.optimizer, lambda update: min(1.0, (update + 1) / max(1, cfg.warmup)))
+        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda update: rate(update, cfg))
 
     def step(self, segments: list[Segment], version: int) -> dict[str, float]:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed."""
@@ -122,14 +122,14 @@ class Learner:
             for group in by_length(minibatch, self.cfg.micro_tokens):
                 measured.append(self.backward(group, count))
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
-            rate = self.schedule.get_last_lr()[0]
+            lr = self.schedule.get_last_lr()[0]
             self.optimizer.step()
             self.schedule.step()
             self.optimizer.zero_grad()
         lags = torch.cat([version - s.version for s in segments]).float()
         return summarize(measured) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
-            "sequences": len(segments), "grad_norm": norm.item(), "lr": rate}
+            "sequences": len(segments), "grad_norm": norm.item(), "lr": lr}
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
@@ -175,12 +175,12 @@ class Learner:
         drawn = logp.detach()[:, :n], logq[:, :n], logmu[:, :n]
         if self.teacher_head is None:
             loss = self.loss(*(self.estimator.scored(x) for x in (logp, logq, logmu)), **known)
-            kl = VALUE[self.estimator.kl](*drawn)
+            kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
                 every_q = teacher_logq(self.teacher_head, slot["hidden"], everything.shape[1])
             loss = self.loss(everything, every_q, every_q, **known)
-            kl = DENSE[self.estimator.kl](everything.detach(), every_q, every_q)
+            kl = DENSE[self.cfg.kl](everything.detach(), every_q, every_q)
         (loss.sum() / count).backward()
         w = importance_weight(drawn[0], drawn[2])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
@@ -218,8 +218,9 @@ class Learner:
         """A Hugging Face folder, written beside its place and renamed, so that it is whole or absent."""
         from transformers import AutoTokenizer
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-        weights = {name: x.to(self.dtype) for name, x in self.model.state_dict().items()}
-        self.model.save_pretrained(partial, state_dict=weights)
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        state = {name: x.to(self.dtype) for name, x in self.model.state_dict().items()}
+        self.model.save_pretrained(partial, state_dict=state)
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(partial)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
@@ -235,10 +236,20 @@ def refuse_nan(name: str, x: Tensor, group: list[Segment]) -> None:
         raise RuntimeError(f"{name} is nan in slots {bad} at the learner: {NAN[name]}")
 
 
+def rate(update: int, cfg: Config) -> float:
+    """Share of --lr at an optimizer update: a linear rise over --warmup, then constant or half a cosine down to 0."""
+    if update < cfg.warmup:
+        return (update + 1) / cfg.warmup
+    if cfg.lr_schedule == "constant":
+        return 1.0
+    total = cfg.steps * cfg.minibatches
+    return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup)))
+
+
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:
     """Per-token measurements of all micro-batches -> the step's numbers (METRICS)."""
     x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0]}
     w = x.pop("w")
     return {name: v.mean().item() for name, v in x.items()} | {
-        "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(1 + int(0.99 * (len(w) - 1))).values.item(),
+        "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(math.ceil(0.99 * len(w))).values.item(),
         "ess": (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()}

@@ -93,7 +93,8 @@ def hardware() -> dict:
 
 def write_trace(path: Path, spans: list[tuple[str, str, float, float]]) -> None:
     """Chrome / Perfetto trace of (worker, what, start, end), one row per worker."""
-    rows = {name: i for i, name in enumerate(sorted({s[0] for s in spans}, key=lambda n: (n[0] != "r", n[0] != "t", n)))}
+    workers = sorted({s[0] for s in spans}, key=lambda n: (list(BUSY).index(n.rstrip("0123456789")), n))
+    rows = {name: i for i, name in enumerate(workers)}
     zero = min((s[2] for s in spans), default=0.0)
     events = [dict(ph="M", name="thread_name", pid=0, tid=i, args=dict(name=name)) for name, i in rows.items()]
     events += [dict(ph="X", name=what, pid=0, tid=rows[name], ts=round((a - zero) * 1e6), dur=round((b - a) * 1e6))
@@ -116,8 +117,8 @@ def busy_shares(spans: list[tuple[str, str, float, float]], began: float, ended:
 def table(rows: list[list[str]]) -> str:
     """Aligned columns, the first one left, the others right."""
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    return "\n".join("  " + "  ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(r, widths))).rstrip()
-                     for r in rows)
+    lines = ("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
+    return "\n".join("  " + line.rstrip() for line in lines)
 
 
 def show_start(where: dict[str, str], memory: list[list[str]], changed: dict[str, object]) -> None:

@@ -1,0 +1,28 @@
+# make demo    install into .venv, train the toy with vLLM: a few minutes on a laptop
+# make test    the same installation, every test
+PYTHON ?= python3
+REQUIREMENTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
+PY := .venv/bin/python
+
+demo: .venv/installed
+	$(PY) asyncopd.py --task toy $(FLAGS)
+
+test: .venv/installed
+	.venv/bin/ruff check .
+	$(PY) -m pytest -q --durations=5
+
+# Everything that needs neither vLLM nor several processes
+unit: .venv/installed
+	$(PY) -m pytest -q -m "not slow" --durations=5
+
+# On a CPU: torchvision, torchaudio and torchcodec come as GPU builds, and importing transformers beside them fails
+.venv/installed: $(REQUIREMENTS)
+	$(PYTHON) -m venv .venv
+	$(PY) -m pip install -q -q --disable-pip-version-check -r $(REQUIREMENTS)
+	test $(REQUIREMENTS) = requirements.txt || $(PY) -m pip uninstall -q -y torchvision torchaudio torchcodec
+	touch $@
+
+clean:
+	rm -rf .venv runs
+
+.PHONY: demo test unit clean

@@ -1,0 +1,76 @@
+"""Flags, files of flags, and what is refused: exit code 2, one line that names the value."""
+import subprocess
+import sys
+
+import pytest
+
+from asyncopd import Config, plan
+from tests.conftest import ROOT
+
+
+def cli(*args):
+    return Config.from_cli(["--task=toy", "--gpus=0", *args])
+
+
+def test_default_then_file_then_flag(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("lr: 1e-4\nsteps: 7\neval_teacher: true\n")
+    cfg = cli(f"--config={path}", "--steps=9")
+    assert (cfg.lr, cfg.steps, cfg.eval_teacher, cfg.batch) == (1e-4, 9, True, 256)
+
+
+def test_every_shipped_config_parses():
+    for path in (ROOT / "configs").glob("*.yaml"):
+        assert path.read_text().startswith("#"), f"{path.name} opens with what it is"
+        Config.from_cli([f"--config={path}", "--gpus=0"])
+
+
+def test_without_a_gpu_and_without_flags_the_toy_runs():
+    cfg = Config.from_cli(["--gpus=0"])
+    assert cfg.task == "toy" and cfg.kl == "reverse" and cfg.estimator == "reverse_mc" and cfg.mc_samples == 4
+
+
+def test_the_contracts_flags_and_defaults():
+    cfg = Config.from_cli(["--gpus=0", "--task=x.jsonl", "--student=a", "--teacher=b"])
+    assert (cfg.kl, cfg.mc_samples, cfg.schedule, cfg.max_ahead) == ("reverse", 4, "async", 4)
+    assert cli("--kl=forward", "--top-k=8").estimator == "forward_topk"
+    assert cli("--estimator=forward_topk").kl == "forward", "a row of the table overrides --kl"
+    assert cli("--schedule=sync").max_ahead == 0
+
+
+def test_the_plan_names_every_worker_once():
+    assert plan(cli("--rollouts=2")) == {"rollout0": "cpu", "rollout1": "cpu", "teacher0": "cpu", "learner": "cpu"}
+
+
+@pytest.mark.parametrize("args, named", [
+    (["--stepz=3"], "--stepz=3"), (["--steps=three"], "three"), (["--steps=0"], "--steps 0"), (["--lr=-1"], "--lr -1"),
+    (["--kl=sideways"], "sideways"), (["--top-p=0"], "--top-p 0"), (["--top-p=1.5"], "--top-p 1.5"),
+    (["--max-ahead=-1"], "--max-ahead -1"), (["--batch=2", "--minibatches=3"], "--minibatches 3"),
+    (["--gpus=99"], "--gpus 99"), (["--config=absent.yaml"], "absent.yaml"), (["--temperature=0"], "--temperature 0"),
+    (["--task=absent.jsonl", "--student=a", "--teacher=b"], "absent"), (["--task=t.jsonl"], "--student"),
+    (["--student=absent/folder", "--teacher=absent/folder", "--task=toy"], "absent/folder"),
+    (["--eval-every=-1"], "--eval-every -1"), (["--engine=sglang"], "sglang"), (["--mc-samples=0"], "--mc-samples 0"),
+])
+def test_bad_input_is_one_line_that_names_the_value(args, named, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--out=run", *args], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1 and named in done.stderr, done.stderr
+    assert list(tmp_path.iterdir()) == [], "nothing is created"
+
+
+def test_an_unknown_key_in_a_file_is_refused(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("stepz: 3\n")
+    with pytest.raises(ValueError, match="--stepz=3"):
+        cli(f"--config={path}")
+
+
+def test_different_vocabularies_are_refused_with_the_first_difference():
+    import tasks
+    from asyncopd import same_words
+    a, b = tasks.toy_tokenizer(), tasks.toy_tokenizer()
+    same_words(a, b)
+    b.add_tokens(["ten"])
+    with pytest.raises(ValueError, match="'ten' is None in the student's and 17 in the teacher's"):
+        same_words(a, b)

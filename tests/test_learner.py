@@ -1,0 +1,155 @@
+"""One learner step against the same step written naively; splitting changes nothing; saving and publishing."""
+from dataclasses import replace
+
+import pytest
+import torch
+
+from cache import Weights, load_model, sequence_logp
+from estimators import DENSE
+from learner import METRICS, Learner, summarize
+from tests.test_cache import filled
+
+
+def ready(lengths, columns=4):
+    """Slots as the learner gets them: drawn and scored."""
+    slots = filled(lengths, columns=columns)
+    g = torch.Generator().manual_seed(1)
+    for s, n in enumerate(lengths):
+        slots.logmu[s, :n] = -torch.rand(n, columns, generator=g) * 3
+        slots.logq[s, :n] = -torch.rand(n, columns, generator=g) * 5
+    return slots, [slots.read(s) for s in range(len(lengths))]
+
+
+def gradients(model):
+    return {name: p.grad.clone() for name, p in model.named_parameters()}
+
+
+def naive_gradient(folder, segments):
+    """No padding, no packing, no chunks: one sequence and one position at a time, the formula as in the paper."""
+    model = load_model(folder, "cpu", torch.float32)
+    total, count, loss = 0.0, 0, 0.0
+    for s in segments:
+        for t in range(len(s)):
+            logp = model(s.tokens[None, :s.start + t].long()).logits[0, -1].log_softmax(-1)
+            for n in range(s.ids.shape[1]):
+                x = logp[s.ids[t, n].long()]
+                w = (x - s.logmu[t, n]).exp().item()
+                loss = loss - w * (s.logq[t, n] - x).item() * x / s.ids.shape[1]
+            count += 1
+    total = loss / count
+    total.backward()
+    return total.item(), gradients(model)
+
+
+def test_a_step_equals_a_naive_loop_without_padding(config, models):
+    _, segments = ready([5, 1, 7, 3])
+    before = [tuple(x.clone() for x in (s.tokens, s.ids, s.logmu, s.logq, s.version)) for s in segments]
+    learner = Learner(config(chunk=6, micro_tokens=24), "cpu", torch.float32)
+    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    count = sum(map(len, segments))
+    measured = [learner.backward([s], count) for s in segments]
+    loss, wanted = naive_gradient(models["student"], segments)
+    got = gradients(learner.model)
+    for name in wanted:
+        torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
+    assert summarize(measured)["loss"] == pytest.approx(loss, rel=1e-4)
+    for s, x in zip(segments, before):
+        after = s.tokens, s.ids, s.logmu, s.logq, s.version
+        assert all(torch.equal(a, b) for a, b in zip(after, x)), "inputs changed"
+    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items()), "no update was asked for"
+
+
+@pytest.mark.parametrize("split", [dict(micro_tokens=1), dict(micro_tokens=20), dict(chunk=1),
+                                   dict(chunk=5, micro_tokens=33)])
+def test_micro_batches_and_chunks_change_nothing(config, split):
+    _, segments = ready([5, 1, 7, 3])
+    results = []
+    for flags in (dict(micro_tokens=10_000, chunk=10_000), split):
+        learner = Learner(config(clip=1e9, **flags), "cpu", torch.float32)
+        metrics = learner.step(segments, version=4)
+        results.append((metrics, dict(learner.model.named_parameters())))
+    (m0, p0), (m1, p1) = results
+    for key in m0:
+        assert m1[key] == pytest.approx(m0[key], rel=1e-4, abs=1e-6), key
+    for name in p0:
+        torch.testing.assert_close(p1[name], p0[name], rtol=0, atol=2e-5)
+
+
+def test_the_normaliser_is_the_number_of_positions_of_the_whole_batch(config):
+    _, segments = ready([5, 1, 7, 3])
+    learner = Learner(config(), "cpu", torch.float32)
+    learner.backward(segments, 16)
+    once = gradients(learner.model)
+    learner.optimizer.zero_grad()
+    learner.backward(segments, 32)
+    for name, g in gradients(learner.model).items():
+        torch.testing.assert_close(2 * g, once[name], rtol=1e-4, atol=1e-7)
+
+
+def test_lag_is_counted_per_token_in_versions(config):
+    slots, segments = ready([4, 3])
+    slots.version[0, :4] = torch.tensor([2, 2, 5, 6])
+    slots.version[1, :3] = 6
+    metrics = Learner(config(), "cpu", torch.float32).step(segments, version=6)
+    assert (metrics["lag_min"], metrics["lag_max"]) == (0, 4)
+    assert metrics["lag_mean"] == pytest.approx((4 + 4 + 1 + 0 + 0 + 0 + 0) / 7)
+
+
+def test_an_unscored_slot_is_refused_by_name(config):
+    slots, segments = ready([4, 3])
+    slots.logq[1, 2, 0] = torch.nan
+    with pytest.raises(RuntimeError, match=r"\[1\]"):
+        Learner(config(), "cpu", torch.float32).step(segments, version=0)
+
+
+def test_the_logged_kl_is_unbiased(config, models):
+    """Many fresh draws from mu at one prefix: the mean of `kl` is the dense KL of student and teacher there."""
+    student, teacher = (load_model(models[name], "cpu", torch.float32) for name in ("student", "teacher"))
+    prompt = torch.tensor([[4, 9, 5, 13]])
+    with torch.no_grad():
+        logp, logq = (m(prompt).logits[0, -1].log_softmax(-1) for m in (student, teacher))
+    logmu = (logp * 0.7).log_softmax(-1)                                          # stale
+    g = torch.Generator().manual_seed(0)
+    drawn = torch.multinomial(logmu.exp(), 40_000, replacement=True, generator=g).view(100, 1, 400)
+    slots, _ = ready([1] * 100, columns=400)
+    for s in range(100):
+        slots.open(s, s, prompt[0], 4, version=0)
+        slots.append(s, drawn[s, :, 0], drawn[s], logmu[drawn[s]], version=0)
+        slots.logq[s, :1] = logq[drawn[s]]
+    for kl in ("reverse", "forward"):
+        learner = Learner(replace(config(), kl=kl), "cpu", torch.float32)
+        metrics = summarize([learner.backward([slots.read(s) for s in range(100)], 100)])
+        assert metrics["kl"] == pytest.approx(DENSE[kl](logp, logq, logq).item(), rel=0.05)
+    assert metrics["entropy"] == pytest.approx(-(logp.exp() * logp).sum().item(), rel=0.05)
+
+
+def test_ess_is_one_on_policy_and_falls_with_unequal_weights():
+    def ess(w):
+        one = torch.ones(len(w))
+        return summarize([{"w": torch.tensor(w), "loss": one}])["ess"]
+    assert ess([1.0] * 8) == 1.0
+    assert ess([1.0, 0.0, 0.0, 0.0]) == 0.25
+
+
+def test_a_saved_student_loads_with_the_same_logprobs(config, tmp_path):
+    learner = Learner(config(), "cpu", torch.float32)
+    _, segments = ready([5, 2])
+    learner.step(segments, version=2)
+    learner.save(tmp_path / "student")
+    tokens = [3, 7, 12, 5]
+    loaded = load_model(str(tmp_path / "student"), "cpu", torch.float32)
+    assert torch.equal(sequence_logp(loaded, tokens), sequence_logp(learner.model.eval(), tokens))
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["student"], "no partial folder is left"
+
+
+def test_what_is_published_is_the_model(config):
+    learner = Learner(config(), "cpu", torch.float32)
+    weights = Weights({n: p.shape for n, p in learner.model.named_parameters()}, [3, 4, 5, 6], torch.float32)
+    learner.publish(weights, version=0)
+    version, tensors, probe = weights.read()
+    assert version == 0 and all(torch.equal(tensors[n], p) for n, p in learner.model.named_parameters())
+    torch.testing.assert_close(probe, sequence_logp(learner.model, weights.probe).detach())
+
+
+def test_every_metric_says_what_it_is():
+    assert all(len(text) > 10 for text in METRICS.values())

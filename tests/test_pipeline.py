@@ -1,0 +1,178 @@
+"""The real pipeline: spawned processes, shared memory, tiny random models. What the log must say, and what must be gone
+afterwards."""
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from learner import METRICS
+from record import DONE
+from tests.conftest import ROOT
+
+
+def command(config_flags: dict) -> list[str]:
+    return [sys.executable, str(ROOT / "asyncopd.py"), *(f"--{k.replace('_', '-')}={v}" for k, v in config_flags.items())]
+
+
+@pytest.fixture
+def flags(models, tmp_path):
+    return dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=8,
+                max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval_n=8, eval_every=0, warmup=0,
+                out=str(tmp_path / "run"))
+
+
+def run(flags: dict, timeout=240) -> subprocess.CompletedProcess:
+    return subprocess.run(command(flags), capture_output=True, text=True, timeout=timeout)
+
+
+def lines(flags: dict) -> list[dict]:
+    return [json.loads(line) for line in (Path(flags["out"]) / "log.jsonl").read_text().splitlines()]
+
+
+def steps(flags: dict) -> list[dict]:
+    return [line for line in lines(flags) if line["type"] == "step"]
+
+
+def shared_memory() -> set[str]:
+    return set(os.listdir("/dev/shm"))
+
+
+def alive(pids) -> list[int]:
+    return [p for p in pids if Path(f"/proc/{p}").exists() and "Z" not in Path(f"/proc/{p}/stat").read_text().split()[2]]
+
+
+def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
+    before = shared_memory()
+    done = run(flags | dict(steps=20, rollouts=2))
+    assert done.returncode == 0, done.stderr
+    log = lines(flags)
+    assert [line["type"] for line in log][0] == "run" and log[-1]["type"] == "done"
+    assert [s["step"] for s in steps(flags)] == list(range(1, 21))
+    assert all(s.keys() - {"type"} == METRICS.keys() for s in steps(flags)) and log[-1].keys() - {"type"} == DONE.keys()
+    last = log[-1]
+    assert last["tokens_generated"] == last["tokens_trained"] + last["tokens_in_flight"] > 0
+    assert last["tokens_trained"] == sum(s["tokens"] for s in steps(flags))
+    assert max(s["lag_max"] for s in steps(flags)) > 0, "it did run ahead"
+    assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "every push arrived, to float32 rounding"
+    assert {e["step"] for e in log if e["type"] == "eval"} >= {0, 20}
+    assert set(log[0]["pids"]) == {"rollout0", "rollout1", "teacher0", "learner"}
+    assert not alive(log[0]["pids"].values()) and shared_memory() <= before
+    trace = json.loads((Path(flags["out"]) / "trace.json").read_text())["traceEvents"]
+    assert {e["name"] for e in trace if e["ph"] == "X"} >= {"generate", "push", "score", "step", "publish"}
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    AutoModelForCausalLM.from_pretrained(f"{flags['out']}/student")
+    AutoTokenizer.from_pretrained(f"{flags['out']}/student")
+
+
+def test_sync_has_no_lag_and_is_the_same_run_twice(flags, tmp_path):
+    first, second = (flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b"))
+    for f in (first, second):
+        done = run(f)
+        assert done.returncode == 0, done.stderr
+    assert all(s["lag_max"] == 0 and s["w_max"] == pytest.approx(1, abs=1e-3) for s in steps(first))
+    assert [s["loss"] for s in steps(first)] == [s["loss"] for s in steps(second)]
+
+
+@pytest.mark.parametrize("objective", [dict(kl="forward", top_k=5), dict(mc_samples=1), dict(minibatches=2)])
+def test_objectives_lower_the_kl(flags, objective):
+    done = run(flags | dict(steps=30, lr=3e-3) | objective)
+    assert done.returncode == 0, done.stderr
+    kl = [s["kl"] for s in steps(flags)]
+    assert sum(kl[-5:]) < 0.7 * sum(kl[:5]), kl
+
+
+def test_plain_text_prompts_from_a_file(flags, tmp_path):
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) for i in range(40)))
+    done = run(flags | dict(steps=2, task=str(path), prompt_key="question"))
+    assert done.returncode == 0, done.stderr
+    assert [e["n"] for e in lines(flags) if e["type"] == "eval"] == [4, 4]
+
+
+# -- ends ------------------------------------------------------------------------------------------
+
+def start_and_wait_for(flags, step: int) -> tuple[subprocess.Popen, dict]:
+    process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while time.monotonic() < limit and process.poll() is None:
+        log = Path(flags["out"]) / "log.jsonl"
+        if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
+            return process, lines(flags)[0]["pids"]
+        time.sleep(0.1)
+    process.kill()
+    raise AssertionError(process.stderr.read())
+
+
+@pytest.mark.parametrize("victim", ["rollout0", "teacher0", "learner"])
+def test_a_killed_worker_ends_the_run_by_name(flags, victim):
+    before = shared_memory()
+    process, pids = start_and_wait_for(flags | dict(steps=100_000), step=2)
+    os.kill(pids[victim], signal.SIGKILL)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1 and victim in err and "-9" in err, err
+    assert not alive(pids.values()) and shared_memory() <= before
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_saves_and_leaves_nothing(flags, how):
+    before = shared_memory()
+    process, pids = start_and_wait_for(flags | dict(steps=100_000), step=2)
+    process.send_signal(how)
+    _, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and "interrupted" in err, err
+    assert not alive(pids.values()) and shared_memory() <= before
+    saved = list((Path(flags["out"]) / "checkpoints").iterdir())
+    assert len(saved) == 1 and (saved[0] / "model.safetensors").exists() and saved[0].name in err
+
+
+def test_workers_do_not_outlive_a_killed_parent(flags):
+    process, pids = start_and_wait_for(flags | dict(steps=100_000), step=2)
+    process.kill()
+    process.communicate()
+    limit = time.monotonic() + 15
+    while alive(pids.values()) and time.monotonic() < limit:
+        time.sleep(0.1)
+    assert not alive(pids.values())
+
+
+WRONG_PUSH = """
+import multiprocessing.process, sys
+import learner
+published = learner.Learner.publish
+def wrong(self, weights, version):       # from version 3 on, what is published is not what the probe was measured on
+    seconds = published(self, weights, version)
+    if version == 3:
+        weights.flat[version % 2] *= 1.5
+    return seconds
+learner.Learner.publish = wrong
+"""
+
+
+def test_a_wrong_push_ends_the_run(flags, tmp_path):
+    """The learner's process gets a publish that damages version 3: the engine's probe must notice."""
+    (tmp_path / "asyncopd_wrong.py").write_text(
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WRONG_PUSH}\n"
+        "import asyncopd\n"
+        "if __name__ == '__main__':\n    sys.exit(asyncopd.main(sys.argv[1:]))\n")
+    done = subprocess.run([sys.executable, str(tmp_path / "asyncopd_wrong.py"), *command(flags | dict(steps=50))[2:]],
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and "version 3 did not arrive" in done.stderr and "rollout0" in done.stderr, done.stderr
+
+
+# -- vLLM ------------------------------------------------------------------------------------------
+
+def test_fifty_steps_with_vllm(flags):
+    pytest.importorskip("vllm")
+    before = shared_memory()
+    done = run(flags | dict(steps=50, engine="vllm", overdue="keep", max_ahead=4), timeout=400)
+    assert done.returncode == 0, done.stderr
+    last = lines(flags)[-1]
+    assert last["tokens_generated"] == last["tokens_trained"] + last["tokens_in_flight"] > 0
+    assert all(s["lag_min"] <= s["lag_mean"] <= s["lag_max"] for s in steps(flags))
+    assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "after every push"
+    assert not alive(lines(flags)[0]["pids"].values()) and shared_memory() <= before

@@ -1,0 +1,206 @@
+"""The draw, and both engines: what they record is what they sampled, before and after a push and over a cut."""
+import numpy as np
+import pytest
+import torch
+
+from cache import Slots, Weights, load_model, sequence_logp
+from estimators import BLOCK, draw, shaped
+from rollout import HFEngine, VLLMEngine
+from tests.conftest import save_tiny
+
+# -- the draw --------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("V", [3, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3])
+def test_a_draw_inverts_the_cumulative_distribution(V):
+    g = torch.Generator().manual_seed(V)
+    logits = torch.randn(4, V, generator=g) * 4
+    u = torch.rand(4, 50, generator=g, dtype=torch.float64)
+    ids, logp = draw(logits, u)
+    edge = logits.double().softmax(-1).cumsum(-1)
+    want = torch.searchsorted(edge, u * edge[:, -1:], right=True)
+    # a draw within rounding of an edge may fall on either side of it
+    distance = torch.minimum((edge.gather(1, ids) - u).abs(), (edge.gather(1, want) - u).abs())
+    assert ((ids == want) | (distance < 1e-6)).all()
+    torch.testing.assert_close(logp, logits.log_softmax(-1).gather(1, ids), rtol=0, atol=1e-5)
+
+
+def test_draws_follow_the_softmax_tail_words_included():
+    """Chi-square of 400,000 draws over 2,000 words whose probabilities span six orders of magnitude."""
+    V, n = 2000, 400_000
+    logits = torch.linspace(0, -14, V)[torch.randperm(V, generator=torch.Generator().manual_seed(0))]
+    u = torch.from_numpy(np.random.default_rng(1).random((100, n // 100)))
+    ids, _ = draw(logits.expand(100, V), u)
+    expected = n * logits.double().softmax(-1)
+    count = torch.bincount(ids.flatten(), minlength=V).double()
+    big = expected >= 5
+    assert 100 < (~big).sum() < V, "there are words too rare for a cell of their own"
+    cells = torch.cat([count[big], count[~big].sum()[None]]), torch.cat([expected[big], expected[~big].sum()[None]])
+    chi2, dof = ((cells[0] - cells[1]) ** 2 / cells[1]).sum().item(), len(cells[0]) - 1
+    assert abs(chi2 - dof) < 5 * (2 * dof) ** 0.5, f"chi-square {chi2:.0f} for {dof} degrees of freedom"
+
+
+def test_words_of_probability_zero_are_never_drawn():
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]])
+    u = torch.tensor([[0.0, 0.25, 0.5, 0.75, 1 - 2.0 ** -53]], dtype=torch.float64)
+    assert draw(logits, u)[0].tolist() == [[1, 1, 3, 3, 3]]
+
+
+def test_the_logprob_is_that_of_the_distribution_really_sampled():
+    logits = torch.log(torch.tensor([[0.5, 0.3, 0.15, 0.05]]))
+    u = torch.rand(1, 200, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    ids, logp = draw(logits, u, top_p=0.7)
+    assert set(ids.flatten().tolist()) == {0, 1}
+    torch.testing.assert_close(logp.exp(), torch.where(ids == 0, 0.5 / 0.8, 0.3 / 0.8))
+    ids, logp = draw(logits, u, temperature=2.0)
+    torch.testing.assert_close(logp, (logits / 2).log_softmax(-1).gather(1, ids))
+    assert shaped(logits, 1.0, 0.5).isfinite().sum() == 1, "the smallest set that reaches top_p"
+
+
+# -- the engines -----------------------------------------------------------------------------------
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    """Both engines on one student, made once: vLLM takes a while to start."""
+    from asyncopd import Config
+    root = tmp_path_factory.mktemp("engines")
+    student = save_tiny(root / "student", seed=3, layers=2)
+    cfg = Config.from_cli(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
+                           "--max-response=24", "--max-running=16", "--mc-samples=3"])
+    made = {"hf": HFEngine(cfg, "cpu", torch.float32)}
+    if cfg.engine == "vllm":
+        made["vllm"] = VLLMEngine(cfg, "cpu", torch.float32)
+    return student, made
+
+
+@pytest.fixture(params=["hf", "vllm"])
+def engine(request, engines):
+    if request.param not in engines[1]:
+        pytest.skip("vLLM is not installed")
+    made = engines[1][request.param]
+    made.load(parameters(engines[0]))
+    yield made
+    made.take(list(getattr(made, "request", [])) or [r.key for r in getattr(made, "rows", [])])
+
+
+def parameters(folder, scale=1.0):
+    return {n: p.detach() * scale for n, p in load_model(folder, "cpu", torch.float32).named_parameters()}
+
+
+PROMPTS = [[3, 4, 13, 5, 14], [9, 9, 13, 3, 4, 14], [5, 14]]
+
+
+def run(engine, prompts=PROMPTS, budget=24, steps=10_000):
+    for key, prompt in enumerate(prompts):
+        engine.add(key, prompt, budget, uid=key, position=0)
+    out = {}
+    for _ in range(steps):
+        out |= engine.take(engine.step())          # what is finished leaves at once, as in the worker
+        if len(out) == len(prompts):
+            break
+    return out | engine.take([key for key in range(len(prompts)) if key not in out])
+
+
+def check(model, prompt, tokens, ids, logmu):
+    """Every recorded log-prob is that of `model` at its position, whatever else was in the batch."""
+    with torch.no_grad():
+        logits = model(torch.tensor([prompt + tokens.tolist()])).logits[0]
+    want = logits[len(prompt) - 1:len(prompt) - 1 + len(tokens)].log_softmax(-1).gather(-1, ids)
+    torch.testing.assert_close(logmu, want, rtol=0, atol=1e-4)
+
+
+def test_recorded_logprobs_are_the_models(engine, engines):
+    model = load_model(engines[0], "cpu", torch.float32)
+    for key, (tokens, ids, logmu) in run(engine).items():
+        assert ids.shape == logmu.shape == (len(tokens), 3) and torch.equal(ids[:, 0], tokens) and len(tokens) > 0
+        check(model, PROMPTS[key], tokens, ids, logmu)
+
+
+def test_both_engines_draw_the_same_tokens(engines):
+    if len(engines[1]) < 2:
+        pytest.skip("vLLM is not installed")
+    for made in engines[1].values():
+        made.load(parameters(engines[0]))
+    a, b = (run(made) for made in engines[1].values())
+    for key in a:
+        assert torch.equal(a[key][1], b[key][1])
+
+
+def test_after_a_push_the_engine_is_the_new_model_and_back(engine, engines):
+    probe = [3, 4, 13, 5, 14, 6, 7]
+    for scale in (1.0, 1.3, 1.0):
+        engine.load(parameters(engines[0], scale))
+        model = load_model(engines[0], "cpu", torch.float32)
+        model.load_state_dict(parameters(engines[0], scale))
+        torch.testing.assert_close(engine.logp(probe), sequence_logp(model, probe).detach(), rtol=0, atol=1e-4)
+        for key, drawn in run(engine).items():
+            check(model, PROMPTS[key], *drawn)
+
+
+def test_a_response_goes_on_under_new_weights_as_the_new_model(engine, engines):
+    """Taken out half-way, weights replaced, added again with its tokens: its context is computed anew."""
+    first = run(engine, steps=5)
+    assert all(0 < len(tokens) < 24 for tokens, _, _ in first.values())
+    engine.load(parameters(engines[0], 1.3))
+    model = load_model(engines[0], "cpu", torch.float32)
+    model.load_state_dict(parameters(engines[0], 1.3))
+    longer = [p + first[key][0].tolist() for key, p in enumerate(PROMPTS)]
+    for key, drawn in run(engine, longer, budget=10).items():
+        check(model, longer[key], *drawn)
+
+
+def test_a_response_may_join_and_leave_between_steps(engine, engines):
+    model = load_model(engines[0], "cpu", torch.float32)
+    engine.add(0, PROMPTS[0], 24, uid=0, position=0)
+    engine.step(), engine.step()
+    engine.add(1, PROMPTS[1], 24, uid=1, position=0)
+    engine.step(), engine.step()
+    first = engine.take([0])
+    engine.add(2, PROMPTS[2], 3, uid=2, position=0)
+    while 2 not in engine.step():
+        continue
+    rest = engine.take([1, 2])
+    assert len(rest[2][0]) <= 3 < len(rest[1][0])
+    for key, drawn in (first | rest).items():
+        check(model, PROMPTS[key], *drawn)
+
+
+def test_greedy_answers_are_the_models_own(engine, engines):
+    model = load_model(engines[0], "cpu", torch.float32)
+    for prompt, answer in zip(PROMPTS, engine.complete(PROMPTS, 8)):
+        want = model.generate(torch.tensor([prompt]), max_new_tokens=8, do_sample=False)[0, len(prompt):].tolist()
+        assert answer == want
+
+
+@pytest.mark.parametrize("kind", ["hf", "vllm"])
+def test_tied_embeddings_arrive_too(kind, models, tmp_path):
+    """A push that returns normally and generates from the old output head is what the probe is for."""
+    from asyncopd import Config
+    cfg = Config.from_cli(["--task=toy", f"--student={models['tied']}", f"--teacher={models['tied']}", "--gpus=0",
+                           f"--engine={kind}", "--max-prompt=16", "--max-response=24", "--max-running=4"])
+    engine = {"hf": HFEngine, "vllm": VLLMEngine}[kind](cfg, "cpu", torch.float32)
+    model = load_model(models["tied"], "cpu", torch.float32)
+    tensors = {n: p.detach() * 1.3 for n, p in model.named_parameters()}
+    assert "lm_head.weight" not in tensors
+    model.load_state_dict(tensors, strict=False)
+    engine.load(tensors)
+    probe = [3, 4, 5, 6]
+    torch.testing.assert_close(engine.logp(probe), sequence_logp(model, probe).detach(), rtol=0, atol=1e-4)
+
+
+def test_a_wrong_push_stops_the_worker(config, models):
+    """Weights that do not match the probe published with them are refused, with the version and the size of the gap."""
+    from types import SimpleNamespace
+
+    from rollout import Worker
+    cfg = config()
+    model = load_model(models["student"], "cpu", torch.float32)
+    weights = Weights({n: p.shape for n, p in model.named_parameters()}, [3, 4, 5, 6], torch.float32)
+    probe = sequence_logp(model, weights.probe).detach()
+    tensors = dict(model.named_parameters())
+    weights.publish(tensors, 0, probe)
+    link = SimpleNamespace(send=lambda *a, **k: None, span=lambda what: __import__("contextlib").nullcontext())
+    worker = Worker(cfg, link, Slots(1, 16, 12, 4), weights, "cpu", torch.float32)
+    worker.load(None)
+    weights.publish({n: p * 1.5 for n, p in tensors.items()}, 1, probe)
+    with pytest.raises(RuntimeError, match="version 1 did not arrive"):
+        worker.load(None)
