@@ -179,12 +179,12 @@ class Learner:
         drawn = logp.detach()[:, :n], logq[:, :n], logmu[:, :n]
         if self.teacher_head is None:
             loss = self.loss(*(self.estimator.scored(x) for x in (logp, logq, logmu)), **known)
-            kl = VALUE[self.estimator.kl](*drawn)
+            kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
                 every_q = teacher_logq(self.teacher_head, slot["hidden"], everything.shape[1])
             loss = self.loss(everything, every_q, every_q, **known)
-            kl = DENSE[self.estimator.kl](everything.detach(), every_q, every_q)
+            kl = DENSE[self.cfg.kl](everything.detach(), every_q, every_q)
         (loss.sum() / count).backward()
         w = importance_weight(drawn[0], drawn[2])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
