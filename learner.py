@@ -255,5 +255,5 @@ def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:
     x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0]}
     w = x.pop("w")
     return {name: v.mean().item() for name, v in x.items()} | {
-        "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(1 + int(0.99 * (len(w) - 1))).values.item(),
+        "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(math.ceil(0.99 * len(w))).values.item(),
         "ess": (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()}

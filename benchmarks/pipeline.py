@@ -5,12 +5,13 @@ learner that take time instead of computing. What a rule for overdue responses c
     python benchmarks/pipeline.py              # everything: benchmarks/pipeline.jsonl and figures/lag.png; 10 minutes
     python benchmarks/pipeline.py --quick      # the defaults under each rule; 3 minutes
 
-A token here stands for 64 tokens of a response of up to 16,384; lengths are lognormal (sigma 0.8) or Pareto (1.3), mean
-about 4,500, cut at 16,384. The GPUs are split as in the paper: asynchronous, 1 teacher, 4 rollout and 3 learner GPUs (the
-learner's three are one process three times as fast as one); synchronous, the same seven shared in time, 7 rollout workers
-and then a learner 7/3 as fast. An engine's turn takes TURN_S (1 + running / 9): it reads the weights once and every
-response's keys and values, which for 4B parameters on a B200 weigh the same at about 37 responses of a batch of 256, 9 of
-ours of 64. Reading a context again, which a push costs every running response, is PREFILL times as fast as generating.
+A token here stands for 64 tokens of a response of up to 16,384; lengths are lognormal (sigma 0.8) or Pareto (1.3),
+mean about 4,500, cut at 16,384. The GPUs are split as in the paper: asynchronous, 1 teacher, 4 rollout and 3 learner
+GPUs (the learner's three are one process three times as fast as one); synchronous, the same seven shared in time, 7
+rollout workers and then a learner 7/3 as fast. An engine's turn takes TURN_S (1 + running / 9): it reads the weights
+once and every response's keys and values, which for 4B parameters on a B200 weigh the same at about 37 responses of a
+batch of 256, 9 of ours of 64. Reading a context again, which a push costs every running response, is PREFILL times as
+fast as generating.
 The learner is the slowest stage: the bound is the learner busy all the time.
 
 Columns: trained tokens per second as a multiple of sync; share of the bound; overlap (3 is the most); lag min/mean/max;
