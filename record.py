@@ -46,7 +46,8 @@ class Log:
     def __init__(self, folder: Path, steps: int, quiet: bool = False):
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet)
+        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
+                        mininterval=0.2 if sys.stderr.isatty() else 10.0)
 
     def write(self, type: str, **record) -> None:
         self.file.write(json.dumps({"type": type, **record}) + "\n")

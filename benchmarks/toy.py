@@ -1,0 +1,100 @@
+"""
+Every number of the toy in the README: runs of the shipped command, a row each, and the tables made from the rows.
+
+    python benchmarks/toy.py run demo          # three seeds, both engines, sync, forward KL; 12 minutes on two cores
+    python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
+    python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
+    python benchmarks/toy.py table demo        # the README's table, from benchmarks/toy.jsonl alone
+    python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
+
+A row holds the command, commit, hardware and seed of its run, its last line, its accuracies, and its KL by step.
+Last line of `run`: one JSON object, {label: {"before", "after", "kl_before", "kl_after", "finite", "lag_max"}}.
+"""
+import argparse
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+ROWS = HERE / "toy.jsonl"
+
+
+def groups() -> dict[str, dict[str, list[str]]]:
+    from estimators import ESTIMATORS
+    short = ["--steps=100", "--eval-every=0", "--max-ahead=4", "--lr=0.0002"]
+    return {
+        "demo": {"reverse, seed 0": ["--seed=0"], "reverse, seed 1": ["--seed=1"], "reverse, seed 2": ["--seed=2"],
+                 "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
+                 "schedule sync": ["--schedule=sync"]},
+        "estimators": {name: [f"--estimator={name}", "--eval-every=0", "--no-eval-teacher"] for name in ESTIMATORS},
+        "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1"],
+                "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
+                "keep, A = 4": [*short, "--overdue=keep"]}}
+
+
+def read(group: str, label: str, folder: str) -> dict:
+    log = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
+    run, done, steps = log[0], log[-1], [x for x in log if x["type"] == "step"]
+    return dict(group=group, label=label, argv=run["argv"], commit=run["commit"], hardware=run["hardware"],
+                versions=run["versions"], seed=run["config"]["seed"], done={k: v for k, v in done.items() if k != "type"},
+                finite=all(math.isfinite(v) for s in steps for k, v in s.items() if k != "type"),
+                lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
+                gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
+                accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"})
+
+
+def add(row: dict) -> None:
+    kept = [r for r in rows() if (r["group"], r["label"]) != (row["group"], row["label"])]
+    ROWS.write_text("".join(json.dumps(r) + "\n" for r in [*kept, row]))
+
+
+def rows(group: str = "") -> list[dict]:
+    found = [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
+    return [r for r in found if group in ("", r["group"])]
+
+
+def table(group: str) -> str:
+    """Markdown; rows in the order of `groups`."""
+    by_label = {r["label"]: r for r in rows(group)}
+    out = ["| run | accuracy before → after | KL per token before → after | lag mean / max | overlap | tokens/s "
+           "| seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for label in groups()[group]:
+        if label in by_label:
+            d = by_label[label]["done"]
+            out.append(f"| {label} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {d['kl_before']:.3f} → "
+                       f"{d['kl_after']:.3f} | {d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
+                       f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
+    return "\n".join(out)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("run", "table", "add"))
+    parser.add_argument("group", choices=("demo", "estimators", "lag"))
+    parser.add_argument("label", nargs="?", default="")
+    parser.add_argument("folder", nargs="?", default="")
+    args = parser.parse_args()
+    if args.what == "add":
+        add(read(args.group, args.label, args.folder))
+    if args.what == "run":
+        for label, flags in groups()[args.group].items():
+            if args.label in ("", label):
+                folder = f"runs/bench-{args.group}-{''.join(c if c.isalnum() else '-' for c in label)}"
+                command = [sys.executable, "asyncopd.py", "--task=toy", "--overwrite", f"--out={folder}", *flags]
+                done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+                if done.returncode:
+                    sys.exit(f"{label}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+                add(read(args.group, label, HERE.parent / folder))
+                print(table(args.group).splitlines()[-1] if args.label else label, flush=True)
+    print(table(args.group))
+    if args.what == "run":
+        print(json.dumps({r["label"]: dict(before=r["done"]["accuracy_before"], after=r["done"]["accuracy_after"],
+                                           kl_before=r["done"]["kl_before"], kl_after=r["done"]["kl_after"],
+                                           finite=r["finite"], lag_max=max(r["lag_max"])) for r in rows(args.group)}))
+
+
+if __name__ == "__main__":
+    main()
