@@ -311,8 +311,10 @@ class Link:
 
     def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
         """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker (EOFError)."""
-        while wait and not self.pipe.poll(60):           # a limit on the wait only so that a debugger sees it turn
-            continue
+        if wait:
+            with self.span("wait"):
+                while not self.pipe.poll(60):            # a limit only so that whoever looks sees it turn
+                    continue
         while self.pipe.poll(0):
             yield self.pipe.recv()
 

@@ -93,14 +93,15 @@ def hardware() -> dict:
 
 # -- time ------------------------------------------------------------------------------------------
 
-def write_trace(path: Path, spans: list[tuple[str, str, float, float]]) -> None:
-    """Chrome / Perfetto trace of (worker, what, start, end), one row per worker."""
+def write_trace(path: Path, spans: list[tuple[str, str, float, float]], counters: list[tuple[float, str, dict]]) -> None:
+    """Chrome / Perfetto trace: (worker, what, start, end), one row per worker; (time, name, values), curves."""
     workers = sorted({s[0] for s in spans}, key=lambda n: (list(BUSY).index(n.rstrip("0123456789")), n))
     rows = {name: i for i, name in enumerate(workers)}
     zero = min((s[2] for s in spans), default=0.0)
     events = [dict(ph="M", name="thread_name", pid=0, tid=i, args=dict(name=name)) for name, i in rows.items()]
     events += [dict(ph="X", name=what, pid=0, tid=rows[name], ts=round((a - zero) * 1e6), dur=round((b - a) * 1e6))
                for name, what, a, b in spans]
+    events += [dict(ph="C", name=name, pid=0, ts=round((t - zero) * 1e6), args=values) for t, name, values in counters]
     path.write_text(json.dumps({"traceEvents": events}))
 
 

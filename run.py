@@ -104,7 +104,7 @@ class Run:
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.hands: list[Hand] = []
         self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
-        self.counters: list[tuple[float, dict[str, float]]] = []   # time, what the trace draws as curves
+        self.counters: list[tuple[float, str, dict]] = []          # time, name, values: curves of the trace
         self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
@@ -236,6 +236,10 @@ class Run:
         assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
         self.made, self.last_step = made, now
         self.steps.append(metrics)
+        self.counters += [
+            (now, "slots", {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()}),
+            (now, "lag", {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")}),
+            (now, "tokens per second", {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})]
         self.log.step(metrics)
         step = metrics["step"]
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
@@ -249,7 +253,7 @@ class Run:
         self.evaluate(self.role("rollout")[0])
         self.role("learner")[0].send("save", f"{cfg.out}/student")
         self.stop()
-        record.write_trace(Path(cfg.out) / "trace.json", self.spans)
+        record.write_trace(Path(cfg.out) / "trace.json", self.spans, self.counters)
         busy = record.busy_shares(self.spans, self.began, self.last_step)
         trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
         tail = [m["kl"] for m in steps[-10:]]

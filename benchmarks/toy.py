@@ -39,7 +39,7 @@ def read(group: str, label: str, folder: str) -> dict:
     log = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
     run, done, steps = log[0], log[-1], [x for x in log if x["type"] == "step"]
     return dict(group=group, label=label, argv=run["argv"], commit=run["commit"], hardware=run["hardware"],
-                versions=run["versions"], seed=run["config"]["seed"], done={k: v for k, v in done.items() if k != "type"},
+                versions=run["versions"], seed=run["config"]["seed"], done=done,
                 finite=all(math.isfinite(v) for s in steps for k, v in s.items() if k != "type"),
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
                 gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
