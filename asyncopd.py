@@ -24,9 +24,9 @@ import torch
 import yaml
 
 import tasks
-from cache import stop_ids, vocab_size
 from estimators import DEFAULT, ESTIMATORS
 from run import Job, Run
+from teacher import stop_ids, vocab_size
 
 ROOT = Path(__file__).resolve().parent
 

@@ -93,7 +93,8 @@ def hardware() -> dict:
 
 # -- time ------------------------------------------------------------------------------------------
 
-def write_trace(path: Path, spans: list[tuple[str, str, float, float]], counters: list[tuple[float, str, dict]]) -> None:
+def write_trace(path: Path, spans: list[tuple[str, str, float, float]],
+                counters: list[tuple[float, str, dict]]) -> None:
     """Chrome / Perfetto trace: (worker, what, start, end), one row per worker; (time, name, values), curves."""
     workers = sorted({s[0] for s in spans}, key=lambda n: (list(BUSY).index(n.rstrip("0123456789")), n))
     rows = {name: i for i, name in enumerate(workers)}
@@ -122,6 +123,12 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
     return "\n".join("  " + line.rstrip() for line in lines)
+
+
+def keys_table(keys: dict[str, str]) -> str:
+    """Markdown of METRICS or DONE: the README's tables are printed from the code."""
+    return "\n".join(["| key | what it is |", "|---|---|", *(f"| `{k}` | {v.replace('|', chr(92) + '|')} |"
+                                                            for k, v in keys.items())])
 
 
 def show_start(where: dict[str, str], memory: list[list[str]], changed: dict[str, object]) -> None:

@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cache import Link, Slots, Weights, load_model, sequence_logp, stop_ids
+from cache import Link, Slots, Weights
 from estimators import ESTIMATORS, draw, shaped
+from teacher import load_model, sequence_logp, stop_ids
 
 if TYPE_CHECKING:
     from asyncopd import Config

@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 
 import record
-from cache import Ledger, Link, Slots, Weights, teacher_worker
+from cache import Ledger, Link, Slots, Weights
 from estimators import ESTIMATORS
 from learner import METRICS, learner_worker
 from rollout import rollout_worker
 from tasks import Row, prompt_number
+from teacher import teacher_worker
 
 if TYPE_CHECKING:
     from asyncopd import Config

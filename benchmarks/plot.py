@@ -1,9 +1,9 @@
 """
 The README's figures, from the raw results beside this file: they can be drawn again from a clone, without a run.
 
-    python benchmarks/plot.py timeline [SYNC_RUN ASYNC_RUN]   figures/timeline.png; given two run folders, their trace is
-                                                              cut to a few steps and kept as timeline.jsonl first
-    python benchmarks/plot.py lag                             figures/lag.png, from pipeline.jsonl
+    python benchmarks/plot.py timeline [SYNC_RUN ASYNC_RUN]   # figures/timeline.png; given two run folders, their
+                                                              # traces are cut to a few steps: timeline.jsonl
+    python benchmarks/plot.py lag                             # figures/lag.png, from pipeline.jsonl
 """
 import json
 import sys
@@ -26,7 +26,8 @@ def excerpt(folder: str) -> list[dict]:
     names = {e["tid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
     schedule = json.loads((Path(folder) / "log.jsonl").open().readline())["config"]["schedule"]
     work = [e for e in events if e["ph"] == "X" and e["name"] in COLORS]
-    start = sorted(e["ts"] for e in work if e["name"] == "step")[len([e for e in work if e["name"] == "step"]) // 2] / 1e6
+    steps = sorted(e["ts"] for e in work if e["name"] == "step")
+    start = steps[len(steps) // 2] / 1e6
     return [dict(run=schedule, worker=names[e["tid"]], what=e["name"], start=round(max(0.0, a), 4),
                  end=round(min(SECONDS, b), 4)) for e in work
             if (b := (e["ts"] + e["dur"]) / 1e6 - start) > 0 and (a := e["ts"] / 1e6 - start) < SECONDS]

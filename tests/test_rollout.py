@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Slots, Weights, load_model, sequence_logp
+from cache import Slots, Weights
 from estimators import BLOCK, draw, shaped
 from rollout import HFEngine, VLLMEngine
+from teacher import load_model, sequence_logp
 from tests.conftest import save_tiny
 
 # -- the draw --------------------------------------------------------------------------------------
