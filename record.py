@@ -32,7 +32,7 @@ DONE = {      # keys of the last line: formula or meaning, unit
     "score_tok_s": "tokens_trained / seconds the teacher was busy",
     "lag_mean": "mean over all trained tokens, versions",
     "lag_max": "largest of any trained token, versions",
-    "kl_before": "`kl` of the first batch, drawn by the untrained student",
+    "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
     "kl_after": "mean `kl` of the last 10 steps",
     "accuracy_before": "on the held-out rows, greedy, step 0",
     "accuracy_after": "the same, last step",

@@ -257,7 +257,7 @@ class Run:
         record.write_trace(Path(cfg.out) / "trace.json", self.spans, self.counters)
         busy = record.busy_shares(self.spans, self.began, self.last_step)
         trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
-        tail = [m["kl"] for m in steps[-10:]]
+        first, last = [m["kl"] for m in steps[:10]], [m["kl"] for m in steps[-10:]]
         totals = {
             "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
             "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
@@ -265,7 +265,8 @@ class Run:
             "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
             "score_tok_s": trained / wall / busy["teacher"],
             "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,
-            "lag_max": max(m["lag_max"] for m in steps), "kl_before": steps[0]["kl"], "kl_after": sum(tail) / len(tail),
+            "lag_max": max(m["lag_max"] for m in steps), "kl_before": sum(first) / len(first),
+            "kl_after": sum(last) / len(last),
             "accuracy_before": self.accuracy.get(("student", 0)),
             "accuracy_after": self.accuracy.get(("student", cfg.steps)),
             "accuracy_teacher": self.accuracy.get(("teacher", 0))}

@@ -2,8 +2,8 @@
 From tokens to log-probs: alignment, and the teacher, which fills in the scores of the slots that it is given.
 
 `response_rows` is the only place where a sequence is shifted; teacher, learner and engine all go through it. The
-teacher is a plain transformers forward pass, exact, with its own full normaliser; what it writes beside logq (its top K,
-draws of its own, its last hidden state) is what the running estimator's table entry asks for. Only token ids come in:
+teacher is a plain transformers forward pass, exact, with its own full normaliser; what it writes beside logq (its top
+K, draws of its own, its last hidden state) is what the table entry of the running estimator asks for. Only ids come in:
 nothing is ever tokenized twice. What is left out: teachers that do not fit on one device.
 Tests: tests/test_cache.py, tests/test_supports.py
 """

@@ -63,9 +63,9 @@ def table(group: str) -> str:
            "| seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
     for label in groups()[group]:
         if label in by_label:
-            d = by_label[label]["done"]
-            out.append(f"| {label} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {d['kl_before']:.3f} → "
-                       f"{d['kl_after']:.3f} | {d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
+            d, kl = by_label[label]["done"], by_label[label]["kl"]
+            out.append(f"| {label} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {sum(kl[:10]) / 10:.3f} → "
+                       f"{sum(kl[-10:]) / 10:.3f} | {d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
                        f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
     return "\n".join(out)
 

@@ -80,8 +80,9 @@ def test_every_flag_that_the_readme_names_exists():
 
 
 def test_busy_time_counts_work_within_the_run_and_averages_workers():
-    spans = [("rollout0", "generate", 0.0, 6.0), ("rollout1", "generate", 9.0, 12.0), ("rollout1", "evaluate", 0.0, 9.0),
-             ("teacher0", "score", 1.0, 2.0), ("learner", "step", 2.0, 4.0), ("learner", "wait", 4.0, 10.0)]
+    spans = [("rollout0", "generate", 0.0, 6.0), ("rollout1", "generate", 9.0, 12.0),
+             ("rollout1", "evaluate", 0.0, 9.0), ("teacher0", "score", 1.0, 2.0),
+             ("learner", "step", 2.0, 4.0), ("learner", "wait", 4.0, 10.0)]
     assert busy_shares(spans, 1.0, 11.0) == {"rollout": pytest.approx(0.35), "teacher": pytest.approx(0.1),
                                              "learner": pytest.approx(0.2)}
 
