@@ -4,6 +4,7 @@ Every number of the toy in the README: runs of the shipped command, a row each, 
     python benchmarks/toy.py run demo          # three seeds, both engines, sync, forward KL; 12 minutes on two cores
     python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
+    python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
     python benchmarks/toy.py table demo        # the README's table, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 
@@ -32,7 +33,9 @@ def groups() -> dict[str, dict[str, list[str]]]:
         "estimators": {name: [f"--estimator={name}", "--eval-every=0", "--no-eval-teacher"] for name in ESTIMATORS},
         "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1"],
                 "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
-                "keep, A = 4": [*short, "--overdue=keep"]}}
+                "keep, A = 4": [*short, "--overdue=keep"]},
+        "pairs": {f"{schedule} {i}": [*short, f"--schedule={schedule}"] for i in (1, 2, 3)
+                  for schedule in ("sync", "async")}}
 
 
 def read(group: str, label: str, folder: str) -> dict:
@@ -64,16 +67,31 @@ def table(group: str) -> str:
     for label in groups()[group]:
         if label in by_label:
             d, kl = by_label[label]["done"], by_label[label]["kl"]
-            out.append(f"| {label} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {sum(kl[:10]) / 10:.3f} → "
-                       f"{sum(kl[-10:]) / 10:.3f} | {d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
-                       f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
+            accuracy = f"{d['accuracy_before']:.1%} → {d['accuracy_after']:.1%}"
+            out.append(f"| {label} | {accuracy} | {sum(kl[:10]) / 10:.3f} → {sum(kl[-10:]) / 10:.3f} | "
+                       f"{d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | {d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
+    if group == "pairs" and len(by_label) == 6:
+        out += ["", pairs(by_label)]
     return "\n".join(out)
+
+
+def pairs(by_label: dict[str, dict]) -> str:
+    """What overlap gains on two cores, against the most that it could: all work of the synchronous run, from both cores
+    at once, or its longest role if that is more."""
+    ratios = [by_label[f"async {i}"]["done"]["train_tok_s"] / by_label[f"sync {i}"]["done"]["train_tok_s"]
+              for i in (1, 2, 3)]
+    bounds = []
+    for i in (1, 2, 3):
+        busy = by_label[f"sync {i}"]["done"]["busy"].values()
+        bounds.append(1 / max(max(busy), sum(busy) / 2))
+    return (f"async / sync in trained tokens per second: {', '.join(f'{r:.2f}' for r in ratios)} (median "
+            f"{sorted(ratios)[1]:.2f}); the most that overlap could give on two cores: {sorted(bounds)[1]:.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("run", "table", "add"))
-    parser.add_argument("group", choices=("demo", "estimators", "lag"))
+    parser.add_argument("group", choices=("demo", "estimators", "lag", "pairs"))
     parser.add_argument("label", nargs="?", default="")
     parser.add_argument("folder", nargs="?", default="")
     args = parser.parse_args()
