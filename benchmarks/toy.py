@@ -69,7 +69,8 @@ def table(group: str) -> str:
             d, kl = by_label[label]["done"], by_label[label]["kl"]
             accuracy = f"{d['accuracy_before']:.1%} → {d['accuracy_after']:.1%}"
             out.append(f"| {label} | {accuracy} | {sum(kl[:10]) / 10:.3f} → {sum(kl[-10:]) / 10:.3f} | "
-                       f"{d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | {d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
+                       f"{d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
+                       f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
     if group == "pairs" and len(by_label) == 6:
         out += ["", pairs(by_label)]
     return "\n".join(out)

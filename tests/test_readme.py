@@ -1,22 +1,17 @@
 """The README and the files it speaks of: sizes, tables, commands, links."""
 import re
 import shlex
+import sys
 
 import pytest
 
 from asyncopd import Config
-from estimators import estimator_table
-from learner import METRICS
-from record import DONE, busy_shares, keys_table, table
+from record import busy_shares, table
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPS = {"asyncopd.py": 350, "run.py": 350, "rollout.py": 400, "engine_vllm.py": 250, "cache.py": 350, "teacher.py": 200,
         "learner.py": 450, "estimators.py": 450, "tasks.py": 250, "record.py": 200}
-
-
-def between(name: str) -> str:
-    return README.split(f"<!-- {name} -->")[1].split(f"<!-- /{name} -->")[0].strip()
 
 
 @pytest.mark.parametrize("name", CAPS)
@@ -42,18 +37,11 @@ def test_one_shift_and_no_broad_except():
     assert "**kwargs" not in code
 
 
-@pytest.mark.parametrize("name, want", [
-    ("estimators", estimator_table()), ("metrics", keys_table(METRICS) + "\n\n" + keys_table(DONE))])
-def test_tables_are_printed_from_the_code(name, want):
-    assert between(name) == want
-
-
-@pytest.mark.parametrize("name, group", [("results", "demo"), ("lag", "lag"), ("toy", "estimators")])
-def test_tables_of_results_are_printed_from_the_raw_rows(name, group):
-    import sys
+def test_tables_are_those_that_the_code_and_the_raw_results_print():
+    """To renew them: python benchmarks/readme.py"""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    import toy
-    assert toy.table(group) in between(name)
+    import readme
+    assert readme.renewed(README) == README
 
 
 COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"\s*python \S+\.py", line)]
