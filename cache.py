@@ -187,11 +187,16 @@ class Ledger:
         t.arrived = self.arrivals
         self.arrivals += 1
 
+    @property
+    def floor(self) -> int:
+        """A token of this version or older passes max_lag unless the next batch has it."""
+        return self.version - self.max_lag
+
     def overdue(self) -> list[Ticket]:
         """Tickets that the next batch must have. `born` may lag behind its holder, on the safe side only."""
         if self.rule == "keep":
             return []
-        old = (self.slots.born <= self.version - self.max_lag).nonzero().flatten().tolist()
+        old = (self.slots.born <= self.floor).nonzero().flatten().tolist()
         return [self.tickets[s] for s in old if s in self.tickets]
 
     def to_stop(self) -> list[Ticket]:

@@ -118,25 +118,26 @@ class Worker:
     def evaluate(self, body: tuple) -> None:
         self.questions.append(body)
 
-    def cut(self, slots: list[int]) -> None:
-        """Hand over what these responses have so far. One that has nothing yet is not overdue: it begins anew."""
-        held = [s for s in slots if s in self.running]
+    def cut(self, body: tuple[int, list[int]]) -> None:
+        """Hand over what these responses have so far."""
+        self.link.send("generated", slots=self.overdue(*body), finished=False, tokens=self.tokens)
+
+    def drop(self, body: tuple[int, list[int]]) -> None:
+        """Throw these responses away."""
+        self.link.send("dropped", slots=self.overdue(*body), tokens=self.tokens)
+
+    def overdue(self, floor: int, slots: list[int]) -> list[int]:
+        """Those of `slots` whose first token is of version `floor` or older, flushed.
+
+        The parent cannot know better than `born`: a response may have had no token when the weights were replaced,
+        and have begun under the new ones since. One that has none even now begins anew, under the newest.
+        """
+        held = [s for s in slots if s in self.running and self.slots.born[s] <= floor]
         self.flush(held)
-        for s in held:
-            if self.slots.length[s] == 0:
-                self.waiting.append((None, s))
+        self.waiting += [(None, s) for s in held if self.slots.length[s] == 0]
         for _, s in self.waiting:
             self.slots.born[s] = self.weights.version              # at least: it is taken under the newest
-        cut = [s for s in held if self.slots.length[s] > 0]
-        self.link.send("generated", slots=cut, finished=False, tokens=self.tokens)
-
-    def drop(self, slots: list[int]) -> None:
-        """Throw these responses away."""
-        held = [s for s in slots if s in self.running]
-        self.flush(held)
-        for _, s in self.waiting:
-            self.slots.born[s] = self.weights.version
-        self.link.send("dropped", slots=held, tokens=self.tokens)
+        return [s for s in held if self.slots.length[s] > 0]
 
     def stop(self, body: None) -> None:
         """The last order: what was asked is answered, what runs is handed in."""

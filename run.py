@@ -151,6 +151,7 @@ class Run:
                 self.routing_s += time.monotonic() - start
 
     def give_work(self) -> None:
+        hands = {h.name: h for h in self.hands}
         orders: dict[tuple[str, str], list] = defaultdict(list)         # (worker, what to do) -> slots
         for t in self.ledger.hand_out():
             hand = min(self.role("rollout"), key=lambda h: h.load)
@@ -162,11 +163,13 @@ class Run:
             hand = min(self.role("teacher"), key=lambda h: h.load)
             orders[hand.name, "score"].append(t.slot)
             t.holder, hand.load = hand.name, hand.load + 1
+        late = defaultdict(list)
         for t in self.ledger.to_stop():
-            orders[t.holder, self.ledger.rule].append(t.slot)
+            late[t.holder].append(t.slot)
+        for name, slots in late.items():
+            hands[name].send(self.ledger.rule, (self.ledger.floor, slots))
         if batch := self.ledger.next_batch():
             orders["learner", "train"] = [t.slot for t in batch]
-        hands = {h.name: h for h in self.hands}
         for (name, order), body in orders.items():
             hands[name].send(order, body)
 
