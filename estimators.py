@@ -52,20 +52,20 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0
 
     logits [R, V] of any float dtype; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are drawn
     as often as they should be. Two levels: a block of words by the blocks' masses, then a word inside of it, so that
-    only one pass over V is needed whatever N is.
+    only a softmax and one sum pass over V whatever N is. The log-probs are those of the very weights drawn by.
     """
-    R, x = len(u), shaped(logits, temperature, top_p)
-    top = x.amax(-1, keepdim=True)
-    weight = pad((x - top).exp_(), (0, -x.shape[1] % BLOCK)).view(R, -1, BLOCK)
-    mass = weight.sum(-1).double()
+    weight = shaped(logits, temperature, top_p).softmax(-1)
+    if weight.shape[1] % BLOCK:                          # a pad of nothing would copy
+        weight = pad(weight, (0, -weight.shape[1] % BLOCK))
+    mass = (weight := weight.view(len(u), -1, BLOCK)).sum(-1).double()
     edge = mass.cumsum(-1)
     target = (u * edge[:, -1:]).clamp(max=edge[:, -1:] * (1 - 1e-15))
     block = torch.searchsorted(edge, target, right=True)                      # first block whose edge lies beyond
-    inside = weight[torch.arange(R, device=x.device)[:, None], block].double().cumsum(-1)       # [R, N, BLOCK]
-    start = edge.gather(1, block) - mass.gather(1, block)
-    rest = (target - start).clamp(min=0).minimum(inside[..., -1] * (1 - 1e-15))
-    ids = block * BLOCK + torch.searchsorted(inside, rest[..., None], right=True).squeeze(-1)
-    return ids, x.gather(1, ids) - top - edge[:, -1:].log().float()
+    words, mass = weight[torch.arange(len(u), device=u.device)[:, None], block], mass.gather(1, block)
+    inside = words.double().cumsum(-1)                                        # [R, N, BLOCK]
+    rest = (target - edge.gather(1, block) + mass) / mass                     # a share: mass is rounded to float32
+    word = torch.searchsorted(inside, (rest.clamp(0, 1 - 1e-15) * inside[..., -1])[..., None], right=True)
+    return block * BLOCK + word.squeeze(-1), words.gather(-1, word).squeeze(-1).log() - edge[:, -1:].log().float()
 
 
 def importance_weight(logp: Tensor, logmu: Tensor) -> Tensor:

@@ -317,7 +317,7 @@ class VLLMEngine:
     """vLLM inside this very process: no child processes, so a kill leaves no orphan. Public interfaces only.
 
     Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
-    leaves the emitted one as the engine's only choice. Prefix caching is off: it would answer with keys and values of
+    raises the one to emit above all others. Prefix caching is off: it would answer with keys and values of
     weights that are gone, and one response per prompt has nothing to share.
     """
 
@@ -426,13 +426,13 @@ def __getattr__(name: str):
     from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
 
     class Draws(LogitsProcessor):
-        """Draws each row's N candidates and leaves the first as the only word that the engine can emit."""
+        """Draws each row's N candidates and raises the first above all others: the word that the engine emits."""
 
         def __init__(self, vllm_config, device, is_pin_memory):
             self.rows: dict[int, tuple[dict, Sampler, list[int]]] = {}     # batch index -> settings, numbers, output
 
         def is_argmax_invariant(self) -> bool:
-            return False                     # so it runs for greedy requests: ours are, once one word is left
+            return False                     # so it runs for greedy requests: ours are, and emit the word raised
 
         def update_state(self, update) -> None:
             if update is None:
@@ -461,8 +461,7 @@ def __getattr__(name: str):
                 drawn = DRAWN.setdefault(settings["key"], [])
                 del drawn[len(output):]      # a step that the engine threw away and repeats
                 drawn.append((a, b))
-            logits[index] = -torch.inf
-            logits[index, ids[:, 0]] = 0.0
+            logits[index, ids[:, 0]] = torch.inf             # the engine is greedy; no second pass over the vocabulary
             return logits
 
     return Draws

@@ -25,19 +25,33 @@ def test_a_draw_inverts_the_cumulative_distribution(V):
     torch.testing.assert_close(logp, logits.log_softmax(-1).gather(1, ids), rtol=0, atol=1e-5)
 
 
+def chi_square(ids, p):
+    """How far ids are from p [V], in standard deviations of chi-square; words too rare for a cell share one."""
+    count, expected = torch.bincount(ids.flatten(), minlength=len(p)).double(), ids.numel() * p.double()
+    big = expected >= 5
+    assert 0 < (~big).sum() < len(p), "there are words too rare for a cell of their own"
+    count, expected = (torch.cat([x[big], x[~big].sum()[None]]) for x in (count, expected))
+    dof = len(count) - 1
+    return (((count - expected) ** 2 / expected).sum().item() - dof) / (2 * dof) ** 0.5
+
+
 def test_draws_follow_the_softmax_tail_words_included():
-    """Chi-square of 400,000 draws over 2,000 words whose probabilities span six orders of magnitude."""
+    """400,000 draws over 2,000 words whose probabilities span six orders of magnitude."""
     V, n = 2000, 400_000
     logits = torch.linspace(0, -14, V)[torch.randperm(V, generator=torch.Generator().manual_seed(0))]
     u = torch.from_numpy(np.random.default_rng(1).random((100, n // 100)))
     ids, _ = draw(logits.expand(100, V), u)
-    expected = n * logits.double().softmax(-1)
-    count = torch.bincount(ids.flatten(), minlength=V).double()
-    big = expected >= 5
-    assert 100 < (~big).sum() < V, "there are words too rare for a cell of their own"
-    cells = torch.cat([count[big], count[~big].sum()[None]]), torch.cat([expected[big], expected[~big].sum()[None]])
-    chi2, dof = ((cells[0] - cells[1]) ** 2 / cells[1]).sum().item(), len(cells[0]) - 1
-    assert abs(chi2 - dof) < 5 * (2 * dof) ** 0.5, f"chi-square {chi2:.0f} for {dof} degrees of freedom"
+    assert abs(chi_square(ids, logits.softmax(-1))) < 5
+
+
+def test_a_block_rounded_up_gives_nothing_to_its_last_word():
+    """Blocks are summed in float32: half an ulp too much, 3e-8, is far more than the rare words of a block have."""
+    g = torch.Generator().manual_seed(0)
+    for _ in range(5):
+        logits = torch.full((1, BLOCK), -30.0)
+        logits[0, :40] = torch.randn(40, generator=g)
+        u = 1 - torch.arange(1, 101, dtype=torch.float64)[None] * 1e-9
+        assert (draw(logits, u)[0] < 40).all()
 
 
 def test_words_of_probability_zero_are_never_drawn():
@@ -124,6 +138,48 @@ def test_both_engines_draw_the_same_tokens(engines):
     a, b = (run(made) for made in engines[1].values())
     for key in a:
         assert torch.equal(a[key][1], b[key][1])
+
+
+def draws_and_softmax(engine, requests=2000, n=32):
+    """The first position of many responses to one prompt, [requests, n], and what vLLM itself says of it, [V]."""
+    prompt, words = PROMPTS[0], list(range(32))
+    params = engine.Params(max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=words)
+    out = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0].logprobs[0]
+    p = torch.tensor([out[word].logprob for word in words], dtype=torch.float64).exp()
+    how, engine.how = engine.how, engine.how | {"n": n}
+    try:
+        drawn = run(engine, [prompt] * requests, budget=1)
+    finally:
+        engine.how = how
+    return torch.stack([drawn[key][1][0] for key in range(requests)]), p
+
+
+@pytest.fixture
+def sharp(engines):
+    """vLLM with an output head that tells common words from rare ones: random weights are close to uniform."""
+    if "vllm" not in engines[1]:
+        pytest.skip("vLLM is not installed")
+    weights = parameters(engines[0])
+    engines[1]["vllm"].load(weights | {"lm_head.weight": 25 * weights["lm_head.weight"]})
+    return engines[1]["vllm"]
+
+
+def test_candidates_follow_the_engines_own_softmax_tail_words_included(sharp):
+    ids, p = draws_and_softmax(sharp)
+    assert p.sum().item() == pytest.approx(1) and p.min() < 1e-4 < 0.1 < p.max()
+    assert abs(chi_square(ids, p)) < 5 and abs(chi_square(ids[:, 0], p)) < 5
+    pairs = (ids[:, 0] == ids[:, 1]).double().mean()
+    assert abs(pairs - p.square().sum()) < 5 * (0.25 / len(ids)) ** 0.5, "the columns are drawn independently"
+
+
+@pytest.mark.parametrize("wrong", [lambda x, u, t, top_p: draw(x, u ** 2, t, top_p),
+                                   lambda x, u, t, top_p: draw(x, u, 1.1, top_p),
+                                   lambda x, u, t, top_p: draw(x, u, t, 0.995)],
+                         ids=["numbers not uniform", "another temperature", "no tail"])
+def test_the_check_above_can_fail(sharp, monkeypatch, wrong):
+    monkeypatch.setattr("rollout.draw", wrong)
+    ids, p = draws_and_softmax(sharp)
+    assert chi_square(ids, p) > 10
 
 
 def test_after_a_push_the_engine_is_the_new_model_and_back(engine, engines):

@@ -1,0 +1,179 @@
+"""
+What the N - 1 extra candidates of a position cost: tokens per second of one vLLM engine, with and without them.
+
+    python benchmarks/draws.py                            # both models below; three minutes on one core
+
+One engine per model, made as a rollout worker makes it (`rollout.VLLMEngine`: one process, one thread, float32),
+generates the same responses in four forms, in turns, the order rotating from round to round:
+
+    plain     vLLM's own sampler at temperature 1; our logits processor has nothing to do
+    N = n     our draw in its place: n candidates per position, recorded with their log-probs, the first one emitted
+
+    tok/s     tokens per second of CPU time, median over the rounds; with one thread and an idle core that is wall time
+    head      share of the time in the output head, hidden states to logits
+    sample    share of the time from logits to tokens, candidates and records
+    cost      1 - (tok/s of the form / tok/s of the base) within a round: median, then the smallest and the largest.
+              The base is the faster of plain and N = 1, so that a slow way to draw one token flatters nothing
+
+The models are random Qwen3s with V = 151,936 words and logits of standard deviation 4 (a few nats of entropy). Few
+layers make the draw look dear: in Qwen3-0.6B (28 layers of 1,024) the head does 26% of the multiplications, here 93%
+and 76%. cost_wall is the same by the clock on the wall: of use on an idle machine only.
+Raw rounds: benchmarks/draws.jsonl. The last line printed is one JSON object; cost_n4 and cost_n64 are the larger of
+the two models' medians: {"cost_n4", "cost_n64", "<model>": {"base", "tok_s", "cost", "cost_wall", "head", "sample"}}
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+import record  # noqa: E402
+import tasks  # noqa: E402
+from asyncopd import Config  # noqa: E402
+from rollout import VLLMEngine  # noqa: E402
+
+V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
+MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
+
+
+def name(n: int) -> str:
+    return f"N = {n}" if n else "plain"
+
+
+def save_model(folder: Path, hidden: int, layers: int) -> str:
+    """Random weights, with logits of standard deviation 4; no word ends a response."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    torch.manual_seed(0)
+    model = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=V, hidden_size=hidden, intermediate_size=3 * hidden, num_hidden_layers=layers, head_dim=64,
+        num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, max_position_embeddings=512,
+        tie_word_embeddings=False, eos_token_id=None, pad_token_id=None, bos_token_id=None, dtype="float32"))
+    torch.nn.init.normal_(model.lm_head.weight, std=4 / hidden ** 0.5)      # the last norm makes states of size 1
+    model.save_pretrained(folder)
+    tasks.toy_tokenizer().save_pretrained(folder)
+    return str(folder)
+
+
+class Bench:
+    """An engine, and the CPU seconds that it has spent in its output head and in sampling."""
+
+    def __init__(self, folder: str, responses: int, tokens: int):
+        self.tokens = tokens
+        self.engine = VLLMEngine(Config.from_cli([
+            "--task=toy", f"--student={folder}", f"--teacher={folder}", "--gpus=0", "--engine=vllm",
+            f"--max-prompt={PROMPT}", f"--max-response={tokens}", f"--max-running={responses}", "--micro-tokens=512"]),
+            "cpu", torch.float32)
+        self.engine.ends = []
+        g = torch.Generator().manual_seed(0)
+        self.prompts = torch.randint(V, (responses, PROMPT), generator=g).tolist()
+        self.spent = {"head": 0.0, "sample": 0.0}
+        self.engine.llm.collective_rpc(self.watch)
+
+    def watch(self, worker) -> None:
+        runner = worker.model_runner
+        runner.model.compute_logits = self.timed("head", runner.model.compute_logits)
+        runner._sample = self.timed("sample", runner._sample)
+
+    def timed(self, what: str, fn):
+        def wrapped(*args, **kwargs):
+            start = time.process_time()
+            out = fn(*args, **kwargs)
+            self.spent[what] += time.process_time() - start
+            return out
+        return wrapped
+
+    def generate(self, n: int) -> dict:
+        """Every response once, in one form."""
+        self.spent.update(head=0.0, sample=0.0)
+        engine, wall, cpu = self.engine, time.perf_counter(), time.process_time()
+        if n:
+            engine.how["n"] = n
+        for key, prompt in enumerate(self.prompts):
+            if n:
+                engine.add(key, prompt, self.tokens, uid=key, position=0)
+            else:
+                engine.request[key], engine.emitted[key] = f"{key}-plain", []
+                engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, engine.Params(
+                    max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=engine.DELTA))
+        out = {}
+        while len(out) < len(self.prompts):
+            finished = engine.step()
+            if n:
+                out |= engine.take(finished)
+            else:
+                out |= {key: (engine.request.pop(key), engine.emitted.pop(key)) for key in finished}
+        seconds = dict(cpu_s=time.process_time() - cpu, wall_s=time.perf_counter() - wall)
+        assert all(len(x[1]) == self.tokens for x in out.values()), "a response ended early"
+        assert not n or all(x[2].shape == (self.tokens, n) for x in out.values())
+        return dict(n=n, tokens=self.tokens * len(out), **seconds, **{f"{k}_s": s for k, s in self.spent.items()})
+
+
+def summary(rows: list[dict]) -> dict:
+    """Of one model's rounds. Costs are pairs: a form and the base in the same round."""
+    of = {n: [r for r in rows if r["n"] == n] for n in FORMS}
+    base = min((0, 1), key=lambda n: median(r["cpu_s"] for r in of[n]))
+
+    def costs(n: int, clock: str) -> list[float]:
+        return sorted(1 - b[clock] / x[clock] for x, b in zip(of[n], of[base]))
+
+    def share(what: str) -> dict:
+        return {name(n): round(median(r[what] / r["cpu_s"] for r in x), 4) for n, x in of.items()}
+    spread = {n: costs(n, "cpu_s") for n in FORMS}
+    return {"base": name(base),
+            "tok_s": {name(n): round(median(r["tokens"] / r["cpu_s"] for r in x), 1) for n, x in of.items()},
+            "cost": {name(n): [round(f(c), 4) for f in (median, min, max)] for n, c in spread.items()},
+            "cost_wall": {name(n): round(median(costs(n, "wall_s")), 4) for n in FORMS},
+            "head": share("head_s"), "sample": share("sample_s")}
+
+
+def show(title: str, s: dict) -> None:
+    rows = [["", "tok/s", "head", "sample", "cost", "min", "max"]]
+    for form in s["tok_s"]:
+        rows.append([form + (" (base)" if form == s["base"] else ""), f"{s['tok_s'][form]:,.0f}",
+                     *(f"{s[what][form]:.1%}" for what in ("head", "sample")), *(f"{c:.1%}" for c in s["cost"][form])])
+    print(f"\n{title}\n{record.table(rows)}", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--responses", type=int, default=16, help="generated at the same time")
+    parser.add_argument("--tokens", type=int, default=32, help="per response")
+    parser.add_argument("--model", choices=list(MODELS), help="only this one (default: all)")
+    args = parser.parse_args()
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")            # one thread, on the first core
+    torch.set_num_threads(1)
+    told = record.provenance(vars(args), {})
+    print(f"{told['hardware']['cpu']}, one core of {told['hardware']['cores']}; {args.responses} responses x "
+          f"{args.tokens} tokens, {args.rounds} rounds; V = {V:,}, float32", flush=True)
+    rows, found = [], {}
+    for model in [args.model] if args.model else MODELS:
+        with tempfile.TemporaryDirectory() as folder:
+            bench = Bench(save_model(Path(folder), *MODELS[model]), args.responses, args.tokens)
+        for n in FORMS:
+            bench.generate(n)                                          # the first time pays for compilation
+        mine = []
+        for i in range(args.rounds):
+            at = i % len(FORMS)
+            mine += [{"type": "round", "model": model, "round": i, **bench.generate(n)}
+                     for n in FORMS[at:] + FORMS[:at]]
+        rows += mine
+        found[model] = summary(mine)
+        show(model, found[model])
+    with open(HERE / "draws.jsonl", "w", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in [{"type": "run", **told}, *rows])
+    worst = {f"cost_n{n}": max(s["cost"][name(n)][0] for s in found.values()) for n in (4, 64)}
+    print(json.dumps({**worst, **found}))
+
+
+if __name__ == "__main__":
+    main()
