@@ -129,6 +129,7 @@ def read_flags(path: str) -> list[str]:
     flags = []
     for key, value in written.items():
         name = str(key).replace("_", "-")
+        value is not None or refuse(f"--config {path}: {key} has no value")
         flags.append(("--" if value else "--no-") + name if isinstance(value, bool) else f"--{name}={value}")
     return flags
 
@@ -138,9 +139,11 @@ def settle(cfg: Config) -> Config:
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
                  "chunk", "max_running", "lr", "clip", "temperature"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("max_ahead", "warmup", "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every"):
+    for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup",
+                 "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
+    cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
     0 < cfg.top_p <= 1 or refuse(f"--top-p {cfg.top_p}: must be above 0 and at most 1")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
@@ -148,6 +151,10 @@ def settle(cfg: Config) -> Config:
     there = torch.cuda.device_count()
     cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
+    teachers = cfg.teachers or 1
+    rollouts = cfg.rollouts or max(1, gpus - 1 - teachers)
+    if gpus > 2 and rollouts + teachers + 1 > gpus:
+        refuse(f"--rollouts {rollouts} and --teachers {teachers}: with the learner more than the {gpus} of --gpus")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
     vllm = importlib.util.find_spec("vllm") is not None
     cfg.engine != "vllm" or vllm or refuse("--engine vllm: vLLM is not installed (--engine hf runs without it)")
@@ -156,9 +163,9 @@ def settle(cfg: Config) -> Config:
         refuse("--student and --teacher are missing: a folder or a hub name each")
     return replace(
         cfg, gpus=gpus, estimator=estimator, kl=ESTIMATORS[estimator].kl,
-        engine=cfg.engine or ("vllm" if vllm else "hf"), rollouts=cfg.rollouts or max(1, gpus - 2),
-        teachers=cfg.teachers or 1, max_ahead=0 if cfg.schedule == "sync" else cfg.max_ahead,
-        gpu_share=cfg.gpu_share or (0.85 if gpus > 1 else 0.3), gap_max=cfg.gap_max or (1.0 if gpus else 1e-3),
+        engine=cfg.engine or ("vllm" if vllm else "hf"), rollouts=rollouts, teachers=teachers,
+        max_ahead=0 if cfg.schedule == "sync" else cfg.max_ahead,
+        gpu_share=cfg.gpu_share or (0.85 if gpus > 2 else 0.3), gap_max=cfg.gap_max or (1.0 if gpus else 1e-3),
         out=cfg.out or f"runs/{Path(cfg.task).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
 
 
@@ -189,18 +196,28 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     same_words(tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
     prompts = [p for p in tasks.encode(task.train, tokenizer, cfg.prompt_suffix) if 0 < len(p) <= cfg.max_prompt]
     prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
+    if len(prompts) < len(task.train):
+        print(f"{len(task.train) - len(prompts):,} of {len(task.train):,} prompts left out: empty, or longer than "
+              f"--max-prompt {cfg.max_prompt}")
+    graded = [(row, p) for row, p in zip(task.eval, tasks.encode(task.eval, tokenizer, cfg.prompt_suffix))
+              if 0 < len(p) <= cfg.max_prompt]
+    for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
+        room = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        if room and cfg.max_prompt + cfg.max_response > room:
+            refuse(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens "
+                   f"of {flag} {name}")
     ends = set(stop_ids(cfg.student))
 
     def grade(answers: list[list[int]]) -> tuple[list[str], list[bool]]:
         texts = tokenizer.batch_decode([[t for t in a if t not in ends] for a in answers], skip_special_tokens=True)
-        return texts, [task.grade(text, row.answer) for text, row in zip(texts, task.eval)]
+        return texts, [task.grade(text, row.answer) for text, (row, _) in zip(texts, graded)]
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
     return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student))), Job(
-        prompts=prompts, eval_prompts=tasks.encode(task.eval, tokenizer, cfg.prompt_suffix), eval_rows=task.eval,
-        grade=grade, layout={name: p.shape for name, p in model.named_parameters()},
-        probe=(prompts[0] + prompts[-1] + prompts[0])[:64],
+        prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
+        layout={name: p.shape for name, p in model.named_parameters()},
+        probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
         hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size)
 
 
@@ -225,8 +242,7 @@ def main(argv: list[str]) -> int:
             print(f"asyncopd: {e}", file=sys.stderr)
             return 2
         run = Run(cfg, job, plan(cfg))
-        shutil.rmtree(cfg.out, ignore_errors=True)
-        Path(cfg.out).mkdir(parents=True)
+        empty(Path(cfg.out))
         run.start()
         run.loop()
         run.finish()
@@ -235,7 +251,10 @@ def main(argv: list[str]) -> int:
         print(f"asyncopd: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        saved = run.checkpoint(within_s=15) if run else ""
+        try:
+            saved = run.checkpoint(within_s=15) if run else ""
+        except RuntimeError:                 # the signal went to the workers too
+            saved = ""
         print(f"asyncopd: interrupted{f', {saved} holds the student' if saved else ''}", file=sys.stderr)
         return 130
     finally:
@@ -250,6 +269,17 @@ def check_out(cfg: Config) -> None:
     if out.exists() and any(out.iterdir()):
         cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
         (out / "log.jsonl").exists() or refuse(f"--out {cfg.out}: holds no log.jsonl, so it is no run to overwrite")
+        for name in ("student", "teacher", "task", "eval_task"):
+            used = Path(getattr(cfg, name))
+            if used.exists() and used.resolve().is_relative_to(out.resolve()) and getattr(cfg, name):
+                refuse(f"--overwrite would delete --{name.replace('_', '-')} {used}, which lies in --out {cfg.out}")
+
+
+def empty(folder: Path) -> None:
+    """An empty folder there, which may be a link or a mount: only what is in it goes."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for entry in folder.iterdir():
+        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 if __name__ == "__main__":

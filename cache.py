@@ -299,6 +299,10 @@ class Weights:
 
 # -- a worker's line to the parent -----------------------------------------------------------------
 
+class ParentGone(Exception):
+    """The pipe to the parent is closed: the worker has nobody left to work for."""
+
+
 class Link:
     """A worker's end of its pipe: orders come in, reports go out, each with the spans of work since the last one."""
 
@@ -310,13 +314,16 @@ class Link:
         self.spans = []
 
     def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
-        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker (EOFError)."""
+        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker."""
         if wait:
             with self.span("wait"):
                 while not self.pipe.poll(60):            # a limit only so that whoever looks sees it turn
                     continue
-        while self.pipe.poll(0):
-            yield self.pipe.recv()
+        try:
+            while self.pipe.poll(0):
+                yield self.pipe.recv()
+        except EOFError:
+            raise ParentGone from None
 
     @contextmanager
     def span(self, what: str):

@@ -1,5 +1,5 @@
 """
-The engine in vLLM, through its public interfaces only: `LLMEngine.step`, a logits processor, a worker extension.
+The engine in vLLM, through its extension points: `LLMEngine.step`, a logits processor, a worker extension.
 
 Imported only by who asks for `--engine vllm`: importing it imports vLLM. The same methods as rollout.HFEngine, which is
 the reference for what they do. What is left out: tensor parallelism, prefix caching, vLLM's own transfer of weights.
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 class VLLMEngine:
-    """vLLM inside this very process: no child processes, so a kill leaves no orphan. Public interfaces only.
+    """vLLM inside this very process: no child processes, so a kill leaves no orphan; nothing is patched.
 
     Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
     raises the one to emit above all others. Prefix caching is off: it would answer with keys and values of

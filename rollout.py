@@ -60,13 +60,15 @@ def draws(cfg: Config) -> tuple[int, int]:
 
 # -- the worker ------------------------------------------------------------------------------------
 
-def rollout_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    worker = Worker(cfg, link, slots, weights, ENGINES[cfg.engine](cfg, device, dtype))
+def rollout_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, eval_prompts: list[list[int]],
+                   device: str, dtype: torch.dtype) -> None:
+    worker = Worker(cfg, link, slots, weights, ENGINES[cfg.engine](cfg, device, dtype), eval_prompts)
     link.send("ready")
     while not worker.stopped:
         for order, body in link.orders(wait=worker.idle):
             getattr(worker, order)(body)       # take, cut, drop, evaluate, stop: each appends to or ends something
-        worker.turn()
+        if not worker.stopped:
+            worker.turn()
 
 
 class Worker:
@@ -76,24 +78,24 @@ class Worker:
     drew it; what is overdue is handed over at once, and only if it really is.
     """
 
-    def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, engine):
+    def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, engine, eval_prompts=()):
         self.link, self.slots, self.weights, self.engine = link, slots, weights, engine
+        self.eval_prompts, self.asked = eval_prompts, False        # asked: for greedy answers to them
         self.max_response, self.tolerance = cfg.max_response, cfg.gap_max
         self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"    # load beside running responses
         self.version, self.tokens, self.stopped = -1, 0, False
         self.waiting: deque[tuple[int | None, int]] = deque()      # (version to draw under, None: the newest; slot)
         self.running: set[int] = set()                             # slots
-        self.questions: list[tuple] = []                           # evaluations asked for
 
     @property
     def idle(self) -> bool:
-        return not (self.running or self.waiting or self.questions)
+        return not (self.running or self.waiting or self.asked)
 
     def turn(self) -> None:
         """New weights if there are any, new tickets, one engine step, finished responses out."""
         if self.in_flight or not self.running:
-            while self.questions:
-                self.answer(*self.questions.pop(0))
+            if self.asked:
+                self.answer()
             if self.in_flight:
                 self.load(None)
         while self.waiting and not (self.running and self.behind(self.waiting[0][0])):
@@ -114,8 +116,8 @@ class Worker:
     def take(self, body: list[tuple[int | None, int]]) -> None:
         self.waiting += body
 
-    def evaluate(self, body: tuple) -> None:
-        self.questions.append(body)
+    def evaluate(self, body: None) -> None:
+        self.asked = True
 
     def cut(self, body: tuple[int, list[int]]) -> None:
         """Hand over what these responses have so far."""
@@ -141,8 +143,8 @@ class Worker:
     def stop(self, body: None) -> None:
         """The last order: what was asked is answered, what runs is handed in."""
         self.flush(sorted(self.running))
-        while self.questions:
-            self.answer(*self.questions.pop(0))
+        if self.asked:
+            self.answer()
         self.link.send("stopped", tokens=self.tokens)
         self.stopped = True
 
@@ -163,11 +165,12 @@ class Worker:
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
-    def answer(self, prompts: list[list[int]], max_new: int) -> None:
+    def answer(self) -> None:
         """Greedy answers under the newest weights."""
         self.load(None)
         with self.paused(), self.link.span("evaluate"):
-            answers = self.engine.complete(prompts, max_new)
+            answers = self.engine.complete(self.eval_prompts, self.max_response)
+        self.asked = False
         self.link.send("evaluated", version=self.version, answers=answers)
 
     @contextmanager
@@ -207,7 +210,10 @@ class HFEngine:
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.student, device, dtype)
+        if getattr(self.model.config, "sliding_window", None):
+            raise RuntimeError(f"--engine hf: {cfg.student} has a sliding window, which this engine's cache ignores")
         self.n, self.k = draws(cfg)
+        self.max_running = cfg.max_running
         self.seed, self.how = cfg.seed, (cfg.temperature, cfg.top_p)
         self.ends = set(stop_ids(cfg.student))
         self.rows: list[Row] = []          # in the order of the cache's batch dimension
@@ -228,9 +234,10 @@ class HFEngine:
     @torch.no_grad()
     def step(self) -> list[int]:
         """One token for every response; the keys that finished."""
-        if self.new:
-            rows, tokens, self.new = self.new, [r.tokens for r in self.new], []
-            logits = self.prefill(tokens)
+        room = self.max_running - len(self.rows)
+        if self.new and room > 0:
+            rows, self.new = self.new[:room], self.new[room:]
+            logits = self.prefill([r.tokens for r in rows])
         elif self.rows:
             rows = self.rows
             logits = self.decode([r.drawn[-1][0][0] for r in rows])

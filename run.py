@@ -7,6 +7,7 @@ that died; it ends the run with its name and its traceback. Tests: tests/test_pi
 """
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import signal
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import record
-from cache import Ledger, Link, Slots, Weights
+from cache import Ledger, Link, ParentGone, Slots, Weights
 from estimators import ESTIMATORS
 from learner import METRICS, learner_worker
 from rollout import rollout_worker
@@ -52,21 +53,24 @@ WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": lear
 
 def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) -> None:
     """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # Ctrl-C is for the parent, which stops us in order
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # these are for the parent, which stops us in order
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1), os.dup2(sink, 2)
     if device == "cpu":
-        cores = os.cpu_count() or 1
-        torch.set_num_threads(max(1, cores // 2))
+        cores = sorted(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, len(cores) // 2))
         if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(int(name[7:]) % max(1, cores - 1)))
+            core = cores[int(name[7:]) % max(1, len(cores) - 1)]
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
     else:
-        os.environ["CUDA_VISIBLE_DEVICES"], device = device.split(":")[1], "cuda:0"
+        i, seen = int(device.split(":")[1]), os.environ.get("CUDA_VISIBLE_DEVICES")
+        os.environ["CUDA_VISIBLE_DEVICES"], device = seen.split(",")[i] if seen else str(i), "cuda:0"
     link = Link(pipe)
     try:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
-    except EOFError:                                     # the parent is gone
+    except ParentGone:
         pass
     except BaseException:
         link.send("crash", traceback=traceback.format_exc())
@@ -86,7 +90,8 @@ class Hand:
         theirs.close()
 
     def send(self, order: str, body=None) -> None:
-        self.pipe.send((order, body))
+        with contextlib.suppress(BrokenPipeError):       # a worker that is gone: what it left in the pipe says why
+            self.pipe.send((order, body))
 
 
 # -- the run ---------------------------------------------------------------------------------------
@@ -103,11 +108,13 @@ class Run:
                            job.hidden if estimator.support == "full" else 0, dtype)
         self.weights = Weights(job.layout, job.probe, dtype)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
+        self.log: record.Log | None = None
         self.hands: list[Hand] = []
         self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
         self.counters: list[tuple[float, str, dict]] = []          # time, name, values: curves of the trace
         self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
+        self.asked: set[str] = set()                               # who has an evaluation to report
         self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
         self.steps: list[dict] = []
         self.made = self.dropped = 0
@@ -116,8 +123,8 @@ class Run:
     def start(self) -> None:
         """Start the workers, wait until all can work, evaluate version 0."""
         cfg, where = self.cfg, self.where
-        both = (self.slots, self.weights)
-        shared = {"rollout": both, "teacher": (self.slots,), "learner": both}
+        shared = {"rollout": (self.slots, self.weights, self.job.eval_prompts),
+                  "teacher": (self.slots, self.job.eval_prompts), "learner": (self.slots, self.weights)}
         self.quiet or record.show_start(where, [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
@@ -131,9 +138,8 @@ class Run:
         while waiting:
             waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "ready"}
         for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
-            waiting |= self.evaluate(hand)
-        while waiting:
-            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "evaluated"}
+            self.evaluate(hand)
+        self.hear_evaluations()
         self.began = self.last_step = time.monotonic()
 
     def role(self, role: str) -> list[Hand]:
@@ -204,6 +210,7 @@ class Run:
                 raise RuntimeError(f"{hand.name} died with exit code {hand.process.exitcode}; "
                                    f"its output: {self.cfg.out}/{hand.name}.log") from None
             self.spans += [(hand.name, *s) for s in spans]
+            hand.stopped = kind == "stopped"
             if kind == "crash":
                 raise RuntimeError(f"{hand.name} crashed\n{body['traceback']}")
             if "tokens" in body:
@@ -216,14 +223,19 @@ class Run:
 
     # -- evaluation and record ---------------------------------------------------------------------
 
-    def evaluate(self, hand: Hand) -> set[str]:
-        """Ask for greedy answers to the held-out rows; who will report (nobody where no row has an answer)."""
-        if not self.job.eval_prompts:
-            return set()
-        hand.send("evaluate", (self.job.eval_prompts, self.cfg.max_response))
-        return {hand.name}
+    def evaluate(self, hand: Hand) -> None:
+        """Ask for greedy answers to the held-out rows; not while the last ones are still to come."""
+        if self.job.eval_prompts and hand.name not in self.asked:
+            self.asked.add(hand.name)
+            hand.send("evaluate")
+
+    def hear_evaluations(self) -> None:
+        while self.asked:
+            for _ in self.reports():
+                continue
 
     def graded(self, hand: Hand, body: dict) -> None:
+        self.asked.discard(hand.name)
         texts, right = self.job.grade(body["answers"])
         who, step = ("teacher", 0) if hand.role == "teacher" else ("student", body["version"])
         self.accuracy[who, step] = sum(right) / len(right)
@@ -249,16 +261,16 @@ class Run:
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             self.evaluate(self.role("rollout")[0])
         if cfg.save_every and step % cfg.save_every == 0:
-            self.role("learner")[0].send("save", f"{cfg.out}/checkpoints/step-{step}")
+            self.role("learner")[0].send("save", f"{cfg.out}/checkpoints/step-{{version}}")
 
     def finish(self) -> None:
         """The last evaluation, the student's folder, the totals."""
         cfg, steps, wall = self.cfg, self.steps, self.last_step - self.began
-        self.evaluate(self.role("rollout")[0])
         self.role("learner")[0].send("save", f"{cfg.out}/student")
+        self.hear_evaluations()
+        self.evaluate(self.role("rollout")[0])
         self.stop()
-        record.write_trace(Path(cfg.out) / "trace.json", self.spans, self.counters)
-        busy = record.busy_shares(self.spans, self.began, self.last_step)
+        busy = record.busy_shares(self.spans, list(self.where), self.began, self.last_step)
         trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
         first, last = [m["kl"] for m in steps[:10]], [m["kl"] for m in steps[-10:]]
         totals = {
@@ -275,7 +287,7 @@ class Run:
             "accuracy_teacher": self.accuracy.get(("teacher", 0))}
         assert totals.keys() == record.DONE.keys(), totals.keys() ^ record.DONE.keys()
         self.log.write("done", **totals)
-        self.log.close()
+        self.close()
         self.quiet or record.show_end(totals, cfg.out)
 
     def stop(self) -> None:
@@ -283,24 +295,28 @@ class Run:
         for hand in self.hands:
             hand.send("stop")
         while any(not h.stopped for h in self.hands):
-            for hand, kind, _ in self.reports():
-                hand.stopped = kind == "stopped"
-        self.close()
+            for _ in self.reports():
+                continue
 
     def checkpoint(self, within_s: float) -> str:
         """Save the student as it is; the folder, or "" where the learner does not manage in time or was never there."""
-        if not self.steps:
+        learner, limit = self.role("learner"), time.monotonic() + within_s
+        if not self.steps or learner[0].stopped:
             return ""
-        folder, limit = f"{self.cfg.out}/checkpoints/step-{len(self.steps)}", time.monotonic() + within_s
-        self.role("learner")[0].send("save", folder)
+        learner[0].send("save", f"{self.cfg.out}/checkpoints/step-{{version}}")
         while time.monotonic() < limit:
-            for _, _, body in self.reports():
-                if body.get("folder") == folder:
-                    return folder
+            for hand, kind, body in self.reports():
+                self.handle(hand, kind, body)
+                if kind == "saved":
+                    return body["folder"]
         return ""
 
     def close(self) -> None:
-        """No process is left, whatever happened."""
+        """No process is left, and the record is whole, whatever happened."""
+        if self.log:
+            record.write_trace(Path(self.cfg.out) / "trace.json", self.spans, self.counters)
+            self.log.close()
+            self.log = None
         for hand in self.hands:
             hand.process.join(5 if hand.stopped else 0)
             hand.process.kill()

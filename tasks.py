@@ -49,15 +49,19 @@ def load_task(name: str, *, prompt_key="prompt", answer_key="answer", eval_file=
 
 
 def read_rows(name: str, prompt_key: str, answer_key: str) -> list[Row]:
-    if name.startswith("hf:"):
-        import datasets  # only who asks for a hub dataset needs it
-        repo, _, subset = name[3:].partition(":")
-        records = list(enumerate(datasets.load_dataset(repo, subset or None, split="train"), 1))
-    elif not Path(name).is_file():
-        raise ValueError(f"--task {name}: no such file (toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
-    elif name.endswith(".parquet"):
-        import datasets
-        records = list(enumerate(datasets.load_dataset("parquet", data_files=name, split="train"), 1))
+    repo, _, subset = name.removeprefix("hf:").partition(":")
+    if not name.startswith("hf:") and not Path(name).is_file():
+        raise ValueError(f"{name}: no such file (a task is toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
+    if name.startswith("hf:") or name.endswith(".parquet"):
+        try:
+            import datasets  # only who asks for such a file needs it
+            file = None if name.startswith("hf:") else name
+            rows = datasets.load_dataset("parquet" if file else repo, subset or None, data_files=file, split="train")
+            records = list(enumerate(rows, 1))
+        except ImportError:
+            raise ValueError(f"{name}: reading it needs `pip install datasets`") from None
+        except (OSError, ValueError) as e:
+            raise ValueError(f"{name}: {str(e).splitlines()[0]}") from None
     else:
         with open(name, encoding="utf-8") as f:
             records = [(n, parse_line(line, name, n)) for n, line in enumerate(f, 1) if line.strip()]
@@ -66,8 +70,8 @@ def read_rows(name: str, prompt_key: str, answer_key: str) -> list[Row]:
             keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
             raise ValueError(f"{name}:{n}: no text under --prompt-key {prompt_key!r} (there is: {keys})")
     if not records:
-        raise ValueError(f"--task {name}: it holds no rows")
-    return [Row(r[prompt_key], str(r.get(answer_key) or "")) for _, r in records]
+        raise ValueError(f"{name}: it holds no rows")
+    return [Row(r[prompt_key], "" if r.get(answer_key) is None else str(r[answer_key])) for _, r in records]
 
 
 def parse_line(line: str, name: str, n: int):

@@ -123,7 +123,8 @@ def vocab_size(folder: str) -> int:
     return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
-def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: torch.dtype) -> None:
+def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[list[int]], device: str,
+                   dtype: torch.dtype) -> None:
     model = load_model(cfg.teacher, device, dtype)
     support, vocab = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student)
     link.send("ready")
@@ -133,7 +134,8 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: to
             if order == "stop":
                 return link.send("stopped")
             if order == "evaluate":
-                link.send("evaluated", answers=complete(model, *body, stop_ids(cfg.student)))
+                link.send("evaluated", answers=complete(model, eval_prompts, cfg.max_response,
+                                                          stop_ids(cfg.student)))
             waiting += body if order == "score" else []
         for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
             with link.span("score"):
@@ -144,9 +146,11 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: to
 @torch.no_grad()
 def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
     """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
+    from transformers import GenerationConfig
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
-                         eos_token_id=stop, pad_token_id=stop[0])
+    plain = GenerationConfig(max_new_tokens=max_new, do_sample=False, eos_token_id=stop or None,      # and not the
+                             pad_token_id=(stop or [0])[0])                # model's own, with penalties that shift it
+    out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=plain)
     return out[:, longest:].tolist()

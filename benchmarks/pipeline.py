@@ -95,7 +95,7 @@ class StandIn:
         return out
 
 
-def teacher(cfg, link, slots, device, dtype):
+def teacher(cfg, link, slots, eval_prompts, device, dtype):
     per_token = TEACHER_S / (BATCH * mean_length(cfg.task))
     link.send("ready")
     while True:
@@ -173,7 +173,7 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict
     log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
     shutil.rmtree(out)
     last, m = log[-1], [x for x in log if x["type"] == "step"][5:]        # the first batches fill the pipeline
-    cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut"]
+    cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut" and x["version"] >= 5]
     wall = m[-1]["wall_s"] - m[0]["wall_s"]
     tokens = sum(x["tokens"] for x in m[1:])
     responses = sum(x["sequences"] for x in m) - len(cut)

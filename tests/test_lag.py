@@ -66,7 +66,7 @@ class Pipeline:
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute"):
-        cfg = SimpleNamespace(max_response=T, gap_max=1.0, schedule=schedule, inflight=inflight)
+        cfg = SimpleNamespace(max_response=T, gap_max=1.0, max_running=8, schedule=schedule, inflight=inflight)
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
@@ -126,8 +126,10 @@ class Pipeline:
                     for order, body in self.inbox[turn]:
                         getattr(worker, order)(body)
                     self.inbox[turn].clear()
-                worker.turn()
-                self.hear(worker)
+                if not worker.stopped:
+                    worker.turn()
+                if self.choose(2):                             # and a report be heard after the next order is sent
+                    self.hear(worker)
             elif turn == len(self.workers) and self.teacher:
                 self.ledger.scored(self.teacher.pop(self.choose(len(self.teacher))))
             elif turn == len(self.workers) + 1 and self.learner:
