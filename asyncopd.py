@@ -24,9 +24,9 @@ import torch
 import yaml
 
 import tasks
-from cache import stop_ids, vocab_size
 from estimators import DEFAULT, ESTIMATORS
 from run import Job, Run
+from teacher import stop_ids, vocab_size
 
 ROOT = Path(__file__).resolve().parent
 
@@ -214,23 +214,23 @@ def same_words(student, teacher) -> None:
 
 
 def main(argv: list[str]) -> int:
+    """0 done, 1 a failure, 2 bad input, 130 interrupted."""
     run = None
     try:
-        cfg = Config.from_cli(argv)
-        out = Path(cfg.out)
-        if out.exists() and any(out.iterdir()):
-            cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
-            shutil.rmtree(out)
-        cfg, job = prepare(cfg)
+        try:
+            cfg = Config.from_cli(argv)
+            check_out(cfg)
+            cfg, job = prepare(cfg)
+        except ValueError as e:
+            print(f"asyncopd: {e}", file=sys.stderr)
+            return 2
         run = Run(cfg, job, plan(cfg))
-        out.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(cfg.out, ignore_errors=True)
+        Path(cfg.out).mkdir(parents=True)
         run.start()
         run.loop()
         run.finish()
         return 0
-    except ValueError as e:
-        print(f"asyncopd: {e}", file=sys.stderr)
-        return 2
     except RuntimeError as e:
         print(f"asyncopd: {e}", file=sys.stderr)
         return 1
@@ -241,6 +241,15 @@ def main(argv: list[str]) -> int:
     finally:
         if run:
             run.close()
+
+
+def check_out(cfg: Config) -> None:
+    out = Path(cfg.out)
+    if out.exists() and not out.is_dir():
+        refuse(f"--out {cfg.out}: a file, not a folder")
+    if out.exists() and any(out.iterdir()):
+        cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
+        (out / "log.jsonl").exists() or refuse(f"--out {cfg.out}: holds no log.jsonl, so it is no run to overwrite")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,5 @@
 """
-What the processes share: the slots, the rule that says which tickets a batch takes, the published weights; and the
-teacher, which fills in scores.
+What the processes share: the slots, the rule that says which tickets a batch takes, the published weights.
 
     free -> rollout -> teacher -> learner -> free          a slot's round; a ticket is one such round
 
@@ -9,7 +8,7 @@ a GPU; pipes carry slot numbers, never tensors. Only the parent decides who work
 lock that a dying worker could take with it.
 
 What is left out: several machines. Shapes: S slots, T response positions, C token ids per position (column 0 is
-the emitted token; the estimator's table entry says what the others are). Tests: tests/test_cache.py
+the emitted token; the estimator's table entry says what the others are). Tests: tests/test_cache.py, test_lag.py
 """
 from __future__ import annotations
 
@@ -20,16 +19,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
-
-from estimators import ESTIMATORS, draw
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from asyncopd import Config
 
 
 # -- slots -----------------------------------------------------------------------------------------
@@ -192,11 +187,16 @@ class Ledger:
         t.arrived = self.arrivals
         self.arrivals += 1
 
+    @property
+    def floor(self) -> int:
+        """A token of this version or older passes max_lag unless the next batch has it."""
+        return self.version - self.max_lag
+
     def overdue(self) -> list[Ticket]:
         """Tickets that the next batch must have. `born` may lag behind its holder, on the safe side only."""
         if self.rule == "keep":
             return []
-        old = (self.slots.born <= self.version - self.max_lag).nonzero().flatten().tolist()
+        old = (self.slots.born <= self.floor).nonzero().flatten().tolist()
         return [self.tickets[s] for s in old if s in self.tickets]
 
     def to_stop(self) -> list[Ticket]:
@@ -311,8 +311,10 @@ class Link:
 
     def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
         """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker (EOFError)."""
-        while wait and not self.pipe.poll(60):           # a limit on the wait only so that a debugger sees it turn
-            continue
+        if wait:
+            with self.span("wait"):
+                while not self.pipe.poll(60):            # a limit only so that whoever looks sees it turn
+                    continue
         while self.pipe.poll(0):
             yield self.pipe.recv()
 
@@ -324,133 +326,3 @@ class Link:
         if self.spans and self.spans[-1][0] == what and start - self.spans[-1][2] < 2e-3:
             start = self.spans.pop()[1]
         self.spans.append((what, start, time.monotonic()))
-
-
-# -- alignment and the teacher ---------------------------------------------------------------------
-
-def pad(segments: list[Segment], device) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids [B, L] and their mask, bool. Example: tokens 5 6 7 and 8 9 -> [[5,6,7],[8,9,0]]."""
-    tokens = torch.nn.utils.rnn.pad_sequence([s.tokens.long() for s in segments], batch_first=True)
-    length = torch.tensor([[len(s.tokens)] for s in segments])
-    return tokens.to(device), (torch.arange(tokens.shape[1]) < length).to(device)
-
-
-def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
-    """The one shift: hidden states [B, L, H] -> [M, H], row m being the state that *predicts* new token m.
-
-    Token y_t sits at index start + t, so the state one index before it predicts it. Rows come in the order of the
-    segments, each with its len(segment) new tokens, M in all: the order of torch.cat([s.ids for s in segments]).
-    """
-    return torch.cat([hidden[b, s.start - 1:s.start - 1 + len(s)] for b, s in enumerate(segments)])
-
-
-def by_length(segments: list[Segment], token_budget: int) -> Iterator[list[Segment]]:
-    """Micro-batches of similar length, at most token_budget padded tokens each (or one segment, if longer)."""
-    group: list[Segment] = []
-    for s in sorted(segments, key=lambda s: -len(s.tokens)):
-        if group and len(group[0].tokens) * (len(group) + 1) > token_budget:
-            yield group
-            group = []
-        group.append(s)
-    if group:
-        yield group
-
-
-def load_model(folder: str, device: str, dtype: torch.dtype):
-    """A transformers causal LM and its tokenizer's folder, ready to be called; no remote code."""
-    import transformers
-    transformers.logging.disable_progress_bar()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-
-
-def stop_ids(folder: str) -> list[int]:
-    """The tokens that end a response: those of the generation config, and the tokenizer's own."""
-    from transformers import AutoTokenizer, GenerationConfig
-    try:
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:                                      # a folder without one
-        eos = None
-    eos = eos if isinstance(eos, list) else [eos]
-    return sorted({i for i in [*eos, AutoTokenizer.from_pretrained(folder).eos_token_id] if i is not None})
-
-
-def sequence_logp(model, tokens: list[int]) -> Tensor:
-    """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
-    x = torch.tensor(tokens)
-    blank = torch.empty(len(tokens) - 1, 0)
-    segment = Segment(-1, x, 1, 1, blank, blank, blank, blank, blank)
-    rows = response_rows(model.base_model(input_ids=x[None].to(model.device)).last_hidden_state, [segment])
-    logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
-    return logp.gather(-1, x[segment.start:, None].to(logp.device)).squeeze(-1)
-
-
-def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
-    """Log-probs [M, vocab], float32, of the student's `vocab` words from the teacher's last states [M, H].
-
-    The normaliser is the teacher's own. A model's head may have more rows than there are words, padded to a round
-    number: those that only the teacher has are cut off, those that only the student has are impossible to the teacher.
-    """
-    logq = head(rows).float().log_softmax(-1)[:, :vocab]
-    return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)
-
-
-@torch.no_grad()
-def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *, seed: int = 0,
-          chunk: int = 1024) -> None:
-    """Write the teacher's log-probs, float32, into logq, and what else `support` asks of the teacher."""
-    tokens, mask = pad(segments, model.device)
-    rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
-    ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
-    if support == "teacher_mc":      # numbers of its own for every token: another stream than that of the rollout
-        u = torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1]).random(
-            (len(s), ids.shape[1] - 1))) for s in segments]).to(rows.device)
-    logq = torch.empty(ids.shape, device=rows.device)
-    for i in range(0, len(rows), chunk):
-        part = slice(i, i + chunk)
-        every = teacher_logq(model.get_output_embeddings(), rows[part], vocab)
-        if support == "teacher_topk":
-            ids[part, 1:] = every.topk(ids.shape[1] - 1).indices
-        if support == "teacher_mc":
-            ids[part, 1:] = draw(every, u[part])[0]
-        logq[part] = every.gather(-1, ids[part])
-    for s in segments:
-        slots.ids[s.slot, :len(s)] = ids[at:at + len(s)].int().cpu()
-        slots.logq[s.slot, :len(s)] = logq[at:at + len(s)].cpu()
-        if support == "full":
-            slots.hidden[s.slot, :len(s)] = rows[at:at + len(s)].cpu()
-        at += len(s)
-
-
-def vocab_size(folder: str) -> int:
-    """Rows of a model's head."""
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-
-
-def teacher_worker(cfg: Config, link: Link, slots: Slots, device: str, dtype: torch.dtype) -> None:
-    model = load_model(cfg.teacher, device, dtype)
-    support, vocab = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student)
-    link.send("ready")
-    while True:
-        waiting: list[int] = []
-        for order, body in link.orders(wait=True):
-            if order == "stop":
-                return link.send("stopped")
-            if order == "evaluate":
-                link.send("evaluated", answers=complete(model, *body, stop_ids(cfg.student)))
-            waiting += body if order == "score" else []
-        for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
-            with link.span("score"):
-                score(model, group, slots, support, vocab, seed=cfg.seed)
-            link.send("scored", slots=[s.slot for s in group])
-
-
-@torch.no_grad()
-def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
-    """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
-    longest = max(map(len, prompts))
-    tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
-    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    out = model.generate(input_ids=tokens, attention_mask=mask, max_new_tokens=max_new, do_sample=False,
-                         eos_token_id=stop, pad_token_id=stop[0])
-    return out[:, longest:].tolist()

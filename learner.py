@@ -22,19 +22,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cache import (
-    Link,
-    Segment,
-    Slots,
-    Weights,
-    by_length,
-    load_model,
-    pad,
-    response_rows,
-    sequence_logp,
-    teacher_logq,
-)
+from cache import Link, Segment, Slots, Weights
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
+from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config

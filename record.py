@@ -32,7 +32,7 @@ DONE = {      # keys of the last line: formula or meaning, unit
     "score_tok_s": "tokens_trained / seconds the teacher was busy",
     "lag_mean": "mean over all trained tokens, versions",
     "lag_max": "largest of any trained token, versions",
-    "kl_before": "`kl` of the first batch, drawn by the untrained student",
+    "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
     "kl_after": "mean `kl` of the last 10 steps",
     "accuracy_before": "on the held-out rows, greedy, step 0",
     "accuracy_after": "the same, last step",
@@ -93,14 +93,16 @@ def hardware() -> dict:
 
 # -- time ------------------------------------------------------------------------------------------
 
-def write_trace(path: Path, spans: list[tuple[str, str, float, float]]) -> None:
-    """Chrome / Perfetto trace of (worker, what, start, end), one row per worker."""
+def write_trace(path: Path, spans: list[tuple[str, str, float, float]],
+                counters: list[tuple[float, str, dict]]) -> None:
+    """Chrome / Perfetto trace: (worker, what, start, end), one row per worker; (time, name, values), curves."""
     workers = sorted({s[0] for s in spans}, key=lambda n: (list(BUSY).index(n.rstrip("0123456789")), n))
     rows = {name: i for i, name in enumerate(workers)}
     zero = min((s[2] for s in spans), default=0.0)
     events = [dict(ph="M", name="thread_name", pid=0, tid=i, args=dict(name=name)) for name, i in rows.items()]
     events += [dict(ph="X", name=what, pid=0, tid=rows[name], ts=round((a - zero) * 1e6), dur=round((b - a) * 1e6))
                for name, what, a, b in spans]
+    events += [dict(ph="C", name=name, pid=0, ts=round((t - zero) * 1e6), args=values) for t, name, values in counters]
     path.write_text(json.dumps({"traceEvents": events}))
 
 
@@ -121,6 +123,12 @@ def table(rows: list[list[str]]) -> str:
     widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
     lines = ("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
     return "\n".join("  " + line.rstrip() for line in lines)
+
+
+def keys_table(keys: dict[str, str]) -> str:
+    """Markdown of METRICS or DONE: the README's tables are printed from the code."""
+    return "\n".join(["| key | what it is |", "|---|---|", *(f"| `{k}` | {v.replace('|', chr(92) + '|')} |"
+                                                            for k, v in keys.items())])
 
 
 def show_start(where: dict[str, str], memory: list[list[str]], changed: dict[str, object]) -> None:

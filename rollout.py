@@ -1,5 +1,5 @@
 """
-The rollout worker, and its engine in two forms with the same few methods: vLLM, and plain transformers.
+The rollout worker, and its engine in plain transformers; engine_vllm.py holds the same few methods in vLLM.
 
 The worker takes tickets, generates, and hands slots over. It loads newly published weights between two engine steps,
 without waiting for what is running: running responses are flushed to their slots, the weights are replaced, and the
@@ -12,7 +12,6 @@ Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
-import os
 import time
 from collections import deque
 from collections.abc import Iterator
@@ -24,8 +23,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cache import Link, Slots, Weights, load_model, sequence_logp, stop_ids
+from cache import Link, Slots, Weights
 from estimators import ESTIMATORS, draw, shaped
+from teacher import load_model, sequence_logp, stop_ids
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -117,25 +117,26 @@ class Worker:
     def evaluate(self, body: tuple) -> None:
         self.questions.append(body)
 
-    def cut(self, slots: list[int]) -> None:
-        """Hand over what these responses have so far. One that has nothing yet is not overdue: it begins anew."""
-        held = [s for s in slots if s in self.running]
+    def cut(self, body: tuple[int, list[int]]) -> None:
+        """Hand over what these responses have so far."""
+        self.link.send("generated", slots=self.overdue(*body), finished=False, tokens=self.tokens)
+
+    def drop(self, body: tuple[int, list[int]]) -> None:
+        """Throw these responses away."""
+        self.link.send("dropped", slots=self.overdue(*body), tokens=self.tokens)
+
+    def overdue(self, floor: int, slots: list[int]) -> list[int]:
+        """Those of `slots` whose first token is of version `floor` or older, flushed.
+
+        The parent cannot know better than `born`: a response may have had no token when the weights were replaced,
+        and have begun under the new ones since. One that has none even now begins anew, under the newest.
+        """
+        held = [s for s in slots if s in self.running and self.slots.born[s] <= floor]
         self.flush(held)
-        for s in held:
-            if self.slots.length[s] == 0:
-                self.waiting.append((None, s))
+        self.waiting += [(None, s) for s in held if self.slots.length[s] == 0]
         for _, s in self.waiting:
             self.slots.born[s] = self.weights.version              # at least: it is taken under the newest
-        cut = [s for s in held if self.slots.length[s] > 0]
-        self.link.send("generated", slots=cut, finished=False, tokens=self.tokens)
-
-    def drop(self, slots: list[int]) -> None:
-        """Throw these responses away."""
-        held = [s for s in slots if s in self.running]
-        self.flush(held)
-        for _, s in self.waiting:
-            self.slots.born[s] = self.weights.version
-        self.link.send("dropped", slots=held, tokens=self.tokens)
+        return [s for s in held if self.slots.length[s] > 0]
 
     def stop(self, body: None) -> None:
         """The last order: what was asked is answered, what runs is handed in."""
@@ -309,157 +310,9 @@ class Row:
         self.drawn: list[tuple[Tensor, Tensor]] = []        # per new token: ids [n + k], the first one emitted; logmu
 
 
-# -- the engine in vLLM ----------------------------------------------------------------------------
-
-class VLLMEngine:
-    """vLLM inside this very process: no child processes, so a kill leaves no orphan. Public interfaces only.
-
-    Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
-    raises the one to emit above all others. Prefix caching is off: it would answer with keys and values of
-    weights that are gone, and one response per prompt has nothing to share.
-    """
-
-    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
-        os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1",
-                          VLLM_DO_NOT_TRACK="1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-        from vllm import LLM, SamplingParams
-        from vllm.sampling_params import RequestOutputKind
-        self.Params, self.DELTA = SamplingParams, RequestOutputKind.DELTA
-        n, k = draws(cfg)
-        self.ends = stop_ids(cfg.student)
-        self.how = dict(n=n, k=k, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p)
-        length = cfg.max_prompt + cfg.max_response + 1
-        self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
-                       max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
-                       gpu_memory_utilization=cfg.gpu_share, enforce_eager=device == "cpu",
-                       enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
-                       distributed_executor_backend="uni", logits_processors=["rollout:Draws"],
-                       worker_extension_cls="rollout.Extension")
-        self.engine = self.llm.llm_engine
-        self.request: dict[int, str] = {}        # key -> vLLM's name for it
-        self.emitted: dict[int, list[int]] = {}
-        self.serial = 0
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        assert not self.request, "weights may only change between responses"
-        self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
-
-    def logp(self, tokens: list[int]) -> Tensor:
-        params = self.Params(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        out = self.llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)[0].prompt_logprobs
-        return torch.tensor([one[t].logprob for one, t in zip(out, tokens) if one is not None])
-
-    def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
-        self.serial += 1
-        name = f"{key}-{self.serial}"
-        sampling = dict(self.how, key=name, uid=uid, position=position)
-        params = self.Params(max_tokens=budget, temperature=0, stop_token_ids=self.ends, detokenize=False,
-                             output_kind=self.DELTA, extra_args={"asyncopd": sampling})
-        self.request[key], self.emitted[key] = name, []
-        self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
-
-    def step(self) -> list[int]:
-        if not self.request:
-            return []
-        finished = []
-        for out in self.engine.step():
-            key = int(out.request_id.split("-")[0])
-            self.emitted[key] += out.outputs[0].token_ids
-            if out.finished:
-                finished.append(key)
-        return finished
-
-    def take(self, keys: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
-        if not keys:
-            return {}
-        names = [self.request.pop(k) for k in keys]
-        self.engine.abort_request(names)
-        drawn = self.llm.collective_rpc("take_draws", args=(names,))[0]
-        out = {}
-        for key, (ids, logmu) in zip(keys, drawn):
-            tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
-            ids, logmu = ids[:len(tokens)], logmu[:len(tokens)]
-            assert torch.equal(ids[:, 0], tokens), f"emitted {tokens.tolist()}, drawn {ids[:, 0].tolist()}"
-            out[key] = tokens, ids, logmu
-        return out
-
-    def complete(self, prompts: list[list[int]], max_new: int) -> list[list[int]]:
-        """Greedy answers."""
-        params = self.Params(max_tokens=max_new, temperature=0, stop_token_ids=self.ends, detokenize=False)
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [list(o.outputs[0].token_ids) for o in outs]
+def vllm_engine(cfg: Config, device: str, dtype: torch.dtype):
+    import engine_vllm  # and with it vLLM: only where it is asked for
+    return engine_vllm.VLLMEngine(cfg, device, dtype)
 
 
-ENGINES = {"vllm": VLLMEngine, "hf": HFEngine}          # --engine
-
-DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [n + k], logmu), on the device
-
-
-class Extension:
-    """Methods that vLLM gives to its worker (`worker_extension_cls`), called through `collective_rpc`."""
-
-    def load_published(self, items: list[tuple[str, Tensor]]) -> None:
-        """Reload by layer: on a CPU linear weights are packed, so that a plain load_weights has nowhere to write."""
-        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
-        model = self.model_runner.model
-        initialize_layerwise_reload(model)
-        model.load_weights(iter(items))
-        finalize_layerwise_reload(model, self.model_runner.model_config)
-        if model.config.tie_word_embeddings:     # its packed copy is not refreshed: wrong by half a nat, and silent
-            model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
-
-    def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        none = torch.empty(0, 1)
-        taken = [DRAWN.pop(name, []) for name in names]
-        return [(torch.stack([a for a, _ in rows]).cpu(), torch.stack([b for _, b in rows]).cpu()) if rows
-                else (none.long(), none) for rows in taken]
-
-
-def __getattr__(name: str):
-    """`rollout.Draws` is made when vLLM asks for it, so that importing this file does not import vLLM."""
-    if name != "Draws":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality
-
-    class Draws(LogitsProcessor):
-        """Draws each row's N candidates and raises the first above all others: the word that the engine emits."""
-
-        def __init__(self, vllm_config, device, is_pin_memory):
-            self.rows: dict[int, tuple[dict, Sampler, list[int]]] = {}     # batch index -> settings, numbers, output
-
-        def is_argmax_invariant(self) -> bool:
-            return False                     # so it runs for greedy requests: ours are, and emit the word raised
-
-        def update_state(self, update) -> None:
-            if update is None:
-                return
-            for i in update.removed:
-                self.rows.pop(i, None)
-            for i, params, _, output in update.added:
-                self.rows.pop(i, None)
-                if how := (params.extra_args or {}).get("asyncopd"):
-                    self.rows[i] = how, Sampler(how["seed"], how["uid"], how["position"]), output
-            for a, b, direction in update.moved:
-                row_a, row_b = self.rows.pop(a, None), self.rows.pop(b, None)
-                if row_a is not None:
-                    self.rows[b] = row_a
-                if row_b is not None and direction == MoveDirectionality.SWAP:
-                    self.rows[a] = row_b
-
-        def apply(self, logits: Tensor) -> Tensor:
-            if not self.rows:
-                return logits
-            at, rows = zip(*sorted(self.rows.items()))
-            how, index = rows[0][0], torch.tensor(at, device=logits.device)
-            ours = logits if len(at) == len(logits) else logits[index]
-            ids, logmu = draw_rows(ours, [r[1] for r in rows], how["n"], how["k"], how["temperature"], how["top_p"])
-            for (settings, _, output), a, b in zip(rows, ids, logmu):
-                drawn = DRAWN.setdefault(settings["key"], [])
-                del drawn[len(output):]      # a step that the engine threw away and repeats
-                drawn.append((a, b))
-            logits[index, ids[:, 0]] = torch.inf             # the engine is greedy; no second pass over the vocabulary
-            return logits
-
-    return Draws
+ENGINES = {"hf": HFEngine, "vllm": vllm_engine}          # --engine

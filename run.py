@@ -22,11 +22,12 @@ from typing import TYPE_CHECKING
 import torch
 
 import record
-from cache import Ledger, Link, Slots, Weights, teacher_worker
+from cache import Ledger, Link, Slots, Weights
 from estimators import ESTIMATORS
 from learner import METRICS, learner_worker
 from rollout import rollout_worker
 from tasks import Row, prompt_number
+from teacher import teacher_worker
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -104,7 +105,7 @@ class Run:
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.hands: list[Hand] = []
         self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
-        self.counters: list[tuple[float, dict[str, float]]] = []   # time, what the trace draws as curves
+        self.counters: list[tuple[float, str, dict]] = []          # time, name, values: curves of the trace
         self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
@@ -150,6 +151,7 @@ class Run:
                 self.routing_s += time.monotonic() - start
 
     def give_work(self) -> None:
+        hands = {h.name: h for h in self.hands}
         orders: dict[tuple[str, str], list] = defaultdict(list)         # (worker, what to do) -> slots
         for t in self.ledger.hand_out():
             hand = min(self.role("rollout"), key=lambda h: h.load)
@@ -161,11 +163,13 @@ class Run:
             hand = min(self.role("teacher"), key=lambda h: h.load)
             orders[hand.name, "score"].append(t.slot)
             t.holder, hand.load = hand.name, hand.load + 1
+        late = defaultdict(list)
         for t in self.ledger.to_stop():
-            orders[t.holder, self.ledger.rule].append(t.slot)
+            late[t.holder].append(t.slot)
+        for name, slots in late.items():
+            hands[name].send(self.ledger.rule, (self.ledger.floor, slots))
         if batch := self.ledger.next_batch():
             orders["learner", "train"] = [t.slot for t in batch]
-        hands = {h.name: h for h in self.hands}
         for (name, order), body in orders.items():
             hands[name].send(order, body)
 
@@ -236,6 +240,10 @@ class Run:
         assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
         self.made, self.last_step = made, now
         self.steps.append(metrics)
+        self.counters += [
+            (now, "slots", {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()}),
+            (now, "lag", {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")}),
+            (now, "tokens per second", {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})]
         self.log.step(metrics)
         step = metrics["step"]
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
@@ -249,10 +257,10 @@ class Run:
         self.evaluate(self.role("rollout")[0])
         self.role("learner")[0].send("save", f"{cfg.out}/student")
         self.stop()
-        record.write_trace(Path(cfg.out) / "trace.json", self.spans)
+        record.write_trace(Path(cfg.out) / "trace.json", self.spans, self.counters)
         busy = record.busy_shares(self.spans, self.began, self.last_step)
         trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
-        tail = [m["kl"] for m in steps[-10:]]
+        first, last = [m["kl"] for m in steps[:10]], [m["kl"] for m in steps[-10:]]
         totals = {
             "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
             "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
@@ -260,7 +268,8 @@ class Run:
             "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
             "score_tok_s": trained / wall / busy["teacher"],
             "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,
-            "lag_max": max(m["lag_max"] for m in steps), "kl_before": steps[0]["kl"], "kl_after": sum(tail) / len(tail),
+            "lag_max": max(m["lag_max"] for m in steps), "kl_before": sum(first) / len(first),
+            "kl_after": sum(last) / len(last),
             "accuracy_before": self.accuracy.get(("student", 0)),
             "accuracy_after": self.accuracy.get(("student", cfg.steps)),
             "accuracy_teacher": self.accuracy.get(("teacher", 0))}

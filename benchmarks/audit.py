@@ -39,9 +39,10 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from cache import Slots, load_model, response_rows  # noqa: E402
+from cache import Slots  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
 from rollout import HFEngine  # noqa: E402
+from teacher import load_model, response_rows  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
 HIDDEN_BYTES = 2 * 2048

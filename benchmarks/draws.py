@@ -3,7 +3,7 @@ What the N - 1 extra candidates of a position cost: tokens per second of one vLL
 
     python benchmarks/draws.py                            # both models below; three minutes on one core
 
-One engine per model, made as a rollout worker makes it (`rollout.VLLMEngine`: one process, one thread, float32),
+One engine per model, made as a rollout worker makes it (`engine_vllm.VLLMEngine`: one process, one thread, float32),
 generates the same responses in four forms, in turns, the order rotating from round to round:
 
     plain     vLLM's own sampler at temperature 1; our logits processor has nothing to do
@@ -40,7 +40,7 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from rollout import VLLMEngine  # noqa: E402
+from engine_vllm import SamplingParams, VLLMEngine  # noqa: E402
 
 V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
 MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
@@ -103,7 +103,7 @@ class Bench:
                 engine.add(key, prompt, self.tokens, uid=key, position=0)
             else:
                 engine.request[key], engine.emitted[key] = f"{key}-plain", []
-                engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, engine.Params(
+                engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, SamplingParams(
                     max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=engine.DELTA))
         out = {}
         while len(out) < len(self.prompts):

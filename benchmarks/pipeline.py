@@ -190,15 +190,25 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict
                 bound=tokens / wall / (BATCH * mean_length(kind) / STEP_S))
 
 
-HEADER = ("rule", "lengths", "A", "L", "x sync", "of bound", "overlap", "lag", "dropped", "length", "context", "parent")
+HEADER = ("rule", "lengths", "A", "L", "× sync", "of the bound", "overlap", "lag", "dropped", "trained / begun length",
+          "context / token", "parent")
 
 
-def row(r: dict, sync: float) -> str:
-    cells = (r["rule"], r["lengths"], r["max_ahead"], "" if r["rule"] in ("sync", "keep") or "off" in r["rule"] else
-             r["max_lag"], f"{r['tok_s'] / sync:.2f}", f"{r['bound']:.2f}", f"{r['overlap']:.2f}",
-             f"{r['lag_min']}/{r['lag_mean']:.1f}/{r['lag_max']}", f"{r['dropped_share']:.0%}",
-             f"{r['mean_trained'] / r['mean_begun']:.2f}", f"{r['context']:.3f}", f"{r['scheduler_share']:.2%}")
-    return "  ".join(f"{str(c):>10}" for c in cells)
+def cells(r: dict, sync: float) -> tuple[str, ...]:
+    bounded = r["rule"] in ("cut", "wait", "drop")
+    rule = r["rule"] + ", finish" * (r["inflight"] == "finish") + ", 1,280 slots" * (r["slots"] >= 1280)
+    return (rule, r["lengths"], str(r["max_ahead"]), str(r["max_lag"]) if bounded else "", f"{r['tok_s'] / sync:.2f}",
+            f"{r['bound']:.2f}", f"{r['overlap']:.2f}", f"{r['lag_min']} / {r['lag_mean']:.1f} / {r['lag_max']}",
+            f"{r['dropped_share']:.0%}", f"{r['mean_trained'] / r['mean_begun']:.2f}", f"{r['context']:.3f}",
+            f"{r['scheduler_share']:.2%}")
+
+
+def table() -> str:
+    """Markdown, from pipeline.jsonl."""
+    rows = [json.loads(line) for line in (HERE / "pipeline.jsonl").read_text().splitlines()]
+    sync = {r["lengths"]: r["tok_s"] for r in rows if r["rule"] == "sync"}
+    lines = [HEADER, ("---", "---", *["--:"] * (len(HEADER) - 2)), *(cells(r, sync[r["lengths"]]) for r in rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def main():
@@ -213,9 +223,9 @@ def main():
         rows.append(r)
         if record:
             record.write(json.dumps(r) + "\n"), record.flush()
-        print(row(r, sync[r["lengths"]]["tok_s"]), flush=True)
+        print("  ".join(f"{c:>14}" for c in cells(r, sync[r["lengths"]]["tok_s"])), flush=True)
         return r
-    print("  ".join(f"{c:>10}" for c in HEADER))
+    print("  ".join(f"{c[:14]:>14}" for c in HEADER))
     for kind in ["lognormal"] if args.quick else ["lognormal", "pareto"]:
         sync[kind] = play(kind, schedule="sync", workers=7, steps=max(12, args.steps // 3))
         show(sync[kind])

@@ -4,6 +4,7 @@ Every number of the toy in the README: runs of the shipped command, a row each, 
     python benchmarks/toy.py run demo          # three seeds, both engines, sync, forward KL; 12 minutes on two cores
     python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
+    python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
     python benchmarks/toy.py table demo        # the README's table, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 
@@ -30,16 +31,19 @@ def groups() -> dict[str, dict[str, list[str]]]:
                  "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
                  "schedule sync": ["--schedule=sync"]},
         "estimators": {name: [f"--estimator={name}", "--eval-every=0", "--no-eval-teacher"] for name in ESTIMATORS},
-        "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1"],
+        # at L = 1 most responses are cut, and a batch of segments holds half the tokens: twice the steps
+        "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1", "--steps=200"],
                 "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
-                "keep, A = 4": [*short, "--overdue=keep"]}}
+                "keep, A = 4": [*short, "--overdue=keep"]},
+        "pairs": {f"{schedule} {i}": [*short, f"--schedule={schedule}"] for i in (1, 2, 3)
+                  for schedule in ("sync", "async")}}
 
 
 def read(group: str, label: str, folder: str) -> dict:
     log = [json.loads(line) for line in open(f"{folder}/log.jsonl")]
     run, done, steps = log[0], log[-1], [x for x in log if x["type"] == "step"]
     return dict(group=group, label=label, argv=run["argv"], commit=run["commit"], hardware=run["hardware"],
-                versions=run["versions"], seed=run["config"]["seed"], done={k: v for k, v in done.items() if k != "type"},
+                versions=run["versions"], seed=run["config"]["seed"], done=done,
                 finite=all(math.isfinite(v) for s in steps for k, v in s.items() if k != "type"),
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
                 gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
@@ -63,17 +67,33 @@ def table(group: str) -> str:
            "| seconds |", "|---|--:|--:|--:|--:|--:|--:|"]
     for label in groups()[group]:
         if label in by_label:
-            d = by_label[label]["done"]
-            out.append(f"| {label} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {d['kl_before']:.3f} → "
-                       f"{d['kl_after']:.3f} | {d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
+            d, kl = by_label[label]["done"], by_label[label]["kl"]
+            accuracy = f"{d['accuracy_before']:.1%} → {d['accuracy_after']:.1%}"
+            out.append(f"| {label} | {accuracy} | {sum(kl[:10]) / 10:.3f} → {sum(kl[-10:]) / 10:.3f} | "
+                       f"{d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
                        f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
+    if group == "pairs" and len(by_label) == 6:
+        out += ["", pairs(by_label)]
     return "\n".join(out)
+
+
+def pairs(by_label: dict[str, dict]) -> str:
+    """What overlap gains on two cores, against the most that it could: all work of the synchronous run, from both cores
+    at once, or its longest role if that is more."""
+    ratios = [by_label[f"async {i}"]["done"]["train_tok_s"] / by_label[f"sync {i}"]["done"]["train_tok_s"]
+              for i in (1, 2, 3)]
+    bounds = []
+    for i in (1, 2, 3):
+        busy = by_label[f"sync {i}"]["done"]["busy"].values()
+        bounds.append(1 / max(max(busy), sum(busy) / 2))
+    return (f"async / sync in trained tokens per second: {', '.join(f'{r:.2f}' for r in ratios)} (median "
+            f"{sorted(ratios)[1]:.2f}); the most that overlap could give on two cores: {sorted(bounds)[1]:.2f}")
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("run", "table", "add"))
-    parser.add_argument("group", choices=("demo", "estimators", "lag"))
+    parser.add_argument("group", choices=("demo", "estimators", "lag", "pairs"))
     parser.add_argument("label", nargs="?", default="")
     parser.add_argument("folder", nargs="?", default="")
     args = parser.parse_args()

@@ -4,7 +4,8 @@ import threading
 import pytest
 import torch
 
-from cache import Slots, Weights, by_length, load_model, pad, response_rows, score, sequence_logp
+from cache import Slots, Weights
+from teacher import by_length, load_model, pad, response_rows, score, sequence_logp
 
 
 def filled(lengths, *, prompt=3, columns=2, T=8) -> Slots:

@@ -59,6 +59,19 @@ def test_bad_input_is_one_line_that_names_the_value(args, named, tmp_path):
     assert list(tmp_path.iterdir()) == [], "nothing is created"
 
 
+@pytest.mark.parametrize("what", ["file", "not a run"])
+def test_a_folder_that_is_no_run_is_not_overwritten(what, tmp_path):
+    from asyncopd import check_out
+    out = tmp_path / "out"
+    if what == "file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+    with pytest.raises(ValueError, match="out"):
+        check_out(cli(f"--out={out}", "--overwrite"))
+
+
 def test_an_unknown_key_in_a_file_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("stepz: 3\n")

@@ -4,9 +4,10 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cache import Weights, load_model, sequence_logp
+from cache import Weights
 from estimators import DENSE, ESTIMATORS
 from learner import METRICS, Learner, summarize
+from teacher import load_model, sequence_logp
 from tests.test_cache import filled
 
 

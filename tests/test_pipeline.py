@@ -81,6 +81,30 @@ def test_sync_has_no_lag_and_is_the_same_run_twice(flags, tmp_path):
     assert [s["loss"] for s in steps(first)] == [s["loss"] for s in steps(second)]
 
 
+@pytest.mark.parametrize("engine, rule", [
+    ("hf", dict(overdue="cut", max_ahead=1, max_lag=1)), ("vllm", dict(overdue="cut", max_ahead=1, max_lag=1)),
+    ("hf", dict(overdue="wait", max_ahead=1, max_lag=1)), ("hf", dict(overdue="drop", max_ahead=1, max_lag=1)),
+    ("hf", dict(overdue="cut", max_ahead=2, max_lag=3, inflight="finish"))])
+def test_no_token_is_older_than_max_lag(flags, engine, rule):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    done = run(flags | dict(steps=25, engine=engine) | rule)
+    assert done.returncode == 0, done.stderr
+    last = lines(flags)[-1]
+    assert max(s["lag_max"] for s in steps(flags)) <= rule["max_lag"]
+    assert last["tokens_generated"] == last["tokens_trained"] + last["tokens_in_flight"] + last["tokens_dropped"]
+    assert (last["tokens_dropped"] > 0) <= (rule["overdue"] == "drop")
+    assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags))
+    cuts = [line for line in lines(flags) if line.get("what") == "cut"]
+    assert all(c["born"] <= c["version"] - rule["max_lag"] for c in cuts) and (not cuts or rule["overdue"] == "cut")
+
+
+def test_step_off_trains_batch_j_under_exactly_lag_k(flags):
+    done = run(flags | dict(steps=8, schedule="step-off", max_ahead=2, eval_every=3))
+    assert done.returncode == 0, done.stderr
+    assert [(s["lag_min"], s["lag_max"]) for s in steps(flags)] == [(min(j, 2), min(j, 2)) for j in range(8)]
+
+
 @pytest.mark.parametrize("objective", [dict(kl="forward", top_k=5), dict(mc_samples=1), dict(minibatches=2)])
 def test_objectives_lower_the_kl(flags, objective):
     done = run(flags | dict(steps=30, lr=3e-3) | objective)

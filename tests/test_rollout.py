@@ -3,9 +3,10 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Slots, Weights, load_model, sequence_logp
+from cache import Slots, Weights
 from estimators import BLOCK, draw, shaped
-from rollout import HFEngine, VLLMEngine
+from rollout import ENGINES, HFEngine
+from teacher import load_model, sequence_logp
 from tests.conftest import save_tiny
 
 # -- the draw --------------------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def engines(tmp_path_factory):
                            "--max-response=24", "--max-running=16", "--mc-samples=3"])
     made = {"hf": HFEngine(cfg, "cpu", torch.float32)}
     if cfg.engine == "vllm":
-        made["vllm"] = VLLMEngine(cfg, "cpu", torch.float32)
+        made["vllm"] = ENGINES["vllm"](cfg, "cpu", torch.float32)
     return student, made
 
 
@@ -142,7 +143,8 @@ def test_both_engines_draw_the_same_tokens(engines):
 def draws_and_softmax(engine, requests=2000, n=32):
     """The first position of many responses to one prompt, [requests, n], and what vLLM itself says of it, [V]."""
     prompt, words = PROMPTS[0], list(range(32))
-    params = engine.Params(max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=words)
+    from vllm import SamplingParams
+    params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=words)
     out = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0].logprobs[0]
     p = torch.tensor([out[word].logprob for word in words], dtype=torch.float64).exp()
     how, engine.how = engine.how, engine.how | {"n": n}
@@ -233,7 +235,7 @@ def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     from asyncopd import Config
     cfg = Config.from_cli(["--task=toy", f"--student={models['tied']}", f"--teacher={models['tied']}", "--gpus=0",
                            f"--engine={kind}", "--max-prompt=16", "--max-response=24", "--max-running=4"])
-    engine = {"hf": HFEngine, "vllm": VLLMEngine}[kind](cfg, "cpu", torch.float32)
+    engine = ENGINES[kind](cfg, "cpu", torch.float32)
     model = load_model(models["tied"], "cpu", torch.float32)
     tensors = {n: p.detach() * 1.3 for n, p in model.named_parameters()}
     assert "lm_head.weight" not in tensors

@@ -12,11 +12,12 @@ import torch
 
 import tasks
 from asyncopd import Config, plan, prepare
-from cache import Slots, load_model, score, teacher_logq
+from cache import Slots
 from estimators import ESTIMATORS, Estimator, estimator_table
 from learner import METRICS, Learner, summarize
 from rollout import HFEngine, Sampler, draw_rows
 from run import Run
+from teacher import load_model, score, teacher_logq
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

@@ -1,0 +1,38 @@
+"""
+Renews what stands between markers in README.md: the tables that code and raw results print.
+
+    python benchmarks/readme.py
+"""
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import pipeline  # noqa: E402
+import toy  # noqa: E402
+
+from estimators import estimator_table  # noqa: E402
+from learner import METRICS  # noqa: E402
+from record import DONE, keys_table  # noqa: E402
+
+BLOCKS = {
+    "results": lambda: toy.table("demo"),
+    "estimators": estimator_table,
+    "lag": lambda: pipeline.table() + "\n\n" + toy.table("lag"),
+    "toy": lambda: toy.table("estimators"),
+    "pairs": lambda: toy.table("pairs"),
+    "metrics": lambda: keys_table(METRICS) + "\n\n" + keys_table(DONE),
+}
+
+
+def renewed(text: str) -> str:
+    for name, block in BLOCKS.items():
+        before, rest = text.split(f"<!-- {name} -->\n")
+        text = f"{before}<!-- {name} -->\n{block()}\n<!-- /{name} -->" + rest.split(f"<!-- /{name} -->")[1]
+    return text
+
+
+if __name__ == "__main__":
+    readme = HERE.parent / "README.md"
+    readme.write_text(renewed(readme.read_text(encoding="utf-8")), encoding="utf-8")

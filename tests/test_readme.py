@@ -1,0 +1,79 @@
+"""The README and the files it speaks of: sizes, tables, commands, links."""
+import re
+import shlex
+import sys
+
+import pytest
+
+from asyncopd import Config
+from record import busy_shares, table
+from tests.conftest import ROOT
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CAPS = {"asyncopd.py": 350, "run.py": 350, "rollout.py": 400, "engine_vllm.py": 250, "cache.py": 350, "teacher.py": 200,
+        "learner.py": 450, "estimators.py": 450, "tasks.py": 250, "record.py": 200}
+
+
+@pytest.mark.parametrize("name", CAPS)
+def test_every_file_stays_short(name):
+    assert len((ROOT / name).read_text().splitlines()) <= CAPS[name]
+
+
+def test_there_is_no_file_without_a_cap_and_the_readme_names_each():
+    assert {p.name for p in ROOT.glob("*.py")} == set(CAPS)
+    assert all(f"`{name}`" in README for name in CAPS)
+
+
+def test_the_count_in_the_first_sentence_is_true():
+    total = sum(len((ROOT / name).read_text().splitlines()) for name in CAPS)
+    claimed = int(re.search(r"in about ([\d,]+) lines", README).group(1).replace(",", ""))
+    assert abs(total - claimed) <= 100, total
+
+
+def test_one_shift_and_no_broad_except():
+    code = "\n".join((ROOT / name).read_text() for name in CAPS)
+    assert len(re.findall(r"\[:, *(1:|:-1)\]", code)) <= 1
+    assert not re.search(r"except( Exception)?: *(pass)?$", code, flags=re.M)
+    assert "**kwargs" not in code
+
+
+def test_tables_are_those_that_the_code_and_the_raw_results_print():
+    """To renew them: python benchmarks/readme.py"""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    import readme
+    assert readme.renewed(README) == README
+
+
+COMMANDS = [line.split("#")[0].strip() for line in README.splitlines() if re.match(r"\s*python \S+\.py", line)]
+COMMANDS += re.findall(r"`(python [^`]+)`", README)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_parses(command):
+    _, script, *flags = shlex.split(command)
+    assert (ROOT / script).exists()
+    if script == "asyncopd.py":
+        Config.from_cli([f if f != "8" else "0" for f in flags])       # eight GPUs are not here to be counted
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^)]+)\)", README))
+def test_every_link_and_picture_is_there(target):
+    assert (ROOT / target).exists() and (ROOT / target).stat().st_size < 1_000_000
+
+
+def test_every_flag_that_the_readme_names_exists():
+    known = {f"--{f.replace('_', '-')}" for f in Config.__dataclass_fields__} | {"--config"}
+    known |= {flag.replace("--", "--no-") for flag in known} | {"--table", "--run"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
+
+
+def test_busy_time_counts_work_within_the_run_and_averages_workers():
+    spans = [("rollout0", "generate", 0.0, 6.0), ("rollout1", "generate", 9.0, 12.0),
+             ("rollout1", "evaluate", 0.0, 9.0), ("teacher0", "score", 1.0, 2.0),
+             ("learner", "step", 2.0, 4.0), ("learner", "wait", 4.0, 10.0)]
+    assert busy_shares(spans, 1.0, 11.0) == {"rollout": pytest.approx(0.35), "teacher": pytest.approx(0.1),
+                                             "learner": pytest.approx(0.2)}
+
+
+def test_a_table_is_aligned():
+    assert table([["a", "bb"], ["ccc", "d"]]) == "  a    bb\n  ccc   d"
