@@ -40,7 +40,7 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from engine_vllm import SamplingParams, VLLMEngine  # noqa: E402
+from engine_vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 
 V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
 MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
@@ -104,7 +104,7 @@ class Bench:
             else:
                 engine.request[key], engine.emitted[key] = f"{key}-plain", []
                 engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, SamplingParams(
-                    max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=engine.DELTA))
+                    max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=RequestOutputKind.DELTA))
         out = {}
         while len(out) < len(self.prompts):
             finished = engine.step()
