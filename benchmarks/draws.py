@@ -24,6 +24,7 @@ the two models' medians: {"cost_n4", "cost_n64", "<model>": {"base", "tok_s", "c
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import os
 import sys
@@ -39,7 +40,7 @@ sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
 import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from engine_vllm import SamplingParams, VLLMEngine  # noqa: E402
+from engine_vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 
 V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
 MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
@@ -103,7 +104,7 @@ class Bench:
             else:
                 engine.request[key], engine.emitted[key] = f"{key}-plain", []
                 engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, SamplingParams(
-                    max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=engine.DELTA))
+                    max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=RequestOutputKind.DELTA))
         out = {}
         while len(out) < len(self.prompts):
             finished = engine.step()
@@ -143,6 +144,13 @@ def show(title: str, s: dict) -> None:
     print(f"\n{title}\n{record.table(rows)}", flush=True)
 
 
+def keep_freed_memory() -> None:
+    """glibc may give 10 MB of freed logits back or keep them, and fresh pages cost a third of the time: keep them."""
+    libc = ctypes.CDLL(None)
+    M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3
+    assert libc.mallopt(M_MMAP_THRESHOLD, 32 << 20) and libc.mallopt(M_TRIM_THRESHOLD, 2 ** 31 - 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[1])
     parser.add_argument("--rounds", type=int, default=7)
@@ -152,6 +160,7 @@ def main() -> None:
     args = parser.parse_args()
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")            # one thread, on the first core
     torch.set_num_threads(1)
+    keep_freed_memory()
     told = record.provenance(vars(args), {})
     print(f"{told['hardware']['cpu']}, one core of {told['hardware']['cores']}; {args.responses} responses x "
           f"{args.tokens} tokens, {args.rounds} rounds; V = {V:,}, float32", flush=True)
