@@ -17,7 +17,7 @@ import matplotlib.pyplot as plt  # noqa: E402
 HERE = Path(__file__).resolve().parent
 COLORS = {"generate": "#3b78b8", "push": "#9ec3e6", "score": "#57a55a", "step": "#d9822b", "publish": "#f3c27d"}
 SECONDS = 3.0                     # of a run that the timeline shows
-SIMULATED = {4: .90, 6: .95, 8: .98, 12: .995, 16: 1.00}      # cut / keep in tokens, responses of 2.4 steps, lognormal
+SIMULATED = {4: .90, 8: .98, 16: 1.00}      # cut / keep in tokens, a discrete-event simulation, responses of 2.4 steps
 
 
 def excerpt(folder: str) -> list[dict]:
