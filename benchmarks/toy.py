@@ -3,6 +3,7 @@ Every number of the toy in the README: runs of the shipped command, a row each, 
 
     python benchmarks/toy.py run demo          # three seeds, both engines, sync, forward KL; 12 minutes on two cores
     python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
+    python benchmarks/toy.py run estimators m2po --engine=hf          # one of them, with more flags
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
     python benchmarks/toy.py table demo        # the README's table, from benchmarks/toy.jsonl alone
@@ -96,14 +97,14 @@ def main():
     parser.add_argument("group", choices=("demo", "estimators", "lag", "pairs"))
     parser.add_argument("label", nargs="?", default="")
     parser.add_argument("folder", nargs="?", default="")
-    args = parser.parse_args()
+    args, more = parser.parse_known_args()       # flags of asyncopd.py, for every run
     if args.what == "add":
         add(read(args.group, args.label, args.folder))
     if args.what == "run":
         for label, flags in groups()[args.group].items():
             if args.label in ("", label):
                 folder = f"runs/bench-{args.group}-{''.join(c if c.isalnum() else '-' for c in label)}"
-                command = [sys.executable, "asyncopd.py", "--task=toy", "--overwrite", f"--out={folder}", *flags]
+                command = [sys.executable, "asyncopd.py", "--task=toy", "--overwrite", f"--out={folder}", *flags, *more]
                 done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
                 if done.returncode:
                     sys.exit(f"{label}: exit code {done.returncode}\n{done.stderr[-2000:]}")
