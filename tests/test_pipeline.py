@@ -105,7 +105,8 @@ def test_step_off_trains_batch_j_under_exactly_lag_k(flags):
     assert [(s["lag_min"], s["lag_max"]) for s in steps(flags)] == [(min(j, 2), min(j, 2)) for j in range(8)]
 
 
-@pytest.mark.parametrize("objective", [dict(kl="forward", top_k=5), dict(mc_samples=1, batch=32), dict(minibatches=2, batch=32)])
+@pytest.mark.parametrize("objective", [dict(kl="forward", top_k=5), dict(mc_samples=1, batch=32),
+                                       dict(minibatches=2, batch=32)])
 def test_objectives_lower_the_kl(flags, objective):
     done = run(flags | dict(steps=50, lr=3e-3, schedule="sync") | objective)     # sync: the same run every time
     assert done.returncode == 0, done.stderr
