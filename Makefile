@@ -11,9 +11,9 @@ test: .venv/installed
 	.venv/bin/ruff check .
 	$(PY) -m pytest -q --durations=5
 
-# Everything that needs neither vLLM nor several processes
+# Everything but the pipelines of real processes
 unit: .venv/installed
-	$(PY) -m pytest -q -m "not slow" --durations=5
+	$(PY) -m pytest -q --ignore=tests/test_pipeline.py --durations=5
 
 # On a CPU: torchvision, torchaudio and torchcodec come as GPU builds, and importing transformers beside them fails
 .venv/installed: $(REQUIREMENTS)
