@@ -48,6 +48,7 @@ class Job:
 
 # -- workers ---------------------------------------------------------------------------------------
 
+INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
 WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": learner_worker}
 
 
@@ -201,7 +202,12 @@ class Run:
     def reports(self):
         """(hand, kind, body) of everything that has arrived, waiting up to a second; a dead worker ends the run."""
         by_pipe = {h.pipe: h for h in self.hands if not h.stopped}
-        for pipe in wait(list(by_pipe), timeout=1.0):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)       # only here may an interrupt come: never in the
+        try:                                                        # middle of a message or of a decision
+            ready = wait(list(by_pipe), timeout=1.0)
+        finally:
+            signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+        for pipe in ready:
             hand = by_pipe[pipe]
             try:
                 kind, body, spans = pipe.recv()
