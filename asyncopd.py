@@ -4,8 +4,8 @@ Asynchronous on-policy distillation: a student writes, a teacher scores, a learn
     python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
     python asyncopd.py --gpus 0                                 # no GPU: the same processes, a toy model
 
-This file is the command: the flags, what they may be, which role runs on which device, and the exit code.
-Reading order: estimators, cache, rollout, learner, run (then tasks and record, at leisure).
+This file is the command: the flags, what they may be, and the exit code. Reading order: estimators, cache, teacher,
+rollout, learner, run (then job, plan, workers, tasks and record, at leisure).
 What is left out: several machines. Tests: tests/test_cli.py
 """
 from __future__ import annotations
@@ -23,13 +23,10 @@ from typing import get_type_hints
 import torch
 import yaml
 
-import tasks
 from estimators import DEFAULT, ESTIMATORS
-from run import Job, Run
-from teacher import stop_ids, vocab_size
-
-ROOT = Path(__file__).resolve().parent
-
+from job import ROOT, prepare, refuse
+from plan import plan
+from run import Run
 
 # -- flags -----------------------------------------------------------------------------------------
 
@@ -113,10 +110,6 @@ class Config:
         return settle(cls(**args))
 
 
-def refuse(message: str):
-    raise ValueError(message)
-
-
 def read_flags(path: str) -> list[str]:
     if not path:
         return []
@@ -167,67 +160,6 @@ def settle(cfg: Config) -> Config:
         max_ahead=0 if cfg.schedule == "sync" else cfg.max_ahead,
         gpu_share=cfg.gpu_share or (0.85 if gpus > 2 else 0.3), gap_max=cfg.gap_max or (1.0 if gpus else 1e-3),
         out=cfg.out or f"runs/{Path(cfg.task).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")
-
-
-def plan(cfg: Config) -> dict[str, str]:
-    """worker -> device. GPU 0.. generate, then the teacher, the last one learns; a single GPU is shared by all."""
-    roles = [f"rollout{i}" for i in range(cfg.rollouts)] + [f"teacher{i}" for i in range(cfg.teachers)] + ["learner"]
-    if cfg.gpus == 0:
-        return {role: "cpu" for role in roles}
-    return {role: f"cuda:{min(i, cfg.gpus - 1)}" for i, role in enumerate(roles)}
-
-
-# -- what the flags name ---------------------------------------------------------------------------
-
-def prepare(cfg: Config) -> tuple[Config, Job]:
-    """Models and texts, checked, without loading a weight. The toy's models are made here on first use."""
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-    if cfg.task == "toy" and not cfg.student:
-        student, teacher = tasks.toy_models(ROOT / "runs")
-        cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
-    task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, eval_file=cfg.eval_task,
-                           eval_n=cfg.eval_n)
-    for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
-    tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-    same_words(tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
-    prompts = [p for p in tasks.encode(task.train, tokenizer, cfg.prompt_suffix) if 0 < len(p) <= cfg.max_prompt]
-    prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
-    if len(prompts) < len(task.train):
-        print(f"{len(task.train) - len(prompts):,} of {len(task.train):,} prompts left out: empty, or longer than "
-              f"--max-prompt {cfg.max_prompt}")
-    graded = [(row, p) for row, p in zip(task.eval, tasks.encode(task.eval, tokenizer, cfg.prompt_suffix))
-              if 0 < len(p) <= cfg.max_prompt]
-    for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
-        room = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
-        if room and cfg.max_prompt + cfg.max_response > room:
-            refuse(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens "
-                   f"of {flag} {name}")
-    ends = set(stop_ids(cfg.student))
-
-    def grade(answers: list[list[int]]) -> tuple[list[str], list[bool]]:
-        texts = tokenizer.batch_decode([[t for t in a if t not in ends] for a in answers], skip_special_tokens=True)
-        return texts, [task.grade(text, row.answer) for text, (row, _) in zip(texts, graded)]
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
-    return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student))), Job(
-        prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
-        layout={name: p.shape for name, p in model.named_parameters()},
-        probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
-        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size)
-
-
-def same_words(student, teacher) -> None:
-    """Distillation compares probabilities id by id: both tokenizers must give every id the same word."""
-    s, t = student.get_vocab(), teacher.get_vocab()
-    if s != t:
-        word = next(w for w in sorted(s.keys() | t.keys(), key=lambda w: s.get(w, t.get(w))) if s.get(w) != t.get(w))
-        refuse(f"--student and --teacher do not share a vocabulary: {word!r} is {s.get(word)} in the student's and "
-               f"{t.get(word)} in the teacher's")
 
 
 def main(argv: list[str]) -> int:

@@ -35,8 +35,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
+import job  # noqa: E402
 import rollout  # noqa: E402
 import run  # noqa: E402
+import workers  # noqa: E402
 from asyncopd import Config, settle  # noqa: E402
 from learner import METRICS  # noqa: E402
 
@@ -140,7 +142,7 @@ def learner(cfg, link, slots, weights, device, dtype):
 
 RUNS_OWN = {"gen_tok_s", "wall_s", "push_s", "engine_gap_mean", "engine_gap_p95", "engine_gap_max"}
 rollout.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
-run.WORKERS |= {"teacher": teacher, "learner": learner}
+workers.WORKERS |= {"teacher": teacher, "learner": learner}
 
 
 def mean_length(kind: str) -> float:
@@ -160,10 +162,10 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict
                         max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, eval_n=0, out=out,
                         save_every=0, **flags))
     cfg = replace(cfg, engine="stand-in", task=kind)
-    job = run.Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
-                  layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
+    work = job.Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
+                   layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
     roles = [f"rollout{i}" for i in range(workers)] + ["teacher0", "learner"]
-    parent = run.Run(cfg, job, dict.fromkeys(roles, "cpu"), quiet=True)
+    parent = run.Run(cfg, work, dict.fromkeys(roles, "cpu"), quiet=True)
     try:
         parent.start()
         parent.loop()

@@ -81,7 +81,7 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path):
 
 def test_different_vocabularies_are_refused_with_the_first_difference():
     import tasks
-    from asyncopd import same_words
+    from job import same_words
     a, b = tasks.toy_tokenizer(), tasks.toy_tokenizer()
     same_words(a, b)
     b.add_tokens(["ten"])
