@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import json
 import shutil
 import signal
 import sys
@@ -23,6 +24,7 @@ from typing import get_type_hints
 import torch
 import yaml
 
+import checkpoint
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan
@@ -91,7 +93,15 @@ class Config:
     eval_every: int    = knob(0, "steps between evaluations (0: only at the start and the end)")
     eval_n: int        = knob(200, "rows to evaluate on")
     eval_teacher: bool = knob(False, "evaluate the teacher too")
-    save_every: int    = knob(0, "steps between checkpoints (0: only the student at the end)")
+    # survival
+    save_every: int    = knob(0, "steps between checkpoints (0: only on an interrupt, and the student at the end)")
+    keep: int          = knob(2, "checkpoints to keep, the newest (0: all)")
+    resume: bool       = knob(False, "go on from the newest checkpoint in --out; other flags are those of its run")
+    max_restarts: int  = knob(3, "times that rollout and teacher workers are started anew, in all, before the run ends")
+    stall_s: float     = knob(900.0, "seconds without a sign of life after which a worker counts as dead")
+    max_skips: int     = knob(3, "updates in a row that may be skipped for not being finite before the run ends")
+    long_prompts: str  = knob("skip", "prompts longer than --max-prompt: skip (counted), refuse",
+                              choices=("skip", "refuse"))
 
     @classmethod
     def from_cli(cls, argv: list[str]) -> Config:
@@ -105,9 +115,14 @@ class Config:
         given = parser.parse_args(argv)
         toy = given.task in ("", "toy") and not given.student
         path = given.config or (str(ROOT / "configs" / "toy.yaml") if toy else "")
-        args = vars(parser.parse_args(read_flags(path) + argv))
+        before = recorded(given.out) if given.resume else {}
+        args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
         args.pop("config")
-        return settle(cls(**args))
+        cfg = settle(cls(**args))
+        for name in FIXED if before else ():
+            getattr(cfg, name) == before[name] or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --resume "
+                                                         f"cannot change the {before[name]} of the run in {cfg.out}")
+        return cfg
 
 
 def read_flags(path: str) -> list[str]:
@@ -119,6 +134,10 @@ def read_flags(path: str) -> list[str]:
         refuse(f"--config {path}: {' '.join(str(e).split())}")
     if not isinstance(written, dict):
         refuse(f"--config {path}: not a mapping of flags")
+    return as_flags(written, path)
+
+
+def as_flags(written: dict, path: str) -> list[str]:
     flags = []
     for key, value in written.items():
         name = str(key).replace("_", "-")
@@ -127,13 +146,28 @@ def read_flags(path: str) -> list[str]:
     return flags
 
 
+# What a run that goes on must leave as it was: the order of its prompts, its slots and its model
+FIXED = ("student", "task", "prompt_key", "prompt_suffix", "eval_task", "eval_n", "max_prompt", "long_prompts", "seed",
+         "batch", "minibatches", "schedule", "estimator")
+
+
+def recorded(out: str) -> dict:
+    """The configuration of the run in a folder: the first line of its log."""
+    out or refuse("--resume needs --out, the folder of the run that is to go on")
+    try:
+        with open(Path(out) / "log.jsonl", encoding="utf-8") as f:
+            return json.loads(f.readline())["config"]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        refuse(f"--resume: {out}/log.jsonl does not begin as a run's log does ({type(e).__name__}: {e})")
+
+
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "chunk", "max_running", "lr", "clip", "temperature"):
+                 "chunk", "max_running", "lr", "clip", "temperature", "stall_s", "max_skips"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup",
-                 "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every"):
+                 "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
@@ -168,14 +202,14 @@ def main(argv: list[str]) -> int:
     try:
         try:
             cfg = Config.from_cli(argv)
-            check_out(cfg)
+            resume = check_out(cfg)
             cfg, job = prepare(cfg)
         except ValueError as e:
             print(f"asyncopd: {e}", file=sys.stderr)
             return 2
         run = Run(cfg, job, plan(cfg))
-        empty(Path(cfg.out))
-        run.start()
+        resume or empty(Path(cfg.out))
+        run.start(resume)
         run.loop()
         run.finish()
         return 0
@@ -184,20 +218,28 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         try:
-            saved = run.checkpoint(within_s=15) if run else ""
-        except RuntimeError:                 # the signal went to the workers too
-            saved = ""
-        print(f"asyncopd: interrupted{f', {saved} holds the student' if saved else ''}", file=sys.stderr)
+            saved = run.interrupted(within_s=10) if run else ""
+        except (RuntimeError, KeyboardInterrupt) as e:           # the learner is gone too, or it is told a second time
+            saved = f"{run.saved} ({e or 'at once'})" if run.saved else ""
+        print(f"asyncopd: interrupted{f', --resume goes on from {saved}' if saved else ''}", file=sys.stderr)
         return 130
     finally:
         if run:
             run.close()
 
 
-def check_out(cfg: Config) -> None:
+def check_out(cfg: Config) -> Path | None:
+    """Refuse a folder that cannot be written to; the checkpoint to go on from, with --resume."""
     out = Path(cfg.out)
     if out.exists() and not out.is_dir():
         refuse(f"--out {cfg.out}: a file, not a folder")
+    if cfg.resume:
+        folder, faults = checkpoint.newest(out / "checkpoints")
+        folder or refuse(f"--resume: no whole checkpoint in {out}/checkpoints ({'; '.join(faults) or 'none at all'})")
+        for fault in faults:
+            print(f"asyncopd: {fault}: going on from {folder.name}", file=sys.stderr)
+        int(folder.name[5:]) <= cfg.steps or refuse(f"--steps {cfg.steps}: the run in {out} is at {folder.name}")
+        return folder
     if out.exists() and any(out.iterdir()):
         cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
         (out / "log.jsonl").exists() or refuse(f"--out {cfg.out}: holds no log.jsonl, so it is no run to overwrite")

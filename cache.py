@@ -12,19 +12,15 @@ the emitted token; the estimator's table entry says what the others are). Tests:
 """
 from __future__ import annotations
 
-import time
 from collections import deque
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from multiprocessing.connection import Connection
 
+class Incurable(RuntimeError):
+    """A failure that another process would meet again: no reason to start one."""
 
 
 # -- slots -----------------------------------------------------------------------------------------
@@ -149,10 +145,9 @@ class Ledger:
         In lockstep batch j is handed out at version j - max_ahead, when everything before it has been generated: so
         that it is wholly drawn under that version, whose weights its workers read by number.
         """
-        n = len(self.free)
+        n, new = len(self.free), [t for t in self.at["rollout"].values() if not t.holder]      # back from the dead
         if self.lockstep:
             n = 0 if self.at["rollout"] else (self.version + self.ahead + 1) * self.batch - self.handed_out
-        new = []
         for _ in range(n):
             if self.rests:
                 rest = self.rests.popleft()
@@ -164,6 +159,27 @@ class Ledger:
             self.tickets[t.slot] = self.at["rollout"][t.slot] = t
             new.append(t)
         return new
+
+    def holder_died(self, name: str) -> list[Ticket]:
+        """What a worker held is to be handed out again, from where its ticket began."""
+        held = [t for t in self.tickets.values() if t.holder == name and t.stage in ("rollout", "teacher")]
+        for t in held:
+            t.holder, t.asked = "", -1
+            if t.stage == "teacher":
+                self.move(t, "generated")
+        return held
+
+    def untrained(self) -> list[tuple[int, Tensor | None]]:
+        """(uid, context) of all that was begun and not trained, in order; of a response in pieces only the earliest."""
+        first: dict[int, Tensor | None] = {}
+        for t in [*sorted(self.tickets.values(), key=lambda t: t.number), *self.rests]:
+            first.setdefault(t.uid, t.context)
+        return list(first.items())
+
+    def resume(self, version: int, prompts: int, tickets: list[tuple[int, Tensor | None]]) -> None:
+        """Go on from a checkpoint: what was begun then is handed out first."""
+        self.version, self.prompts, self.handed_out = version, prompts, version * self.batch
+        self.rests.extend(Ticket(-1, -1, uid, context) for uid, context in tickets)
 
     def generated(self, slot: int, finished: bool = True) -> None:
         """Its holder has handed slot over. A cut response's tokens so far are the context of the rest."""
@@ -295,41 +311,3 @@ class Weights:
             if self.clock[0] < v + 2:                    # else the learner has begun to overwrite this half
                 return v, copies, probe_logp
             assert version is None, f"version {version} was overwritten by {int(self.clock[0])} while it was read"
-
-
-# -- a worker's line to the parent -----------------------------------------------------------------
-
-class ParentGone(Exception):
-    """The pipe to the parent is closed: the worker has nobody left to work for."""
-
-
-class Link:
-    """A worker's end of its pipe: orders come in, reports go out, each with the spans of work since the last one."""
-
-    def __init__(self, pipe: Connection):
-        self.pipe, self.spans = pipe, []
-
-    def send(self, kind: str, **body) -> None:
-        self.pipe.send((kind, body, self.spans))
-        self.spans = []
-
-    def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
-        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker."""
-        if wait:
-            with self.span("wait"):
-                while not self.pipe.poll(60):            # a limit only so that whoever looks sees it turn
-                    continue
-        try:
-            while self.pipe.poll(0):
-                yield self.pipe.recv()
-        except EOFError:
-            raise ParentGone from None
-
-    @contextmanager
-    def span(self, what: str):
-        """Time spent on `what`, for the trace; turns of the same work that follow each other are one span."""
-        start = time.monotonic()
-        yield
-        if self.spans and self.spans[-1][0] == what and start - self.spans[-1][2] < 2e-3:
-            start = self.spans.pop()[1]
-        self.spans.append((what, start, time.monotonic()))

@@ -22,12 +22,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cache import Link, Segment, Slots, Weights
+from cache import Segment, Slots, Weights
+from checkpoint import UNWRITABLE, read_training, replace, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config
+    from workers import Link
 
 METRICS = {      # every key of a step line: formula or meaning, unit
     "step": "train batches so far, this one included",
@@ -53,6 +55,8 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "publish_s": "seconds the learner spent on publishing",
     "grad_norm": "norm of the gradient before clipping, of the step's last optimizer update",
     "lr": "learning rate of the step's last optimizer update",
+    "skipped": "optimizer updates not made because the loss or the gradient was not finite",
+    "trained": "what was trained, for the record: [uid of the prompt, first response token, number of tokens]",
     "gen_tok_s": "response tokens generated since the last step line / seconds since then",
     "train_tok_s": "tokens / seconds of this step, publishing included",
     "wait_s": "seconds the learner waited for this batch",
@@ -60,24 +64,30 @@ METRICS = {      # every key of a step line: formula or meaning, unit
 }
 
 
-def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, device: str, dtype: torch.dtype) -> None:
-    learner = Learner(cfg, device, dtype)
-    learner.publish(weights, version=0)
+def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resume: str, version: int, device: str,
+                   dtype: torch.dtype) -> None:
+    """`resume`: the checkpoint to go on from, of that version; "" begins with the student as it is, version 0."""
+    learner = Learner(cfg, device, dtype, resume)
+    learner.publish(weights, version)
     link.send("ready")
-    version, idle_since = 0, time.monotonic()
+    idle_since = time.monotonic()
     while True:
         for order, body in link.orders(wait=True):
             if order == "stop":
                 return link.send("stopped")
-            if order == "save":
-                folder = body.format(version=version)
-                learner.save(Path(folder))
-                link.send("saved", folder=folder)
+            if order in ("checkpoint", "export"):
+                try:
+                    learner.checkpoint(Path(body)) if order == "checkpoint" else learner.save(Path(body))
+                    link.send("saved", folder=body, version=version, why="")
+                except UNWRITABLE as e:
+                    link.send("saved", folder=body, version=version, why=str(e))
                 idle_since = time.monotonic()
             if order == "train":
                 start = time.monotonic()
                 with link.span("step"):
-                    metrics = learner.step([slots.read(s) for s in body], version)
+                    metrics = learner.step([slots.read(s) for s in body], version, link)
+                if metrics is None:                      # interrupted: what is saved now is the version before
+                    continue
                 version += 1
                 with link.span("publish"):
                     publish_s = learner.publish(weights, version)
@@ -91,7 +101,7 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, devi
 # -- one step --------------------------------------------------------------------------------------
 
 class Learner:
-    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype, resume: str = ""):
         self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
         self.estimator = ESTIMATORS[cfg.estimator]
         self.loss = self.estimator.bind(cfg)
@@ -99,28 +109,39 @@ class Learner:
         self.teacher_head = None
         if self.estimator.support == "full":                 # the rest of the teacher is let go
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
-        self.model = load_model(cfg.student, device, torch.float32)     # in eval mode: dropout would part it from mu
-        self.head = self.model.get_output_embeddings()
+        self.model = load_model(resume or cfg.student, device, torch.float32)      # in eval mode: dropout would part
+        self.head = self.model.get_output_embeddings()                             # it from mu
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda update: rate(update, cfg))
+        self.updates = read_training(Path(resume), self.model, self.optimizer) if resume else 0
 
-    def step(self, segments: list[Segment], version: int) -> dict[str, float]:
-        """Train on every token of the segments once; the metrics of the step. The segments are not changed."""
-        m, n, measured = min(self.cfg.minibatches, len(segments)), len(segments), []
+    def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
+        """Train on every token of the segments once; the metrics of the step. The segments are not changed.
+
+        An update whose loss or gradient is not finite is not made. Told over the link to hurry before the first update,
+        the step is abandoned: None, and the weights are those of `version` still.
+        """
+        m, n, measured, skipped = min(self.cfg.minibatches, len(segments)), len(segments), [], []
         self.known = self.prepass(segments)
         for i in range(m):
             minibatch = segments[i * n // m:(i + 1) * n // m]
             count = max(1, sum(map(len, minibatch)))
             for group in by_length(minibatch, self.cfg.micro_tokens):
+                if link and link.hurried and i == 0:
+                    self.optimizer.zero_grad()
+                    return None
                 measured.append(self.backward(group, count))
+                if link:
+                    link.beat()
             norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
-            if not norm.isfinite():
-                raise RuntimeError(f"the gradient's norm is {norm.item()} in slots {[s.slot for s in minibatch]}: "
-                                   f"version {version} is the last good one")
-            lr = self.schedule.get_last_lr()[0]
-            self.optimizer.step()
-            self.schedule.step()
+            lr = self.cfg.lr * rate(self.updates, self.cfg)
+            for group in self.optimizer.param_groups:
+                group["lr"] = lr
+            if norm.isfinite():
+                self.optimizer.step()
+            else:
+                skipped.append(blame(minibatch) | {"grad_norm": str(norm.item())})
+            self.updates += 1
             self.optimizer.zero_grad()
         lags = torch.cat([version - s.version for s in segments]).float()
         if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
@@ -128,7 +149,7 @@ class Learner:
         return summarize(measured) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
-            "grad_norm": norm.item(), "lr": lr}
+            "grad_norm": norm.item(), "lr": lr, "skipped": skipped}
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
@@ -151,8 +172,6 @@ class Learner:
         """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
         rows = self.rows(group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
-        for name in ("logmu", "logq", "hidden"):
-            refuse_nan(name, slot[name], group)
         known = {name: torch.cat([self.known[s.slot][name] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
         leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
@@ -161,7 +180,6 @@ class Learner:
             parts.append(self.head_backward(leaf[at], {name: x[at] for name, x in slot.items()},
                                             {name: x[at] for name, x in known.items()}, count))
         measured = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        refuse_nan("logp", measured["w"], group)          # logmu is not nan, so that w is where logp is
         rows.backward(leaf.grad)
         return measured
 
@@ -215,14 +233,21 @@ class Learner:
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder, written beside its place and renamed, so that it is whole or absent."""
-        from transformers import AutoTokenizer
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        state = {name: x.to(self.dtype) for name, x in self.model.state_dict().items()}
-        self.model.save_pretrained(partial, state_dict=state)
-        AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        shutil.rmtree(partial, ignore_errors=True)
+        self.write(partial)
+        replace(partial, folder)
+
+    def checkpoint(self, folder: Path) -> None:
+        """The learner's part of a checkpoint."""
+        self.write(folder)
+        write_training(folder, self.model, self.optimizer, self.updates, masters=self.dtype != torch.float32)
+
+    def write(self, folder: Path) -> None:
+        from transformers import AutoTokenizer
+        self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype)
+                                                       for name, x in self.model.state_dict().items()})
+        AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
 
 
 def rate(update: int, cfg: Config) -> float:
@@ -236,13 +261,16 @@ def rate(update: int, cfg: Config) -> float:
 
 
 NAN = {"logmu": "the engine sampled from nan", "logq": "the teacher has not scored it, or scored nan",
-       "hidden": "the teacher's last state is nan", "logp": "the student's own output is nan"}
+       "hidden": "the teacher's last state is not finite"}
 
 
-def refuse_nan(name: str, x: Tensor, group: list[Segment]) -> None:
-    if x.isnan().any():
-        bad = [s.slot for s, part in zip(group, x.split([len(s) for s in group])) if part.isnan().any()]
-        raise RuntimeError(f"{name} is nan in slots {bad} at the learner: {NAN[name]}")
+def blame(segments: list[Segment]) -> dict:
+    """Whose numbers made an update impossible: the slots, and why."""
+    for name, why in NAN.items():
+        values = [(s.slot, getattr(s, name)) for s in segments]
+        if bad := [slot for slot, x in values if (x.isnan() | (x == torch.inf)).any()]:
+            return {"slots": bad, "why": f"{name}: {why}"}
+    return {"slots": [s.slot for s in segments], "why": "the student's own output or gradient is not finite"}
 
 
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:

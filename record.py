@@ -1,34 +1,40 @@
 """
-What a run leaves behind and what a person sees: log.jsonl, trace.json, the start-up table, the bar, the final table.
+What a run leaves behind and what a person sees: log.jsonl, the start-up table, the bar, the final table.
 
 Only the parent prints, and only through this file. The keys of a step line are defined in learner.METRICS; the other
 lines are: run (provenance), eval, event, done. What is left out: remote loggers. Tests: tests/test_readme.py
 """
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
+from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-BUSY = {"rollout": ("generate", "push"), "teacher": ("score",), "learner": ("step", "publish")}     # counts as work
+from timeline import BUSY
 
 DONE = {      # keys of the last line: formula or meaning, unit
     "steps": "train batches",
     "tokens": "response tokens trained (= tokens_trained)",
     "tokens_generated": "response tokens drawn by the rollout workers, counted by them",
     "tokens_trained": "response tokens trained, counted by the learner",
-    "tokens_in_flight": "drawn but not trained when the last step ended: generated = trained + in flight + dropped",
+    "tokens_in_flight": "drawn but not trained when the last step ended: generated = trained + in flight + "
+                        "dropped + lost",
     "tokens_dropped": "thrown away by --overdue drop",
-    "wall_s": "seconds from the first ticket to the end of the last step",
-    "overlap": "(rollout + teacher + learner busy seconds, each averaged over its workers) / wall: 3 is the most",
+    "tokens_lost": "drawn by a worker or a run that died before they were handed over or trained, and drawn again",
+    "wall_s": "seconds from the first ticket to the end of the last step, over all resumptions",
+    "overlap": "(rollout + teacher + learner busy seconds, each averaged over its workers) / wall, since the last "
+               "start: 3 is the most",
     "busy": "these three shares by role",
     "train_tok_s": "tokens_trained / wall_s",
     "gen_tok_s": "tokens_generated / wall_s",
-    "score_tok_s": "tokens_trained / seconds the teacher was busy",
+    "score_tok_s": "tokens trained since the last start / seconds the teacher was busy",
     "lag_mean": "mean over all trained tokens, versions",
     "lag_max": "largest of any trained token, versions",
     "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
@@ -42,15 +48,22 @@ DONE = {      # keys of the last line: formula or meaning, unit
 class Log:
     """log.jsonl, one object a line, flushed as it is written; and the progress bar."""
 
-    def __init__(self, folder: Path, steps: int, quiet: bool = False):
+    def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.bar = tqdm(total=steps, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
+        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
                         mininterval=0.2 if sys.stderr.isatty() else 10.0)
 
     def write(self, type: str, **record) -> None:
+        """One line. A number that is not finite is written as null: JSON has no other word for it."""
+        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps({"type": type, **record}) + "\n")
         self.file.flush()
+
+    def warn(self, text: str, **event) -> None:
+        """An event that a person should see at once."""
+        self.write("event", **event)
+        self.bar.write(f"asyncopd: {text}", file=sys.stderr)
 
     def step(self, m: dict) -> None:
         self.write("step", **m)
@@ -62,6 +75,39 @@ class Log:
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+
+
+def cut_log(path: Path, step: int) -> list[dict]:
+    """Take back from a log what a run that goes on from `step` will write again; the lines that stay."""
+    lines = []
+    for text in path.read_text(encoding="utf-8").splitlines():
+        with contextlib.suppress(json.JSONDecodeError):            # the last line of a killed run may be half written
+            lines.append(json.loads(text))
+    lines = [x for x in lines if x["type"] != "done" and not (x["type"] in ("step", "eval") and x["step"] > step)]
+    partial = path.with_name(".log.jsonl")
+    partial.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    partial.rename(path)
+    return lines
+
+
+class Sums:
+    """Of all step lines, what the last line needs."""
+
+    def __init__(self):
+        self.steps = self.tokens = self.lag_max = 0
+        self.lags = 0.0                                            # lag_mean * tokens
+        self.first, self.last = [], deque(maxlen=10)               # kl, entropy
+
+    def add(self, m: dict) -> None:
+        self.steps, self.tokens = self.steps + 1, self.tokens + m["tokens"]
+        self.lags, self.lag_max = self.lags + m["lag_mean"] * m["tokens"], max(self.lag_max, m["lag_max"])
+        if m["kl"] is not None and math.isfinite(m["kl"]):         # a skipped step has none
+            self.first += [(m["kl"], m["entropy"])] if len(self.first) < 10 else []
+            self.last.append((m["kl"], m["entropy"]))
+
+
+def mean(pairs, column: int) -> float:
+    return sum(x[column] for x in pairs) / max(1, len(pairs))
 
 
 def provenance(config: dict, pids: dict[str, int]) -> dict:
@@ -90,32 +136,6 @@ def hardware() -> dict:
     model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
     return {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(),
             "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
-
-
-# -- time ------------------------------------------------------------------------------------------
-
-def write_trace(path: Path, spans: list[tuple[str, str, float, float]],
-                counters: list[tuple[float, str, dict]]) -> None:
-    """Chrome / Perfetto trace: (worker, what, start, end), one row per worker; (time, name, values), curves."""
-    workers = sorted({s[0] for s in spans}, key=lambda n: (list(BUSY).index(n.rstrip("0123456789")), n))
-    rows = {name: i for i, name in enumerate(workers)}
-    zero = min((s[2] for s in spans), default=0.0)
-    events = [dict(ph="M", name="thread_name", pid=0, tid=i, args=dict(name=name)) for name, i in rows.items()]
-    events += [dict(ph="X", name=what, pid=0, tid=rows[name], ts=round((a - zero) * 1e6), dur=round((b - a) * 1e6))
-               for name, what, a, b in spans]
-    events += [dict(ph="C", name=name, pid=0, ts=round((t - zero) * 1e6), args=values) for t, name, values in counters]
-    path.write_text(json.dumps({"traceEvents": events}))
-
-
-def busy_shares(spans: list[tuple[str, str, float, float]], workers: list[str], began: float,
-                ended: float) -> dict[str, float]:
-    """Per role, the share of [began, ended] that its workers spent on work, averaged over them."""
-    seconds = dict.fromkeys(workers, 0.0)
-    for name, what, a, b in spans:
-        if what in BUSY[name.rstrip("0123456789")]:
-            seconds[name] += max(0.0, min(b, ended) - max(a, began))
-    return {role: sum(v) / len(v) / (ended - began) for role in BUSY
-            if (v := [s for name, s in seconds.items() if name.startswith(role)])}
 
 
 # -- tables ----------------------------------------------------------------------------------------

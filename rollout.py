@@ -23,12 +23,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from cache import Link, Slots, Weights
+from cache import Incurable, Slots, Weights
 from estimators import ESTIMATORS, draw, shaped
 from teacher import load_model, sequence_logp, stop_ids
 
 if TYPE_CHECKING:
     from asyncopd import Config
+    from workers import Link
 
 
 # -- the draw --------------------------------------------------------------------------------------
@@ -160,7 +161,7 @@ class Worker:
             self.engine.load(tensors)
             gap = (self.engine.logp(self.weights.probe) - probe_logp).abs()
         if not gap.max() <= self.tolerance:                        # `not <=` so that nan counts as wrong
-            raise RuntimeError(f"weights of version {self.version} did not arrive in the engine: its log-probs are up "
+            raise Incurable(f"weights of version {self.version} did not arrive in the engine: its log-probs are up "
                                f"to {gap.max():.3g} from the learner's on the probe (tolerance {self.tolerance:g})")
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])

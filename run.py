@@ -2,14 +2,17 @@
 The parent of a run: starts the workers, routes slot numbers between them, hears what they report, ends them.
 
 The decisions are cache.Ledger's and the algorithm is learner.Learner's: here is only who is told what, and what is
-written down. Nothing of a model or a text is known here but what a `Job` says. What is left out: restarting a worker
-that died; it ends the run with its name and its traceback. Tests: tests/test_pipeline.py
+written down. Nothing of a model or a text is known here but what a `Job` says. A rollout or teacher worker that dies is
+started anew and its tickets are handed out again; a learner that dies ends the run, which can be resumed. What is left
+out: moving a dead worker's tickets to its siblings. Tests: tests/test_pipeline.py, tests/test_faults.py
 """
 from __future__ import annotations
 
+import shutil
 import signal
 import time
 from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, fields
 from multiprocessing.connection import wait
 from pathlib import Path
@@ -17,12 +20,14 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import checkpoint
 import record
-from cache import Ledger, Slots, Weights
+from cache import Ledger, Slots, Ticket, Weights
 from estimators import ESTIMATORS
 from job import Job
 from learner import METRICS
 from tasks import prompt_number
+from timeline import Trace
 from workers import Hand
 
 if TYPE_CHECKING:
@@ -44,38 +49,51 @@ class Run:
         self.weights = Weights(job.layout, job.probe, dtype)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.log: record.Log | None = None
+        self.trace: Trace | None = None
         self.hands: list[Hand] = []
-        self.spans: list[tuple[str, str, float, float]] = []       # worker, what, from, to
-        self.counters: list[tuple[float, str, dict]] = []          # time, name, values: curves of the trace
         self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
+        self.handed: dict[str, int] = defaultdict(int)             # rollout worker -> tokens that it has handed over
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.asked: set[str] = set()                               # who has an evaluation to report
         self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
-        self.steps: list[dict] = []
-        self.made = self.dropped = 0
+        self.sums = record.Sums()
+        self.earlier = self.made = self.dropped = self.lost = 0    # tokens: by workers that are gone, ...
+        self.restarts = self.skips = 0                             # of workers; of updates, in a row
+        self.saving: dict[str, checkpoint.State] = {}              # folder that the learner writes -> the parent's part
+        self.saved = ""                                            # the last whole checkpoint
+        self.resumed, self.wall_before = 0, 0.0                    # tokens and seconds before the last start
+        self.ending = self.collapsed = self.unwritten = False
         self.routing_s = 0.0                                       # seconds of the parent's own work
 
-    def start(self) -> None:
-        """Start the workers, wait until all can work, evaluate version 0."""
-        cfg, where = self.cfg, self.where
-        shared = {"rollout": (self.slots, self.weights, self.job.eval_prompts),
-                  "teacher": (self.slots, self.job.eval_prompts), "learner": (self.slots, self.weights)}
+    def start(self, resume: Path | None = None) -> None:
+        """Start the workers, wait until all can work, evaluate version 0; or go on from a checkpoint."""
+        cfg, where, out = self.cfg, self.where, Path(self.cfg.out)
+        if resume:
+            self.restore(resume)
+        self.shared = {"rollout": (self.slots, self.weights, self.job.eval_prompts),
+                       "teacher": (self.slots, self.job.eval_prompts),
+                       "learner": (self.slots, self.weights, str(resume or ""), self.ledger.version)}
         self.quiet or record.show_start(where, [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
-        for name, device in where.items():
-            self.hands.append(Hand(name, device, cfg, shared[name.rstrip("0123456789")]))
-        self.log = record.Log(Path(cfg.out), cfg.steps, self.quiet)
+        for name in where:
+            self.hands.append(self.worker(name))
+        self.trace = Trace(out / "trace.json", list(where))
+        self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
         self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
-        waiting = set(where)
-        while waiting:
-            waiting -= {hand.name for hand, kind, _ in self.reports() if kind == "ready"}
-        for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
-            self.evaluate(hand)
+        resume and self.log.write("event", what="resumed", step=self.ledger.version, checkpoint=str(resume))
+        while not all(h.ready for h in self.hands):
+            self.hear()
+        if not resume:
+            for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
+                self.evaluate(hand)
         self.hear_evaluations()
         self.began = self.last_step = time.monotonic()
+
+    def worker(self, name: str) -> Hand:
+        return Hand(name, self.where[name], self.cfg, self.shared[name.rstrip("0123456789")])
 
     def role(self, role: str) -> list[Hand]:
         return [h for h in self.hands if h.role == role]
@@ -86,10 +104,14 @@ class Run:
             start = time.monotonic()
             self.give_work()
             self.routing_s += time.monotonic() - start
-            for hand, kind, body in self.reports():
-                start = time.monotonic()
-                self.handle(hand, kind, body)
-                self.routing_s += time.monotonic() - start
+            self.hear()
+
+    def hear(self) -> None:
+        """Wait for reports, at most a second, and do what they ask for."""
+        for hand, kind, body in self.reports():
+            start = time.monotonic()
+            self.handle(hand, kind, body)
+            self.routing_s += time.monotonic() - start
 
     def give_work(self) -> None:
         hands = {h.name: h for h in self.hands}
@@ -115,27 +137,45 @@ class Run:
             hands[name].send(order, body)
 
     def handle(self, hand: Hand, kind: str, body: dict) -> None:
+        slots = body.get("slots", ())
+        if kind in ("generated", "dropped"):
+            self.handed[hand.name] += int(self.slots.length[slots].sum())
         if kind == "generated":
-            for s in body["slots"]:
+            for s in slots:
                 self.ledger.generated(s, body["finished"])
                 if not body["finished"]:
                     self.log.write("event", what="cut", uid=self.ledger.tickets[s].uid, version=self.ledger.version,
                                    born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
         elif kind == "dropped":
-            for s in body["slots"]:
+            for s in slots:
                 self.dropped += int(self.slots.length[s])
                 self.ledger.dropped(s)
         elif kind == "scored":
-            for s in body["slots"]:
+            for s in slots:
                 self.ledger.scored(s)
         elif kind == "trained":
-            self.ledger.trained()                        # after the publish: a freed slot never meets older weights
-            self.step_done(body["metrics"])
-        hand.load -= len(body.get("slots", ()))
+            self.step_done(body["metrics"], self.ledger.trained())   # after the publish: a freed slot never meets
+        elif kind == "saved":                                        # older weights
+            self.checkpoint_written(body)
+        elif kind == "pushed":
+            self.pushed[hand.name] = body
+        elif kind == "evaluated":
+            self.graded(hand, body)
+        elif kind == "ready":
+            hand.ready = True
+        elif kind == "stopped":
+            hand.stopped = True
+        elif kind == "crash":
+            hand.why = body["traceback"]
+            if body["incurable"] or hand.role == "learner":
+                raise RuntimeError(f"{hand.name} crashed\n{hand.why}")
+        hand.load -= len(slots)
+        if "tokens" in body:
+            self.generated[hand.name] = body["tokens"]
 
-    def reports(self):
-        """(hand, kind, body) of everything that has arrived, waiting up to a second; a dead worker ends the run."""
-        by_pipe = {h.pipe: h for h in self.hands if not h.stopped}
+    def reports(self) -> Iterator[tuple[Hand, str, dict]]:
+        """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
+        now, by_pipe = time.monotonic(), {h.pipe: h for h in self.hands if not h.stopped}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)       # only here may an interrupt come: never in the
         try:                                                        # middle of a message or of a decision
             ready = wait(list(by_pipe), timeout=1.0)
@@ -145,21 +185,49 @@ class Run:
             hand = by_pipe[pipe]
             try:
                 kind, body, spans = pipe.recv()
-            except (EOFError, ConnectionResetError):
-                hand.process.join(5)
-                raise RuntimeError(f"{hand.name} died with exit code {hand.process.exitcode}; "
-                                   f"its output: {self.cfg.out}/{hand.name}.log") from None
-            self.spans += [(hand.name, *s) for s in spans]
-            hand.stopped = kind == "stopped"
-            if kind == "crash":
-                raise RuntimeError(f"{hand.name} crashed\n{body['traceback']}")
-            if "tokens" in body:
-                self.generated[hand.name] = body["tokens"]
-            if kind == "pushed":
-                self.pushed[hand.name] = body
-            if kind == "evaluated":
-                self.graded(hand, body)
+            except (EOFError, OSError):                             # between two messages, in the middle of one
+                self.died(hand)
+                continue
+            for span in spans:
+                self.trace.span(hand.name, *span)
             yield hand, kind, body
+        for hand in self.hands:
+            if not hand.stopped and now - hand.pulse[0] > self.cfg.stall_s:
+                hand.kill(f"has not moved for {self.cfg.stall_s:g} s (--stall-s), {self.doing(hand)}")
+
+    # -- deaths ------------------------------------------------------------------------------------
+
+    def doing(self, hand: Hand) -> str:
+        """What a worker is waited for."""
+        held = [t.slot for t in self.ledger.tickets.values() if t.holder == hand.name or t.stage == hand.role]
+        return ("starting" if not hand.ready else f"evaluating, and holds slots {held}" if hand.name in self.asked else
+                f"and holds slots {held}" if held else "with nothing to do")
+
+    def died(self, hand: Hand) -> None:
+        """Start a rollout or teacher worker anew, with the newest weights; what it held is handed out again."""
+        hand.process.join(5)
+        hand.process.kill()
+        hand.process.join()
+        why = hand.why or f"died with exit code {hand.process.exitcode}"
+        if hand.role == "learner" or not hand.ready:
+            raise RuntimeError(f"{hand.name} {why}; its output: {self.cfg.out}/{hand.name}.log")
+        if self.restarts == self.cfg.max_restarts:
+            raise RuntimeError(f"{hand.name} {why}, after {self.restarts} restarts (--max-restarts); its output: "
+                               f"{self.cfg.out}/{hand.name}.log")
+        self.restarts += 1
+        held = self.ledger.holder_died(hand.name)
+        drawn = self.generated.pop(hand.name, 0)
+        self.earlier, self.lost = self.earlier + drawn, self.lost + drawn - self.handed.pop(hand.name, 0)
+        new = self.worker(hand.name)
+        new.ready = True                                 # it was once: what it is sent waits in its pipe
+        self.hands[self.hands.index(hand)] = new
+        self.log.warn(f"{hand.name} {why.strip().splitlines()[-1]}: restarted, {self.restarts} of "
+                      f"{self.cfg.max_restarts}", what="restarted", worker=hand.name, why=why, pid=new.process.pid,
+                      uids=[t.uid for t in held], version=self.ledger.version)
+        if hand.name in self.asked:
+            new.send("evaluate")
+        if self.ending:
+            new.send("stop")
 
     # -- evaluation and record ---------------------------------------------------------------------
 
@@ -171,8 +239,7 @@ class Run:
 
     def hear_evaluations(self) -> None:
         while self.asked:
-            for _ in self.reports():
-                continue
+            self.hear()
 
     def graded(self, hand: Hand, body: dict) -> None:
         self.asked.discard(hand.name)
@@ -183,45 +250,132 @@ class Run:
                        examples=[dict(prompt=r.prompt, text=t, right=ok) for r, t, ok in
                                  list(zip(self.job.eval_rows, texts, right))[:3]])
 
-    def step_done(self, metrics: dict) -> None:
-        cfg, now, made = self.cfg, time.monotonic(), sum(self.generated.values())
-        metrics |= {"gen_tok_s": (made - self.made) / (now - self.last_step), "wall_s": now - self.began,
-                    "push_s": max(p["seconds"] for p in self.pushed.values())}
+    def step_done(self, metrics: dict, trained: list[Ticket]) -> None:
+        cfg, now, made = self.cfg, time.monotonic(), self.earlier + sum(self.generated.values())
+        skipped = metrics.pop("skipped")
+        metrics |= {"gen_tok_s": (made - self.made) / (now - self.last_step), "wall_s": self.wall(now),
+                    "push_s": max(p["seconds"] for p in self.pushed.values()), "skipped": len(skipped),
+                    "trained": [[t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]),
+                                 int(self.slots.length[t.slot])] for t in trained]}
         metrics |= {f"engine_gap_{name}": max(p["gap"][i] for p in self.pushed.values())
                     for i, name in enumerate(("mean", "p95", "max"))}
         assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
         self.made, self.last_step = made, now
-        self.steps.append(metrics)
-        self.counters += [
-            (now, "slots", {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()}),
-            (now, "lag", {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")}),
-            (now, "tokens per second", {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})]
+        self.sums.add(metrics)
+        self.trace.fold(self.began)
+        self.trace.curve("slots", now, {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()})
+        self.trace.curve("lag", now, {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")})
+        self.trace.curve("tokens per second", now, {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})
         self.log.step(metrics)
+        self.watch(metrics["step"], skipped, {t.slot: t.uid for t in trained})
         step = metrics["step"]
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
             self.evaluate(self.role("rollout")[0])
         if cfg.save_every and step % cfg.save_every == 0:
-            self.role("learner")[0].send("save", f"{cfg.out}/checkpoints/step-{{version}}")
+            self.order_checkpoint()
+
+    def wall(self, now: float) -> float:
+        return self.wall_before + now - self.began
+
+    def watch(self, step: int, skipped: list[dict], uids: dict[int, int]) -> None:
+        """What a person should hear of: updates that could not be made, a student that has nothing left to say."""
+        for s in skipped:
+            prompts = [uids[slot] for slot in s["slots"]]
+            self.log.warn(f"step {step}: an update was skipped, prompts {prompts}: {s['why']}",
+                          what="skipped", step=step, uids=prompts, why=s["why"])
+        self.skips = self.skips + len(skipped) if skipped else 0
+        if self.skips >= self.cfg.max_skips:
+            raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--max-skips "
+                               f"{self.cfg.max_skips}); the last good checkpoint is {self.saved or 'none'}")
+        before, now = record.mean(self.sums.first, 1), record.mean(self.sums.last, 1)
+        if not self.collapsed and len(self.sums.last) == 10 and now < 0.01 * before:
+            self.collapsed = True
+            self.log.warn(f"step {step}: the student's entropy has collapsed from {before:.3g} to {now:.3g} nats",
+                          what="entropy", step=step, entropy=now)
+
+    # -- checkpoints -------------------------------------------------------------------------------
+
+    def order_checkpoint(self) -> None:
+        """Have the learner write its part; the parent's is what is known now, at the version that it is of."""
+        state = checkpoint.State(self.ledger.version, self.ledger.prompts, self.ledger.untrained(), dict(
+            generated=self.earlier + sum(self.generated.values()), dropped=self.dropped, restarts=self.restarts,
+            wall_s=self.wall(self.last_step)))
+        try:
+            partial = checkpoint.unsealed(Path(self.cfg.out) / "checkpoints", state.version)
+        except OSError as e:
+            return self.unsaved(str(e))
+        self.saving[str(partial)] = state
+        self.role("learner")[0].send("checkpoint", str(partial))
+
+    def checkpoint_written(self, body: dict) -> None:
+        """The learner has written what it was asked to; whatever went wrong, the last checkpoint is still there."""
+        state, partial = self.saving.pop(body["folder"], None), Path(body["folder"])
+        if state is None:                                # the student's folder, at the end
+            if body["why"]:
+                raise RuntimeError(f"the student could not be saved in {partial}: {body['why']}")
+            return
+        try:
+            if body["version"] == state.version and not body["why"]:       # else the learner was a step ahead
+                self.saved = str(checkpoint.seal(partial, state, self.cfg.keep))
+        except checkpoint.UNWRITABLE as e:
+            body["why"] = str(e)
+        shutil.rmtree(partial, ignore_errors=True)
+        if body["why"]:
+            self.unsaved(body["why"])
+
+    def unsaved(self, why: str) -> None:
+        self.unwritten = True
+        self.log.warn(f"no checkpoint at step {self.ledger.version}: {why}; the last one is {self.saved or 'none'}",
+                      what="unsaved", step=self.ledger.version, why=why)
+
+    def restore(self, folder: Path) -> None:
+        state = checkpoint.read(folder)
+        checkpoint.clear(folder.parent, state.version)
+        for line in record.cut_log(Path(self.cfg.out) / "log.jsonl", state.version):
+            if line["type"] == "step":
+                self.sums.add(line)
+            if line["type"] == "eval":
+                self.accuracy[line["who"], line["step"]] = line["accuracy"]
+        self.ledger.resume(state.version, state.prompts, state.tickets)
+        self.saved, self.restarts, self.wall_before = str(folder), state.counters["restarts"], state.counters["wall_s"]
+        self.earlier = self.made = state.counters["generated"]
+        self.dropped, self.resumed = state.counters["dropped"], self.sums.tokens
+        self.lost = self.earlier - self.dropped - self.resumed       # what was in flight is generated again
+
+    def interrupted(self, within_s: float) -> str:
+        """Abandon the step and save; the newest checkpoint, or "" where there is none."""
+        learner, limit = self.role("learner")[:1], time.monotonic() + within_s
+        if not learner or not learner[0].ready or learner[0].stopped:
+            return self.saved
+        learner[0].pulse[1] = 1
+        wanted = Path(self.cfg.out) / "checkpoints" / f"step-{self.ledger.version}"
+        self.unwritten = False
+        while self.ledger.version and self.saved != str(wanted) and not self.unwritten and time.monotonic() < limit:
+            self.saving or self.order_checkpoint()
+            self.hear()
+            wanted = wanted.with_name(f"step-{self.ledger.version}")
+        return self.saved
+
+    # -- the end -----------------------------------------------------------------------------------
 
     def finish(self) -> None:
         """The last evaluation, the student's folder, the totals."""
-        cfg, steps, wall = self.cfg, self.steps, self.last_step - self.began
-        self.role("learner")[0].send("save", f"{cfg.out}/student")
+        cfg, sums, wall = self.cfg, self.sums, self.last_step - self.began
+        self.role("learner")[0].send("export", f"{cfg.out}/student")
         self.hear_evaluations()
         self.evaluate(self.role("rollout")[0])
         self.stop()
-        busy = record.busy_shares(self.spans, list(self.where), self.began, self.last_step)
-        trained, generated = sum(m["tokens"] for m in steps), sum(self.generated.values())
-        first, last = [m["kl"] for m in steps[:10]], [m["kl"] for m in steps[-10:]]
+        busy, total = self.trace.busy(self.began, self.last_step), self.wall(self.last_step)
+        generated = self.earlier + sum(self.generated.values())
         totals = {
-            "steps": len(steps), "tokens": trained, "tokens_generated": generated, "tokens_trained": trained,
+            "steps": sums.steps, "tokens": sums.tokens, "tokens_generated": generated, "tokens_trained": sums.tokens,
             "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
-            "tokens_dropped": self.dropped, "wall_s": wall,
-            "overlap": sum(busy.values()), "busy": busy, "train_tok_s": trained / wall, "gen_tok_s": generated / wall,
-            "score_tok_s": trained / wall / busy["teacher"],
-            "lag_mean": sum(m["lag_mean"] * m["tokens"] for m in steps) / trained,
-            "lag_max": max(m["lag_max"] for m in steps), "kl_before": sum(first) / len(first),
-            "kl_after": sum(last) / len(last),
+            "tokens_dropped": self.dropped, "tokens_lost": self.lost, "wall_s": total,
+            "overlap": sum(busy.values()), "busy": busy, "train_tok_s": sums.tokens / total,
+            "gen_tok_s": generated / total,
+            "score_tok_s": (sums.tokens - self.resumed) / max(1e-9, wall * busy["teacher"]),
+            "lag_mean": sums.lags / max(1, sums.tokens), "lag_max": sums.lag_max,
+            "kl_before": record.mean(sums.first, 0), "kl_after": record.mean(sums.last, 0),
             "accuracy_before": self.accuracy.get(("student", 0)),
             "accuracy_after": self.accuracy.get(("student", cfg.steps)),
             "accuracy_teacher": self.accuracy.get(("teacher", 0))}
@@ -232,29 +386,16 @@ class Run:
 
     def stop(self) -> None:
         """Every worker ends after the orders it has; then it is gone."""
+        self.ending = True
         for hand in self.hands:
             hand.send("stop")
-        while any(not h.stopped for h in self.hands):
-            for _ in self.reports():
-                continue
-
-    def checkpoint(self, within_s: float) -> str:
-        """Save the student as it is; the folder, or "" where the learner does not manage in time or was never there."""
-        learner, limit = self.role("learner"), time.monotonic() + within_s
-        if not self.steps or learner[0].stopped:
-            return ""
-        learner[0].send("save", f"{self.cfg.out}/checkpoints/step-{{version}}")
-        while time.monotonic() < limit:
-            for hand, kind, body in self.reports():
-                self.handle(hand, kind, body)
-                if kind == "saved":
-                    return body["folder"]
-        return ""
+        while not all(h.stopped for h in self.hands):
+            self.hear()
 
     def close(self) -> None:
         """No process is left, and the record is whole, whatever happened."""
         if self.log:
-            record.write_trace(Path(self.cfg.out) / "trace.json", self.spans, self.counters)
+            self.trace.close()
             self.log.close()
             self.log = None
         for hand in self.hands:
@@ -262,3 +403,5 @@ class Run:
             hand.process.kill()
         for hand in self.hands:
             hand.process.join()
+        for partial in self.saving:
+            shutil.rmtree(partial, ignore_errors=True)

@@ -16,11 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cache import Link, Segment, Slots
+from cache import Segment, Slots
 from estimators import ESTIMATORS, draw
 
 if TYPE_CHECKING:
     from asyncopd import Config
+    from workers import Link
 
 # -- models and alignment --------------------------------------------------------------------------
 

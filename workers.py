@@ -1,20 +1,28 @@
 """
-A worker is a process with a pipe: how it starts, on which cores or GPU, and how its end reaches the parent.
+A worker is a process with a pipe: how it starts, on which cores or GPU, its pulse, and how its end reaches the parent.
 
-Tests: tests/test_pipeline.py
+Tests: tests/test_pipeline.py, tests/test_faults.py
 """
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import multiprocessing
 import os
+import select
 import signal
+import sys
+import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
-from cache import Link, ParentGone
+from cache import Incurable
 from learner import learner_worker
 from rollout import rollout_worker
 from teacher import teacher_worker
@@ -22,11 +30,66 @@ from teacher import teacher_worker
 if TYPE_CHECKING:
     from asyncopd import Config
 
+# -- a worker's end --------------------------------------------------------------------------------
+
+class ParentGone(Exception):
+    """The pipe to the parent is closed: the worker has nobody left to work for."""
+
+
+class Link:
+    """A worker's end of its pipe: orders come in, reports go out, each with the spans of work since the last one.
+
+    pulse [2], shared with the parent: when the worker last moved (time.monotonic), and whether it is told to hurry.
+    """
+
+    def __init__(self, pipe: Connection, pulse: Tensor):
+        self.pipe, self.pulse, self.spans = pipe, pulse, []
+
+    def beat(self) -> None:
+        self.pulse[0] = time.monotonic()
+
+    @property
+    def hurried(self) -> bool:
+        return bool(self.pulse[1])
+
+    def send(self, kind: str, **body) -> None:
+        self.beat()
+        self.pipe.send((kind, body, self.spans))
+        self.spans = []
+
+    def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
+        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker."""
+        if wait:
+            with self.span("wait"):
+                while not self.pipe.poll(1):             # nothing to do is no fault: the parent's end shows as EOF
+                    self.beat()
+        try:
+            while self.pipe.poll(0):
+                yield self.pipe.recv()
+        except EOFError:
+            raise ParentGone from None
+
+    @contextmanager
+    def span(self, what: str):
+        """Time spent on `what`, for the trace; turns of the same work that follow each other are one span."""
+        self.beat()
+        start = time.monotonic()
+        yield
+        if self.spans and self.spans[-1][0] == what and start - self.spans[-1][2] < 2e-3:
+            start = self.spans.pop()[1]
+        self.spans.append((what, start, time.monotonic()))
+
+
+# -- its life --------------------------------------------------------------------------------------
+
+PR_SET_PDEATHSIG = 1
 WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": learner_worker}
 
 
-def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) -> None:
+def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, device: str, args: tuple) -> None:
     """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
+    if sys.platform == "linux":                          # a killed parent takes its workers along, busy or not
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # these are for the parent, which stops us in order
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -40,14 +103,14 @@ def guarded(name: str, pipe, log: str, cfg: Config, device: str, args: tuple) ->
     else:
         i, seen = int(device.split(":")[1]), os.environ.get("CUDA_VISIBLE_DEVICES")
         os.environ["CUDA_VISIBLE_DEVICES"], device = seen.split(",")[i] if seen else str(i), "cuda:0"
-    link = Link(pipe)
+    link = Link(pipe, pulse)
     try:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
         WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
     except ParentGone:
         pass
-    except BaseException:
-        link.send("crash", traceback=traceback.format_exc())
+    except BaseException as e:
+        link.send("crash", traceback=traceback.format_exc(), incurable=isinstance(e, Incurable))
         raise
 
 
@@ -56,13 +119,24 @@ class Hand:
 
     def __init__(self, name: str, device: str, cfg: Config, args: tuple):
         spawn = multiprocessing.get_context("spawn")
-        self.name, self.role, self.load, self.stopped = name, name.rstrip("0123456789"), 0, False
+        self.name, self.role, self.load, self.limit_s = name, name.rstrip("0123456789"), 0, cfg.stall_s
+        self.ready = self.stopped = False
+        self.why = ""                                    # why it died or was killed, where that is known
+        self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
         self.pipe, theirs = spawn.Pipe()
         self.process = spawn.Process(target=guarded, name=name, daemon=True,
-                                     args=(name, theirs, f"{cfg.out}/{name}.log", cfg, device, args))
+                                     args=(name, theirs, self.pulse, f"{cfg.out}/{name}.log", cfg, device, args))
         self.process.start()
         theirs.close()
 
     def send(self, order: str, body=None) -> None:
-        with contextlib.suppress(BrokenPipeError):       # a worker that is gone: what it left in the pipe says why
+        """An order. To a worker that does not read any more there is nothing to say: the end of its pipe says why."""
+        if not select.select([], [self.pipe], [], self.limit_s)[1]:
+            self.kill(f"has not read its orders for {self.limit_s:g} s (--stall-s)")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send((order, body))
+
+    def kill(self, why: str) -> None:
+        self.why = why
+        self.process.kill()
+        self.process.join()

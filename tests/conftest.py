@@ -41,3 +41,10 @@ def config(models, tmp_path):
                      out=str(tmp_path / "run")) | flags
         return Config.from_cli([f"--{k.replace('_', '-')}={v}" for k, v in given.items()])
     return make
+
+
+@pytest.fixture
+def flags(models, tmp_path):
+    return dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=8,
+                max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval_n=8, eval_every=0, warmup=0,
+                out=str(tmp_path / "run"))

@@ -1,7 +1,6 @@
 """The real pipeline: spawned processes, shared memory, tiny random models. What the log must say, and what must be gone
 afterwards."""
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -13,40 +12,7 @@ import pytest
 from learner import METRICS
 from record import DONE
 from tests.conftest import ROOT
-
-
-def command(config_flags: dict) -> list[str]:
-    flags = (f"--{k.replace('_', '-')}={v}" for k, v in config_flags.items())
-    return [sys.executable, str(ROOT / "asyncopd.py"), *flags]
-
-
-@pytest.fixture
-def flags(models, tmp_path):
-    return dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=8,
-                max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval_n=8, eval_every=0, warmup=0,
-                out=str(tmp_path / "run"))
-
-
-def run(flags: dict, timeout=240) -> subprocess.CompletedProcess:
-    return subprocess.run(command(flags), capture_output=True, text=True, timeout=timeout)
-
-
-def lines(flags: dict) -> list[dict]:
-    return [json.loads(line) for line in (Path(flags["out"]) / "log.jsonl").read_text().splitlines()]
-
-
-def steps(flags: dict) -> list[dict]:
-    return [line for line in lines(flags) if line["type"] == "step"]
-
-
-def shared_memory() -> set[str]:
-    return set(os.listdir("/dev/shm"))
-
-
-def alive(pids) -> list[int]:
-    def state(p):
-        return Path(f"/proc/{p}/stat").read_text().split()[2]
-    return [p for p in pids if Path(f"/proc/{p}").exists() and state(p) != "Z"]
+from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps
 
 
 def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
@@ -92,7 +58,7 @@ def test_no_token_is_older_than_max_lag(flags, engine, rule):
     assert done.returncode == 0, done.stderr
     last = lines(flags)[-1]
     assert max(s["lag_max"] for s in steps(flags)) <= rule["max_lag"]
-    assert last["tokens_generated"] == last["tokens_trained"] + last["tokens_in_flight"] + last["tokens_dropped"]
+    assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
     assert (last["tokens_dropped"] > 0) <= (rule["overdue"] == "drop")
     assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags))
     cuts = [line for line in lines(flags) if line.get("what") == "cut"]
@@ -123,28 +89,6 @@ def test_plain_text_prompts_from_a_file(flags, tmp_path):
 
 
 # -- ends ------------------------------------------------------------------------------------------
-
-def start_and_wait_for(flags, step: int) -> tuple[subprocess.Popen, dict]:
-    process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 120
-    while time.monotonic() < limit and process.poll() is None:
-        log = Path(flags["out"]) / "log.jsonl"
-        if log.exists() and any(f'"step": {step},' in line for line in log.read_text().splitlines()):
-            return process, lines(flags)[0]["pids"]
-        time.sleep(0.1)
-    process.kill()
-    raise AssertionError(process.stderr.read())
-
-
-@pytest.mark.parametrize("victim", ["rollout0", "teacher0", "learner"])
-def test_a_killed_worker_ends_the_run_by_name(flags, victim):
-    before = shared_memory()
-    process, pids = start_and_wait_for(flags | dict(steps=100_000), step=2)
-    os.kill(pids[victim], signal.SIGKILL)
-    _, err = process.communicate(timeout=15)
-    assert process.returncode == 1 and victim in err and "-9" in err, err
-    assert not alive(pids.values()) and shared_memory() <= before
-
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupt_saves_and_leaves_nothing(flags, how):

@@ -1,4 +1,5 @@
 """The README and the files it speaks of: sizes, tables, commands, links."""
+import json
 import re
 import shlex
 import sys
@@ -6,13 +7,14 @@ import sys
 import pytest
 
 from asyncopd import Config
-from record import busy_shares, table
+from record import table
 from tests.conftest import ROOT
+from timeline import Trace
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPS = {"asyncopd.py": 350, "job.py": 200, "plan.py": 200, "run.py": 350, "workers.py": 150, "rollout.py": 400,
         "engine_vllm.py": 250, "cache.py": 350, "teacher.py": 200, "learner.py": 450, "estimators.py": 450,
-        "tasks.py": 250, "record.py": 200}
+        "checkpoint.py": 200, "tasks.py": 250, "record.py": 200, "timeline.py": 100}
 
 
 @pytest.mark.parametrize("name", CAPS)
@@ -68,13 +70,20 @@ def test_every_flag_that_the_readme_names_exists():
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
-def test_busy_time_counts_work_within_the_run_and_averages_workers():
+def test_busy_time_counts_work_within_the_run_and_averages_workers(tmp_path):
     spans = [("rollout0", "generate", 0.0, 6.0), ("rollout1", "generate", 9.0, 12.0),
              ("rollout1", "evaluate", 0.0, 9.0), ("teacher0", "score", 1.0, 2.0),
              ("learner", "step", 2.0, 4.0), ("learner", "wait", 4.0, 10.0)]
-    workers = ["rollout0", "rollout1", "teacher0", "teacher1", "learner"]           # teacher1 never had work
-    assert busy_shares(spans, workers, 1.0, 11.0) == {"rollout": pytest.approx(0.35), "teacher": pytest.approx(0.05),
-                                                      "learner": pytest.approx(0.2)}
+    trace = Trace(tmp_path / "trace.json", ["rollout0", "rollout1", "teacher0", "teacher1", "learner"])
+    for i, span in enumerate(spans):                                                # teacher1 never has work
+        trace.span(*span)
+        if i == 2:
+            trace.fold(1.0)
+    trace.close()
+    assert trace.busy(1.0, 11.0) == {"rollout": pytest.approx(0.35), "teacher": pytest.approx(0.05),
+                                     "learner": pytest.approx(0.2)}
+    events = json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+    assert [e["name"] for e in events if e["ph"] == "X"] == [what for _, what, _, _ in spans]
 
 
 def test_a_table_is_aligned():
