@@ -145,7 +145,7 @@ class Ledger:
         In lockstep batch j is handed out at version j - max_ahead, when everything before it has been generated: so
         that it is wholly drawn under that version, whose weights its workers read by number.
         """
-        n, new = len(self.free), [t for t in self.at["rollout"].values() if not t.holder]      # back from the dead
+        n, new = len(self.free), [t for t in self.at["rollout"].values() if t.holder == ""]      # its holder died
         if self.lockstep:
             n = 0 if self.at["rollout"] else (self.version + self.ahead + 1) * self.batch - self.handed_out
         for _ in range(n):

@@ -122,10 +122,15 @@ class Learner:
         the step is abandoned: None, and the weights are those of `version` still.
         """
         m, n, measured, skipped = min(self.cfg.minibatches, len(segments)), len(segments), [], []
+        norm, lr = torch.tensor(torch.nan), self.cfg.lr * rate(self.updates, self.cfg)
         self.known = self.prepass(segments)
         for i in range(m):
             minibatch = segments[i * n // m:(i + 1) * n // m]
             count = max(1, sum(map(len, minibatch)))
+            if fault := unusable(minibatch):
+                skipped.append(fault)
+                measured.append({name: torch.full((count,), torch.nan) for name in MEASURED})
+                continue
             for group in by_length(minibatch, self.cfg.micro_tokens):
                 if link and link.hurried and i == 0:
                     self.optimizer.zero_grad()
@@ -140,7 +145,7 @@ class Learner:
             if norm.isfinite():
                 self.optimizer.step()
             else:
-                skipped.append(blame(minibatch) | {"grad_norm": str(norm.item())})
+                skipped.append({"slots": [s.slot for s in minibatch], "why": f"the gradient's norm is {norm.item()}"})
             self.updates += 1
             self.optimizer.zero_grad()
         lags = torch.cat([version - s.version for s in segments]).float()
@@ -260,17 +265,18 @@ def rate(update: int, cfg: Config) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup)))
 
 
+MEASURED = ("loss", "kl", "w", "entropy", "duplicates")          # per token, by head_backward
 NAN = {"logmu": "the engine sampled from nan", "logq": "the teacher has not scored it, or scored nan",
-       "hidden": "the teacher's last state is not finite"}
+       "hidden": "the teacher's last state is nan"}
 
 
-def blame(segments: list[Segment]) -> dict:
-    """Whose numbers made an update impossible: the slots, and why."""
+def unusable(segments: list[Segment]) -> dict | None:
+    """The slots whose cached numbers no update can be made of, and why; None if there are none."""
     for name, why in NAN.items():
         values = [(s.slot, getattr(s, name)) for s in segments]
         if bad := [slot for slot, x in values if (x.isnan() | (x == torch.inf)).any()]:
             return {"slots": bad, "why": f"{name}: {why}"}
-    return {"slots": [s.slot for s in segments], "why": "the student's own output or gradient is not finite"}
+    return None
 
 
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:

@@ -65,14 +65,17 @@ class Pipeline:
     """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as run.Run does."""
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
-                 inflight="recompute"):
+                 inflight="recompute", deaths=False, resumes=False):
         cfg = SimpleNamespace(max_response=T, gap_max=1.0, max_running=8, schedule=schedule, inflight=inflight)
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.weights = SimpleNamespace(version=0, probe=[1, 2])
         self.weights.read = lambda version: (self.weights.version if version is None else version, {}, torch.zeros(1))
-        self.workers = [Worker(cfg, Link(), self.slots, self.weights, Engine(length_of)) for _ in range(workers)]
+        self.start = lambda: Worker(cfg, Link(), self.slots, self.weights, Engine(length_of))
+        self.again = lambda: Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
+        self.workers = [self.start() for _ in range(workers)]
+        self.deaths, self.resumes = deaths, resumes
         self.inbox = [[] for _ in self.workers]                # orders that a worker has not read yet
         self.teacher, self.learner = [], []
         self.trained: dict[int, list[int]] = {}                # uid -> tokens, in the order of training
@@ -85,6 +88,7 @@ class Pipeline:
             t.holder = worker
             self.inbox[worker].append(("take", [(self.ledger.version if self.ledger.lockstep else None, t.slot)]))
         for t in self.ledger.to_score():
+            t.holder = "teacher"
             self.teacher.append(t.slot)
         for t in self.ledger.to_stop():
             self.inbox[t.holder].append((self.ledger.rule, (self.ledger.floor, [t.slot])))
@@ -103,6 +107,24 @@ class Pipeline:
                 self.ledger.dropped(s)
         worker.link.sent.clear()
 
+    def die(self, who):
+        """A worker is gone between two turns, with what it had read and not read; its reports are in the pipe still."""
+        if who == len(self.workers):
+            self.teacher.clear()
+            return self.ledger.holder_died("teacher")
+        self.hear(self.workers[who])
+        self.workers[who], self.inbox[who] = self.start(), []
+        self.ledger.holder_died(who)
+
+    def resume(self):
+        """The whole run dies after a checkpoint and begins again from it: all that is left are versions and tickets."""
+        version, prompts, begun = self.ledger.version, self.ledger.prompts, self.ledger.untrained()
+        self.workers, self.inbox = [self.start() for _ in self.workers], [[] for _ in self.workers]
+        self.teacher, self.learner = [], []
+        self.slots.born.zero_()
+        self.ledger = self.again()
+        self.ledger.resume(version, prompts, begun)
+
     def train(self):
         self.batches.append([t.number for t in self.learner])
         for t in self.learner:
@@ -119,6 +141,12 @@ class Pipeline:
             if self.ledger.version == steps:
                 return self
             self.route()
+            if self.deaths and self.choose(40) == 0:
+                self.die(self.choose(len(self.workers) + 1))
+                self.route()                                   # the parent restarts it and gives its work at once
+            if self.resumes and self.choose(100) == 0:
+                self.resume()
+                self.route()
             turn = self.choose(len(self.workers) + 2)
             if turn < len(self.workers):
                 worker = self.workers[turn]
@@ -159,9 +187,9 @@ PIPELINES = dict(seed=st.integers(0, 10 ** 6), batch=st.integers(1, 5), workers=
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
 
-def play(seed, batch, workers, ahead, more, tail, inflight, overdue="cut", schedule="async", steps=15):
+def play(seed, batch, workers, ahead, more, tail, inflight, overdue="cut", schedule="async", steps=15, **faults):
     return Pipeline(chooser(seed), lengths(seed, tail), batch=batch, workers=workers, ahead=ahead, max_lag=ahead + more,
-                    overdue=overdue, schedule=schedule, inflight=inflight).run(steps)
+                    overdue=overdue, schedule=schedule, inflight=inflight, **faults).run(steps)
 
 
 @QUICK
@@ -176,6 +204,30 @@ def test_cut_bounds_the_lag_and_trains_every_token_once(**kw):
     assert all(born <= version - p.max_lag for version, born in p.cuts), "something was cut that was not overdue"
     in_flight = sum(int(p.slots.length[s]) + len(row) for s, row in unfinished(p))
     assert sum(w.tokens for w in p.workers) + running(p) == len(p.lags) + in_flight
+
+
+@QUICK
+@given(**PIPELINES, overdue=st.sampled_from(["cut", "wait", "keep"]), resumes=st.booleans())
+@example(seed=3, batch=3, workers=2, ahead=2, more=0, tail=0.4, inflight="recompute", overdue="cut", resumes=True)
+@example(seed=4, batch=3, workers=2, ahead=4, more=1, tail=0.4, inflight="recompute", overdue="cut", resumes=True)
+@example(seed=5, batch=5, workers=1, ahead=2, more=0, tail=0.4, inflight="finish", overdue="cut", resumes=False)
+def test_deaths_lose_nothing_and_leave_the_bound(overdue, resumes, **kw):
+    p = play(**kw, overdue=overdue, deaths=True, resumes=resumes)
+    assert overdue == "keep" or max(p.lags) <= p.max_lag
+    p.check_every_token_once()
+    begun = {uid for uid, _ in p.ledger.untrained()}
+    assert set(range(p.ledger.prompts)) == set(p.trained) | begun, "a prompt is lost"
+    complete = {uid for uid, tokens in p.trained.items() if len(tokens) == p.length_of(uid)}
+    assert complete == set(p.trained) - begun, "the rest of a response is lost"
+
+
+@QUICK
+@given(**PIPELINES | dict(more=st.just(0)), schedule=st.sampled_from(["sync", "step-off"]), resumes=st.booleans())
+def test_in_lockstep_deaths_lose_nothing_either(schedule, resumes, **kw):
+    kw["ahead"] = 0 if schedule == "sync" else kw["ahead"]
+    p = play(**kw, schedule=schedule, deaths=True, resumes=resumes)
+    p.check_every_token_once()
+    assert max(p.lags) <= kw["ahead"] and set(p.trained) == set(range(15 * kw["batch"]))
 
 
 def unfinished(p):

@@ -9,6 +9,7 @@ from estimators import DENSE, ESTIMATORS
 from learner import METRICS, Learner, summarize
 from teacher import load_model, sequence_logp
 from tests.test_cache import filled
+from workers import Link
 
 
 def ready(lengths, columns=4):
@@ -96,11 +97,40 @@ def test_lag_is_counted_per_token_in_versions(config):
     assert metrics["lag_mean"] == pytest.approx((4 + 4 + 1 + 0 + 0 + 0 + 0) / 7)
 
 
-def test_an_unscored_slot_is_refused_by_name(config):
-    slots, segments = ready([4, 3])
-    slots.logq[1, 2, 0] = torch.nan
-    with pytest.raises(RuntimeError, match=r"logq is nan in slots \[1\]"):
-        Learner(config(), "cpu", torch.float32).step(segments, version=0)
+@pytest.mark.parametrize("name, value, why", [("logq", torch.nan, "teacher"), ("logmu", torch.nan, "engine"),
+                                              ("logq", torch.inf, "teacher")])
+def test_an_update_that_is_not_finite_is_skipped_and_its_slot_named(config, name, value, why):
+    slots, segments = ready([4, 3, 5, 2])
+    getattr(slots, name)[1, 2, 0] = value
+    learner = Learner(config(minibatches=2), "cpu", torch.float32)          # slots 0, 1 and slots 2, 3
+    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    metrics = learner.step(segments[:2], version=0)
+    assert [s["slots"] for s in metrics["skipped"]] == [[1]] and why in metrics["skipped"][0]["why"]
+    learner = Learner(config(), "cpu", torch.float32)
+    metrics = learner.step(segments[:2], version=0)
+    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items()), "nothing was learnt"
+    assert not learner.optimizer.state, "nor remembered"
+    metrics = learner.step(segments[2:], version=1)
+    assert not metrics["skipped"] and all(p.isfinite().all() for p in learner.model.parameters())
+
+
+def test_a_student_that_is_not_finite_is_said_to_be_at_fault(config):
+    _, segments = ready([4, 3])
+    learner = Learner(config(), "cpu", torch.float32)
+    learner.model.lm_head.weight.data[3] = torch.nan
+    skipped, = learner.step(segments, version=0)["skipped"]
+    assert skipped["slots"] == [0, 1] and "norm is nan" in skipped["why"]
+
+
+def test_a_hurried_step_is_abandoned_without_a_trace(config):
+    _, segments = ready([4, 3, 5])
+    link = Link(None, torch.zeros(2))
+    learner = Learner(config(micro_tokens=1), "cpu", torch.float32)
+    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    beat, link.beat = link.beat, lambda: (beat(), link.pulse[1].fill_(1))     # told to hurry after one micro-batch
+    assert learner.step(segments, 0, link) is None and link.pulse[0] > 0
+    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items())
+    assert all(p.grad is None for p in learner.model.parameters()) and learner.updates == 0
 
 
 def test_the_logged_kl_is_unbiased(config, models):
