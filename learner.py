@@ -25,6 +25,7 @@ from torch import Tensor
 from cache import Segment, Slots, Weights
 from checkpoint import UNWRITABLE, read_training, replace, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
+from plan import chunk_size, free_gb
 from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
 
 if TYPE_CHECKING:
@@ -111,6 +112,10 @@ class Learner:
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
         self.model = load_model(resume or cfg.student, device, torch.float32)      # in eval mode: dropout would part
         self.head = self.model.get_output_embeddings()                             # it from mu
+        self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else
+                                torch.cuda.mem_get_info(device)[0] / 1e9)
+        if cfg.gradient_checkpointing:
+            recompute(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
         self.updates = read_training(Path(resume), self.model, self.optimizer) if resume else 0
@@ -160,8 +165,8 @@ class Learner:
         logp = []
         for group in by_length(segments, self.cfg.micro_tokens):
             rows, ids = self.rows(group), self.cached(group, "ids")
-            for i in range(0, len(rows), self.cfg.chunk):
-                logp.append(self.log_softmax(rows[i:i + self.cfg.chunk]).gather(-1, ids[i:i + self.cfg.chunk].long()))
+            for i in range(0, len(rows), self.chunk):
+                logp.append(self.log_softmax(rows[i:i + self.chunk]).gather(-1, ids[i:i + self.chunk].long()))
         columns = [self.estimator.scored(x) for x in
                    (torch.cat(logp), self.cached(segments, "logq"), self.cached(segments, "logmu"))]
         found = {name: x.expand(len(columns[0]), -1).split([len(s) for s in segments])
@@ -174,7 +179,7 @@ class Learner:
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
         known = {name: torch.cat([self.known[s.slot][name] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
-        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
+        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.chunk
         for i in range(0, max(1, len(rows)), chunk):      # [chunk, V] is the most that ever exists of the logits
             at = slice(i, i + chunk)
             parts.append(self.head_backward(leaf[at], {name: x[at] for name, x in slot.items()},
@@ -248,6 +253,16 @@ class Learner:
         self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype)
                                                        for name, x in self.model.state_dict().items()})
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
+
+
+def recompute(model) -> None:
+    """Keep only the input of each layer for the backward pass. The layers alone are told that they train: dropout,
+    which asks the modules inside of them, stays off."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def rate(update: int, cfg: Config) -> float:
