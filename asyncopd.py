@@ -27,7 +27,7 @@ import yaml
 import checkpoint
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
-from plan import plan
+from plan import plan, split
 from run import Run
 
 # -- flags -----------------------------------------------------------------------------------------
@@ -78,11 +78,15 @@ class Config:
     temperature: float = knob(1.0, "of the student's sampling")
     top_p: float       = knob(1.0, "nucleus of the student's sampling")
     micro_tokens: int  = knob(16384, "padded tokens per forward pass of learner and teacher")
-    chunk: int         = knob(1024, "positions whose full logits exist at once in the learner")
+    chunk: int         = knob(0, "positions whose full logits exist at once in the learner (0: by the memory that is "
+                              "free)")
+    gradient_checkpointing: bool = knob(False, "the learner keeps only the inputs of layers, and computes the rest "
+                                        "again")
     # machines
     gpus: int          = knob(-1, "GPUs to use (0: everything on the CPU, -1: all there are)")
     rollouts: int      = knob(0, "rollout workers (0: by the number of GPUs)")
     teachers: int      = knob(0, "teacher workers (0: by the number of GPUs)")
+    learners: int      = knob(0, "learner workers, one model sharded over them (0: by the number of GPUs)")
     engine: str        = knob("", "of the rollouts (default: vllm where it is installed)", choices=("", "vllm", "hf"))
     max_running: int   = knob(256, "responses that an engine generates at the same time")
     gpu_share: float   = knob(0.0, "share of a GPU's memory for vLLM (0: 0.85, or 0.3 where a GPU has all roles)")
@@ -164,10 +168,10 @@ def recorded(out: str) -> dict:
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "chunk", "max_running", "lr", "clip", "temperature", "stall_s", "max_skips"):
+                 "max_running", "lr", "clip", "temperature", "stall_s", "max_skips"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
-    for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup",
-                 "weight_decay", "rollouts", "teachers", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
+    for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
+                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
@@ -178,10 +182,9 @@ def settle(cfg: Config) -> Config:
     there = torch.cuda.device_count()
     cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
-    teachers = cfg.teachers or 1
-    rollouts = cfg.rollouts or max(1, gpus - 1 - teachers)
-    if gpus > 2 and rollouts + teachers + 1 > gpus:
-        refuse(f"--rollouts {rollouts} and --teachers {teachers}: with the learner more than the {gpus} of --gpus")
+    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners)
+    if (gpus > 2 or gpus and learners > 1) and rollouts + teachers + learners > gpus:
+        refuse(f"--rollouts {rollouts}, --teachers {teachers} and --learners {learners}: more than --gpus {gpus}")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
     vllm = importlib.util.find_spec("vllm") is not None
     cfg.engine != "vllm" or vllm or refuse("--engine vllm: vLLM is not installed (--engine hf runs without it)")
@@ -190,7 +193,7 @@ def settle(cfg: Config) -> Config:
         refuse("--student and --teacher are missing: a folder or a hub name each")
     return replace(
         cfg, gpus=gpus, estimator=estimator, kl=ESTIMATORS[estimator].kl,
-        engine=cfg.engine or ("vllm" if vllm else "hf"), rollouts=rollouts, teachers=teachers,
+        engine=cfg.engine or ("vllm" if vllm else "hf"), rollouts=rollouts, teachers=teachers, learners=learners,
         max_ahead=0 if cfg.schedule == "sync" else cfg.max_ahead,
         gpu_share=cfg.gpu_share or (0.85 if gpus > 2 else 0.3), gap_max=cfg.gap_max or (1.0 if gpus else 1e-3),
         out=cfg.out or f"runs/{Path(cfg.task).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}")

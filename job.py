@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import plan
 import tasks
 from tasks import Row
 from teacher import stop_ids, vocab_size
@@ -37,6 +38,7 @@ class Job:
     layout: dict[str, torch.Size]                # the student's parameters
     probe: list[int]                             # tokens on which an engine proves a push
     hidden: int                                  # width of the teacher
+    memory: tuple[list[plan.Need], dict[str, float]] = ((), {})      # what every worker takes; what is free
 
 
 def prepare(cfg: Config) -> tuple[Config, Job]:
@@ -72,13 +74,17 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         texts = tokenizer.batch_decode([[t for t in a if t not in ends] for a in answers], skip_special_tokens=True)
         return texts, [task.grade(text, row.answer) for text, (row, _) in zip(texts, graded)]
 
+    free = plan.free_gb()
+    needs = plan.memory(cfg, *(plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)),
+                        free.get("gpu", 0.0))
+    plan.check(needs, free)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
     return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student))), Job(
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
-        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size)
+        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free))
 
 
 def same_words(student, teacher) -> None:

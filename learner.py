@@ -3,8 +3,8 @@ The learner: one training step, what it measures, publishing, saving.
 
 A step reads its slots in place, recomputes log p at the cached tokens under the current student, and back-propagates
 the estimator's loss: the sum over all valid positions of the optimizer batch divided by their number, whatever the
-micro-batching. Full logits exist only for `--chunk` positions at a time, and only at response positions. Where the
-estimator sees the whole vocabulary, the slot holds the teacher's last hidden state and the teacher's head is here.
+micro-batching. The logits are head.py's, a chunk at a time, and only at response positions. Where the estimator sees
+the whole vocabulary, the slot holds the teacher's last hidden state and the teacher's head is here.
 
 Master weights, optimizer state, log-softmax and every log-prob are float32; on a GPU the matrix products run in
 bf16. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing.
@@ -25,6 +25,8 @@ from torch import Tensor
 from cache import Segment, Slots, Weights
 from checkpoint import UNWRITABLE, read_training, replace, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
+from head import head_backward, head_logp
+from plan import chunk_size, free_gb
 from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
 
 if TYPE_CHECKING:
@@ -111,6 +113,10 @@ class Learner:
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
         self.model = load_model(resume or cfg.student, device, torch.float32)      # in eval mode: dropout would part
         self.head = self.model.get_output_embeddings()                             # it from mu
+        self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else
+                                torch.cuda.mem_get_info(device)[0] / 1e9)
+        if cfg.gradient_checkpointing:
+            recompute(self.model)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
         self.updates = read_training(Path(resume), self.model, self.optimizer) if resume else 0
@@ -164,9 +170,8 @@ class Learner:
         segments = [s for group in by_length(segments, self.cfg.micro_tokens) for s in group]
         logp = []
         for group in by_length(segments, self.cfg.micro_tokens):
-            rows, ids = self.rows(group), self.cached(group, "ids")
-            for i in range(0, len(rows), self.cfg.chunk):
-                logp.append(self.log_softmax(rows[i:i + self.cfg.chunk]).gather(-1, ids[i:i + self.cfg.chunk].long()))
+            logp.append(head_logp(self.head, self.rows(group), self.cached(group, "ids").long(), chunk=self.chunk,
+                                  dtype=self.dtype))
         columns = [self.estimator.scored(x) for x in
                    (torch.cat(logp), self.cached(segments, "logq"), self.cached(segments, "logmu"))]
         found = {name: x.expand(len(columns[0]), -1).split([len(s) for s in segments])
@@ -179,46 +184,39 @@ class Learner:
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
         known = {name: torch.cat([self.known[s.slot][name] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
-        leaf, parts, chunk = rows.detach().requires_grad_(), [], self.cfg.chunk
-        for i in range(0, max(1, len(rows)), chunk):      # [chunk, V] is the most that ever exists of the logits
-            at = slice(i, i + chunk)
-            parts.append(self.head_backward(leaf[at], {name: x[at] for name, x in slot.items()},
-                                            {name: x[at] for name, x in known.items()}, count))
-        measured = {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
-        rows.backward(leaf.grad)
+
+        def loss(at: slice, logp: Tensor, every: Tensor | None) -> dict[str, Tensor]:
+            return self.measure(logp, every, {name: x[at] for name, x in slot.items()},
+                                {name: x[at] for name, x in known.items()})
+        gradient, measured = head_backward(self.head, rows.detach(), slot["ids"].long(), loss, count=count,
+                                           whole=self.teacher_head is not None, chunk=self.chunk, dtype=self.dtype)
+        rows.backward(gradient)
         return measured
 
-    def head_backward(self, rows: Tensor, slot: dict[str, Tensor], known: dict[str, Tensor],
-                      count: int) -> dict[str, Tensor]:
-        """The estimator's loss from hidden states [M, H] and a slot's columns [M, C], and its gradient."""
-        everything, ids = self.log_softmax(rows), slot["ids"].long()
-        logp, logq, logmu = everything.gather(-1, ids), slot["logq"], slot["logmu"]
+    def measure(self, logp: Tensor, every: Tensor | None, slot: dict[str, Tensor],
+                known: dict[str, Tensor]) -> dict[str, Tensor]:
+        """The estimator's loss [m] and what is logged, from logp [m, C] or, where it sees all words, every [m, V]."""
+        ids, logq, logmu = slot["ids"], slot["logq"], slot["logmu"]
         n = self.estimator.drawn(ids.shape[1])                      # so many columns came from mu
         drawn = logp.detach()[:, :n], logq[:, :n], logmu[:, :n]
-        if self.teacher_head is None:
+        if every is None:
             loss = self.loss(*(self.estimator.scored(x) for x in (logp, logq, logmu)), **known)
             kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
-                every_q = teacher_logq(self.teacher_head, slot["hidden"], everything.shape[1])
-            loss = self.loss(everything, every_q, every_q, **known)
-            kl = DENSE[self.cfg.kl](everything.detach(), every_q, every_q)
-        (loss.sum() / count).backward()
+                every_q = teacher_logq(self.teacher_head, slot["hidden"], every.shape[1])
+            loss = self.loss(every, every_q, every_q, **known)
+            kl = DENSE[self.cfg.kl](every.detach(), every_q, every_q)
         w = importance_weight(drawn[0], drawn[2])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
-        return {"loss": loss.detach(), "kl": kl, "w": w[:, 0], "entropy": -(w * drawn[0]).mean(-1),
+        return {"loss": loss, "kl": kl, "w": w[:, 0], "entropy": -(w * drawn[0]).mean(-1),
                 "duplicates": 1 - distinct / n}
 
     def rows(self, group: list[Segment]) -> Tensor:
         """The student's hidden states [M, H] that predict the new tokens."""
-        tokens, mask = pad(group, self.device)
-        with self.compute():
-            return response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
-
-    def log_softmax(self, rows: Tensor) -> Tensor:
-        with self.compute():
-            logits = self.head(rows)
-        return logits.float().log_softmax(-1)
+        tokens, _ = pad(group, self.device)         # on the right: causal attention never looks there, and without a
+        with self.compute():                        # mask it may take its fastest kernel
+            return response_rows(self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state, group)
 
     def cached(self, group: list[Segment], name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in group]).to(self.device)
@@ -253,6 +251,16 @@ class Learner:
         self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype)
                                                        for name, x in self.model.state_dict().items()})
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
+
+
+def recompute(model) -> None:
+    """Keep only the input of each layer for the backward pass. The layers alone are told that they train: dropout,
+    which asks the modules inside of them, stays off."""
+    from transformers.modeling_layers import GradientCheckpointingLayer
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):
+            module.training = True
 
 
 def rate(update: int, cfg: Config) -> float:

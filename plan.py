@@ -1,19 +1,223 @@
 """
-Which role runs on which device, and what fits there.
+Which role runs on which device, and what fits there: arithmetic on the flags and on two model configurations.
 
-Tests: tests/test_cli.py
+Nothing here asks a GPU anything but how much memory is free, so that the plan for eight GPUs can be read on a laptop.
+GB are 1e9 bytes. What is left out: buffers of libraries, and what an allocator loses to fragments: leave a tenth free.
+Tests: tests/test_plan.py
 """
 from __future__ import annotations
 
+import math
+import os
+import shutil
+import subprocess
+from collections import defaultdict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
+
+from estimators import ESTIMATORS
 
 if TYPE_CHECKING:
     from asyncopd import Config
 
+CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words; more was not faster
+PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}      # interpreter and libraries; on a GPU its context
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "process")
+
+
+# -- who runs where --------------------------------------------------------------------------------
+
+def split(gpus: int, rollouts: int, teachers: int, learners: int) -> tuple[int, int, int]:
+    """Workers per role; what is not 0 stays. Eight GPUs: 4 generate, 1 scores, 3 learn; others in that proportion."""
+    teachers = teachers or max(1, gpus // 8)
+    rest = max(1, gpus - teachers)
+    learners = learners or max(1, rest - rollouts if rollouts and gpus > 2 else 3 * rest // 7)
+    return rollouts or max(1, rest - learners), teachers, learners
+
 
 def plan(cfg: Config) -> dict[str, str]:
-    """worker -> device. GPU 0.. generate, then the teacher, the last one learns; a single GPU is shared by all."""
-    roles = [f"rollout{i}" for i in range(cfg.rollouts)] + [f"teacher{i}" for i in range(cfg.teachers)] + ["learner"]
+    """worker -> device. GPU 0.. generate, then the teachers, the last ones learn; a single GPU is shared by all."""
+    roles = [f"rollout{i}" for i in range(cfg.rollouts)] + [f"teacher{i}" for i in range(cfg.teachers)]
+    roles += [f"learner{i or ''}" for i in range(cfg.learners)]
     if cfg.gpus == 0:
         return {role: "cpu" for role in roles}
     return {role: f"cuda:{min(i, cfg.gpus - 1)}" for i, role in enumerate(roles)}
+
+
+def why(cfg: Config) -> str:
+    """One line on the split, for the start of a run."""
+    said = f"{cfg.rollouts} to generate, {cfg.teachers} to score, {cfg.learners} to learn"
+    if cfg.gpus == 0:
+        return f"no GPU: {said}, all on the same cores"
+    if cfg.gpus <= 2:
+        return f"{cfg.gpus} GPU{'s, one for generation' if cfg.gpus == 2 else ', shared by all'}: {said}"
+    ours = split(cfg.gpus, 0, 0, 0) == (cfg.rollouts, cfg.teachers, cfg.learners)
+    source = ("the paper's split of eight, or its proportion: a response is scored once, read and differentiated once, "
+              "and written token by token" if ours else "as --rollouts, --teachers and --learners say")
+    return f"{cfg.gpus} GPUs: {said} ({source}); `busy` in the last line of the log says who waits"
+
+
+# -- what a model takes ----------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Shape:
+    """What memory follows from: parameters P, words V, layers L, widths H (model), I (MLP), A (heads), K (kv heads)."""
+    P: int
+    V: int
+    L: int
+    H: int
+    I: int  # noqa: E741
+    A: int
+    K: int
+
+    @classmethod
+    def of(cls, config) -> Shape:
+        """From a transformers configuration; the parameters are counted on a model without storage."""
+        from transformers import AutoModelForCausalLM
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+        c = config.get_text_config()
+        heads = c.num_attention_heads
+        width = getattr(c, "head_dim", None) or c.hidden_size // heads
+        experts, inner = getattr(c, "num_experts_per_tok", None), getattr(c, "moe_intermediate_size", None)
+        return cls(P=sum(p.numel() for p in model.parameters()), V=c.vocab_size, L=c.num_hidden_layers, H=c.hidden_size,
+                   I=experts * inner if experts and inner else getattr(c, "intermediate_size", 4 * c.hidden_size),
+                   A=heads * width, K=(getattr(c, "num_key_value_heads", None) or heads) * width)
+
+    def layer(self, half: bool) -> int:
+        """Bytes per token that one layer keeps for the backward pass: exact for Qwen3, a little less without q-norm.
+
+        In bf16 (autocast) the residual stream, the norms' inputs and what q and k are before theirs stay float32.
+        """
+        H, I, A, K = self.H, self.I, self.A, self.K  # noqa: E741
+        return 26 * H + 10 * A + 10 * K + 8 * I if half else 4 * (6 * H + 4 * A + 4 * K + 4 * I)
+
+    def activations(self, half: bool, again: bool) -> int:
+        """Bytes per token of a training step; `again`: gradient checkpointing, only a layer's input is kept.
+
+        The additional layer is the one that is being differentiated.
+        """
+        kept = 4 * self.H if again else self.layer(half)
+        return self.L * kept + self.layer(half) + 16 * self.H
+
+    def cached(self, itemsize: int) -> int:
+        """Bytes per token of keys and values."""
+        return 2 * self.L * self.K * itemsize
+
+
+def logit_bytes(support: str, half: bool) -> int:
+    """Bytes per logit of a chunk: one float32 buffer, and a bf16 one beside it on a GPU. Where the estimator sees
+    all words: the teacher's log-probs as well, the gradient, and what autograd keeps of the divergence."""
+    return (40 if support == "full" else 4) + (2 if half else 0)
+
+
+def chunk_size(cfg: Config, vocab: int, free_gb: float = math.inf) -> int:
+    """Positions whose logits exist at once: --chunk, or what fits in CHUNK_GB and in an eighth of what is free."""
+    each = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, cfg.gpus > 0) / 1e9
+    return cfg.chunk or max(16, int(min(CHUNK_GB, free_gb / 8) / each))
+
+
+# -- what fits -------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Need:
+    """What a worker takes of its device, GB by part (PARTS); the worker `shared` is memory that all processes see."""
+    worker: str
+    device: str
+    parts: dict[str, float]
+
+    @property
+    def gb(self) -> float:
+        return sum(self.parts.values())
+
+
+def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> list[Need]:
+    """Every worker's need, and that of the shared memory. `gpu_gb` is the size of a GPU, for vLLM's share of it.
+
+    A micro-batch is at most --micro-tokens, or one response of the greatest length if that is more.
+    """
+    half, row, itemsize = cfg.gpus > 0, ESTIMATORS[cfg.estimator], 2 if cfg.gpus else 4
+    longest = cfg.max_prompt + cfg.max_response
+    tokens = max(longest, min(cfg.micro_tokens, cfg.batch * longest))
+    where, full = plan(cfg), teacher.V * teacher.H * itemsize if row.support == "full" else 0
+    needs = []
+    for worker, device in where.items():
+        role = worker.rstrip("0123456789")
+        if role == "learner":
+            n = cfg.learners
+            compute = 2 * student.P if half else 0         # bf16 copies that autocast or FSDP makes and backward reads
+            if n > 1:                                      # two layers at a time, and embedding and head
+                compute = (2 if half else 4) * (2 * student.P // student.L + 2 * student.V * student.H)
+            parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * student.P / n,
+                         optimizer=8 * student.P / n,
+                         activations=tokens * student.activations(half, cfg.gradient_checkpointing),
+                         logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half))
+        elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
+            parts = dict(weights=itemsize * teacher.P,
+                         activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I),
+                         logits=1024 * teacher.V * (8 + 2 * half))
+        else:
+            parts = dict(weights=itemsize * student.P, cache=cache_bytes(cfg, student, itemsize, gpu_gb))
+            if not half:
+                parts["weights"] *= 2                      # and the copy that it reads of a push
+        needs.append(Need(worker, device, {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}))
+    slots = (cfg.max_ahead + 1) * cfg.batch * (
+        cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest)
+    return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]
+
+
+def cache_bytes(cfg: Config, student: Shape, itemsize: int, gpu_gb: float) -> float:
+    """Keys and values of a rollout worker. vLLM takes its share of a GPU whatever it needs, at least one response."""
+    longest = (cfg.max_prompt + cfg.max_response) * student.cached(itemsize)
+    if cfg.engine == "vllm":
+        left = cfg.gpu_share * gpu_gb * 1e9 - itemsize * student.P if cfg.gpus else 1e9
+        return max(longest, left)
+    return longest * min(cfg.max_running, -(-(cfg.max_ahead + 1) * cfg.batch // cfg.rollouts))
+
+
+def free_gb() -> dict[str, float]:
+    """device -> GB free now, and `gpu` -> size of a GPU; only of what is here. Asks nvidia-smi: CUDA would take a
+    part of every GPU for the parent, which has no business there."""
+    found = {"shm": shutil.disk_usage("/dev/shm").free / 1e9} if Path("/dev/shm").exists() else {}
+    if (meminfo := Path("/proc/meminfo")).exists():
+        found["cpu"] = next(int(line.split()[1]) for line in meminfo.read_text().splitlines()
+                            if line.startswith("MemAvailable")) * 1024 / 1e9
+    if shutil.which("nvidia-smi"):
+        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+        asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+        said = subprocess.run(asked + (["-i", seen] if seen else []), capture_output=True, text=True)
+        for i, line in enumerate(said.stdout.splitlines() if said.returncode == 0 else ()):
+            found[f"cuda:{i}"], found["gpu"] = (float(x) * 2 ** 20 / 1e9 for x in line.split(","))
+    return found
+
+
+REMEDY = {"weights": "a smaller model", "gradients": "a smaller student, or more --learners",
+          "optimizer": "a smaller student, or more --learners", "activations": "--gradient-checkpointing, or a lower "
+          "--max-response and --micro-tokens", "logits": "a lower --chunk", "cache": "a lower --max-ahead or --batch, "
+          "--max-running or --gpu-share", "process": "fewer workers"}
+
+
+def check(needs: list[Need], free: dict[str, float]) -> None:
+    """Refuse what cannot fit, in one line. What is shared is the host's memory too."""
+    for device, there in free.items():
+        on = [n for n in needs if n.device == device or (device == "cpu" and n.device == "shm")]
+        if (total := sum(n.gb for n in on)) > there:
+            worst = max(on, key=lambda n: n.gb)
+            part = max(worst.parts, key=worst.parts.get)
+            raise ValueError(f"{', '.join(n.worker for n in on)}: {total:,.1f} GB on {device}, where {there:,.1f} are "
+                             f"free; most of it is {worst.worker}'s {part}, {worst.parts[part]:,.1f} GB: "
+                             f"{REMEDY[part]}")
+
+
+def rows(needs: list[Need], free: dict[str, float]) -> list[list[str]]:
+    """Cells of the table that is printed at the start, GB; the last column: free on that device."""
+    total: dict[str, float] = defaultdict(float)
+    out = [["GB", "device", *PARTS, "all", "free"]]
+    for n in needs:
+        total[n.device] += n.gb
+        cells = [f"{n.parts[p]:,.2f}" if p in n.parts else "" for p in PARTS]
+        out.append([n.worker, n.device, *cells, f"{n.gb:,.2f}", f"{free[n.device]:,.1f}" if n.device in free else ""])
+    return out

@@ -153,9 +153,9 @@ def keys_table(keys: dict[str, str]) -> str:
                                                             for k, v in keys.items())])
 
 
-def show_start(where: dict[str, str], memory: list[list[str]], changed: dict[str, object]) -> None:
-    print("\nwho runs where")
-    print(table([[name, device] for name, device in where.items()]))
+def show_start(why: str, plan: list[list[str]], memory: list[list[str]], changed: dict[str, object]) -> None:
+    print(f"\nwho runs where, and what it takes at most\n  {why}")
+    print(table(plan))
     print("\nshared memory")
     print(table(memory))
     print("\nwhat differs from the defaults")

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import checkpoint
+import plan
 import record
 from cache import Ledger, Slots, Ticket, Weights
 from estimators import ESTIMATORS
@@ -73,7 +74,7 @@ class Run:
         self.shared = {"rollout": (self.slots, self.weights, self.job.eval_prompts),
                        "teacher": (self.slots, self.job.eval_prompts),
                        "learner": (self.slots, self.weights, str(resume or ""), self.ledger.version)}
-        self.quiet or record.show_start(where, [
+        self.quiet or record.show_start(plan.why(cfg), plan.rows(*self.job.memory), [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],

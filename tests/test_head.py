@@ -1,0 +1,113 @@
+"""The head by hand against plain autograd, for every row of the table; nothing of size [positions, V] is ever made."""
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from asyncopd import Config
+from estimators import ESTIMATORS
+from head import head_backward, head_logp
+
+M, H, V, C = 11, 6, 40, 5
+
+
+def problem(name, *, bias=False, dtype=torch.float64, tokens=M):
+    """A head, hidden states, a slot's columns, and what the estimator asks for besides."""
+    g, row = torch.Generator().manual_seed(3), ESTIMATORS[name]
+    head = torch.nn.Linear(H, V, bias=bias, dtype=dtype)
+    for p in head.parameters():
+        p.data.copy_(torch.randn(p.shape, generator=g, dtype=dtype))
+    rows = torch.randn(tokens, H, generator=g, dtype=dtype)
+    ids = torch.randint(0, V, (tokens, C), generator=g)
+    ids[:, 2] = ids[:, 1]                                              # duplicates are kept
+    wide = torch.randn(2, tokens, V, generator=g, dtype=dtype).log_softmax(-1)
+    logq, logmu = wide if row.support == "full" else wide.gather(-1, ids.expand(2, -1, -1))
+    with torch.no_grad():
+        known = row.batch(head(rows).log_softmax(-1).gather(-1, ids) + 0.05, logq, logmu) if row.batch else {}
+    fn = row.bind(Config())
+
+    def loss(at, logp, every):
+        here = {k: x[at] if len(x) == tokens else x for k, x in known.items()}
+        return {"loss": fn(logp if every is None else every, logq[at], logmu[at], **here), "logp": logp[:, 0]}
+    return head, rows, ids, loss, row.support == "full"
+
+
+def plainly(head, rows, ids, loss, whole, count):
+    """Autograd, all logits at once."""
+    leaf = rows.clone().requires_grad_()
+    every = head(leaf).log_softmax(-1)
+    found = loss(slice(None), every.gather(-1, ids), every if whole else None)
+    (found["loss"].sum() / count).backward()
+    return leaf.grad, found, [p.grad for p in head.parameters()]
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_gradients_are_those_of_plain_autograd(name, chunk):
+    head, rows, ids, loss, whole = problem(name, bias=True)
+    want, value, parameters = plainly(head, rows, ids, loss, whole, 7)
+    head.zero_grad()
+    back, found = head_backward(head, rows, ids, loss, whole=whole, count=7, chunk=chunk, dtype=torch.float64)
+    for got, wanted in zip([back, found["loss"], found["logp"], *(p.grad for p in head.parameters())],
+                           [want, value["loss"], value["logp"], *parameters]):
+        assert wanted.abs().max() > 1e-6
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12 * wanted.abs().max().item())
+
+
+def test_gradients_add_up_and_a_frozen_head_gets_none():
+    head, rows, ids, loss, whole = problem("reverse_mc")
+    for _ in range(2):
+        head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+    twice = head.weight.grad.clone()
+    head.zero_grad()
+    _, _, (once,) = plainly(head, rows, ids, loss, whole, 1)
+    torch.testing.assert_close(twice, 2 * once)
+    head.requires_grad_(False).zero_grad()
+    back, _ = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+    assert head.weight.grad is None and back.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["reverse_mc", "jsd_dense"])
+def test_no_positions_are_a_loss_of_nothing(name):
+    head, rows, ids, loss, whole = problem(name, tokens=0)
+    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+    assert back.shape == (0, H) and found["loss"].shape == (0,) and not head.weight.grad.any()
+
+
+def test_words_that_are_all_but_impossible_keep_their_log_probs():
+    """exp(logits - peak) is 0 for them in float32; logp is -200 all the same, and the gradient finite."""
+    head, rows, ids, loss, whole = problem("reverse_mc", dtype=torch.float32)
+    head.weight.data *= 60
+    want, _, _ = plainly(head, rows, ids, loss, whole, 1)
+    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float32)
+    truth = head(rows).log_softmax(-1).gather(-1, ids)
+    assert truth.min() < -150 and back.isfinite().all()
+    torch.testing.assert_close(head_logp(head, rows, ids, chunk=3, dtype=torch.float32), truth, rtol=1e-5, atol=1e-4)
+    torch.testing.assert_close(back, want, rtol=1e-4, atol=1e-5 * want.abs().max().item())
+
+
+def test_bf16_products_stay_near_float32_and_log_probs_are_float32():
+    head, rows, ids, loss, whole = problem("reverse_mc", dtype=torch.float32)
+    want, _, _ = plainly(head, rows, ids, loss, whole, 1)
+    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.bfloat16)
+    assert found["logp"].dtype == head.weight.grad.dtype == torch.float32
+    assert ((back - want).norm() / want.norm()) < 0.02
+
+
+class Largest(TorchDispatchMode):
+    """The largest tensor that any operation returns, in elements."""
+    elements = 0
+
+    def __torch_dispatch__(self, fn, types, args=(), kwargs=None):
+        out = fn(*args, **kwargs or {})
+        for x in out if isinstance(out, tuple | list) else [out]:
+            if isinstance(x, torch.Tensor):
+                self.elements = max(self.elements, x.numel())
+        return out
+
+
+@pytest.mark.parametrize("name", ["reverse_mc", "forward_topk", "reverse_dense"])
+def test_nothing_larger_than_a_chunk_of_logits_is_made(name):
+    head, rows, ids, loss, whole = problem(name, tokens=200)
+    with Largest() as seen:
+        head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=8, dtype=torch.float64)
+    assert seen.elements <= max(8 * V, 200 * H) and 8 * V < 200 * V / 10

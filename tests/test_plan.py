@@ -1,0 +1,93 @@
+"""Who runs where, what it takes, and that what cannot fit is refused before anything is loaded."""
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+
+import plan
+from asyncopd import Config
+from plan import Shape, check, chunk_size, memory, split
+from tests.conftest import ROOT
+
+QWEN = dict(P=4_022_468_096, V=151_936, L=36, H=2560, I=9728, A=4096, K=1024)      # Qwen3-4B
+
+
+def config(gpus, **more):
+    rollouts, teachers, learners = split(gpus, 0, 0, 0)
+    return Config(**dict(gpus=gpus, rollouts=rollouts, teachers=teachers, learners=learners, estimator="reverse_mc",
+                         engine="vllm", gpu_share=0.85) | more)
+
+
+def test_eight_gpus_are_split_as_in_the_paper_and_what_is_said_stays():
+    assert split(8, 0, 0, 0) == (4, 1, 3)
+    assert split(8, 0, 2, 4) == (2, 2, 4) and split(8, 5, 0, 0) == (5, 1, 2) and split(0, 2, 0, 2) == (2, 1, 2)
+    assert all(sum(split(g, 0, 0, 0)) == g for g in range(3, 33)), "no GPU is left over"
+
+
+def test_every_worker_has_a_device_of_its_own_where_there_are_enough():
+    where = plan.plan(config(8))
+    assert " ".join(where) == "rollout0 rollout1 rollout2 rollout3 teacher0 learner learner1 learner2"
+    assert list(where.values()) == [f"cuda:{i}" for i in range(8)]
+    assert set(plan.plan(config(1)).values()) == {"cuda:0"} and "paper" in plan.why(config(8))
+
+
+def test_a_learner_holds_16_bytes_per_parameter_and_shares_them_out():
+    shape = Shape(**QWEN)
+    for learners in (1, 3):
+        need = next(n for n in memory(config(8, learners=learners), shape, shape) if n.worker == "learner").parts
+        compute = need["weights"] - 4 * shape.P / learners / 1e9
+        assert need["gradients"] + need["optimizer"] == pytest.approx(12 * shape.P / learners / 1e9)
+        assert compute <= 2.1 * shape.P / 1e9, "one bf16 copy at most"
+
+
+@pytest.mark.parametrize("half", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):
+    """Counted on the real model: every tensor saved for the backward pass, parameters and their bf16 copies aside."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+    B, T, kept = 2, 50, {}          # 50 and 100 are the width of no matrix
+
+    def saved(layers):
+        c = Qwen3Config(vocab_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=layers,
+                        num_attention_heads=4, num_key_value_heads=2, head_dim=32)
+        model = Qwen3ForCausalLM(c).eval()
+        if again:
+            from learner import recompute
+            recompute(model)
+        kept.clear()
+
+        def pack(x):
+            if not any(x.shape[-2:] in (p.shape, p.shape[::-1]) for p in model.parameters() if p.dim() == 2):
+                kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes(), x        # held, so not reused
+            return x
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x), \
+                torch.autocast("cpu", torch.bfloat16, enabled=half):
+            model.base_model(input_ids=torch.zeros(B, T, dtype=torch.long), use_cache=False)
+        return sum(size for size, _ in kept.values()) / (B * T), Shape.of(c)
+    (one, a), (two, b) = saved(1), saved(3)
+    assert (two - one) / 2 == pytest.approx((b.activations(half, again) - a.activations(half, again)) / 2, rel=0.03)
+
+
+def test_the_chunk_is_bounded_by_what_is_free_and_by_the_flag():
+    cfg = config(0)
+    assert chunk_size(cfg, 151_936) * 151_936 * 4 <= 1e9 * plan.CHUNK_GB
+    assert chunk_size(cfg, 151_936, free_gb=0.8) * 151_936 * 4 <= 1e8 and chunk_size(cfg, 151_936, free_gb=0) == 16
+    assert chunk_size(replace(cfg, chunk=7), 151_936) == 7
+    assert chunk_size(replace(cfg, estimator="reverse_dense"), 151_936) < chunk_size(cfg, 151_936) / 5
+
+
+def test_what_cannot_fit_is_refused_with_the_part_and_the_remedy():
+    shape = Shape(**QWEN)
+    with pytest.raises(ValueError, match=r"learner: 207.3 GB on cuda:5, where 80.0 are free.*activations.*--gradient"):
+        check(memory(config(8, learners=1), shape, shape, 80), {"cuda:5": 80.0})
+    check(memory(config(8, gradient_checkpointing=True), shape, shape, 80), {f"cuda:{i}": 80.0 for i in range(8)})
+
+
+def test_a_plan_that_does_not_fit_ends_before_anything_is_loaded(models, tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--task=toy", "--batch=100000000",
+                           "--max-prompt=16", "--max-response=32", f"--student={models['student']}", "--out=run",
+                           f"--teacher={models['teacher']}"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "GB" in done.stderr and "--batch" in done.stderr and list(tmp_path.iterdir()) == []
