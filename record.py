@@ -52,6 +52,11 @@ class Log:
         self.file.write(json.dumps({"type": type, **record}) + "\n")
         self.file.flush()
 
+    def warn(self, who: str, text: str) -> None:
+        """What a person should look at, while the run goes on."""
+        self.write("event", what="warning", who=who, text=text)
+        self.bar.write(f"asyncopd: {who}: {text}", file=sys.stderr)
+
     def step(self, m: dict) -> None:
         self.write("step", **m)
         self.bar.set_postfix_str(f"kl {m['kl']:.3f}  lag {m['lag_min']}/{m['lag_mean']:.1f}/{m['lag_max']}  "

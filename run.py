@@ -159,6 +159,8 @@ class Run:
                 self.pushed[hand.name] = body
             if kind == "evaluated":
                 self.graded(hand, body)
+            if kind == "warning":
+                self.log.warn(hand.name, body["text"])
             yield hand, kind, body
 
     # -- evaluation and record ---------------------------------------------------------------------
