@@ -29,6 +29,7 @@ from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
 from run import Run
+from teacher import VLLM_LACKS
 
 # -- flags -----------------------------------------------------------------------------------------
 
@@ -88,6 +89,8 @@ class Config:
     teachers: int      = knob(0, "teacher workers (0: by the number of GPUs)")
     learners: int      = knob(0, "learner workers, one model sharded over them (0: by the number of GPUs)")
     engine: str        = knob("", "of the rollouts (default: vllm where it is installed)", choices=("", "vllm", "hf"))
+    teacher_engine: str = knob("hf", "of the teacher; vllm serves the estimators that need only its scores or its best "
+                              "words", choices=("hf", "vllm"))
     max_running: int   = knob(256, "responses that an engine generates at the same time")
     gpu_share: float   = knob(0.0, "share of a GPU's memory for vLLM (0: 0.85, or 0.3 where a GPU has all roles)")
     gap_max: float     = knob(0.0, "stop when engine and learner differ by more, nats (0: 1e-3 in float32, 1 in bf16)")
@@ -187,7 +190,14 @@ def settle(cfg: Config) -> Config:
         refuse(f"--rollouts {rollouts}, --teachers {teachers} and --learners {learners}: more than --gpus {gpus}")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
     vllm = importlib.util.find_spec("vllm") is not None
-    cfg.engine != "vllm" or vllm or refuse("--engine vllm: vLLM is not installed (--engine hf runs without it)")
+    for flag in ("engine", "teacher_engine"):
+        if getattr(cfg, flag) == "vllm" and not vllm:
+            flag = flag.replace("_", "-")
+            refuse(f"--{flag} vllm: vLLM is not installed (--{flag} hf runs without it)")
+    support = ESTIMATORS[estimator].support
+    if cfg.teacher_engine == "vllm" and support in VLLM_LACKS:
+        refuse(f"--teacher-engine vllm: {estimator} needs {VLLM_LACKS[support]}, which vLLM does not give "
+               f"(--teacher-engine hf does)")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")

@@ -14,6 +14,7 @@ import torch
 
 import plan
 import tasks
+from estimators import ESTIMATORS
 from tasks import Row
 from teacher import stop_ids, vocab_size
 
@@ -68,6 +69,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         if room and cfg.max_prompt + cfg.max_response > room:
             refuse(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens "
                    f"of {flag} {name}")
+    refuse_slow_teacher(cfg)
     ends = set(stop_ids(cfg.student))
 
     def grade(answers: list[list[int]]) -> tuple[list[str], list[bool]]:
@@ -80,11 +82,19 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     plan.check(needs, free)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
-    return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student))), Job(
+    return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher))), Job(
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
         hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free))
+
+
+def refuse_slow_teacher(cfg: Config) -> None:
+    """On a CPU vLLM returns a position's best words or all of them, and these as Python numbers: a million a second."""
+    few = ESTIMATORS[cfg.estimator].support in ("sampled", "teacher_topk")
+    if cfg.teacher_engine == "vllm" and cfg.gpus == 0 and not few and (words := vocab_size(cfg.teacher)) > 10_000:
+        refuse(f"--teacher-engine vllm: on a CPU {cfg.estimator} moves all {words:,} words of every position, a few "
+               f"tokens per second (--teacher-engine hf)")
 
 
 def same_words(student, teacher) -> None:

@@ -13,36 +13,10 @@ import os
 import platform
 import subprocess
 import sys
-from collections import deque
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from timeline import BUSY
-
-DONE = {      # keys of the last line: formula or meaning, unit
-    "steps": "train batches",
-    "tokens": "response tokens trained (= tokens_trained)",
-    "tokens_generated": "response tokens drawn by the rollout workers, counted by them",
-    "tokens_trained": "response tokens trained, counted by the learner",
-    "tokens_in_flight": "drawn but not trained when the last step ended: generated = trained + in flight + "
-                        "dropped + lost",
-    "tokens_dropped": "thrown away by --overdue drop",
-    "tokens_lost": "drawn by a worker or a run that died before they were handed over or trained, and drawn again",
-    "wall_s": "seconds from the first ticket to the end of the last step, over all resumptions",
-    "overlap": "(rollout + teacher + learner busy seconds, each averaged over its workers) / wall, since the last "
-               "start: 3 is the most",
-    "busy": "these three shares by role",
-    "train_tok_s": "tokens_trained / wall_s",
-    "gen_tok_s": "tokens_generated / wall_s",
-    "score_tok_s": "tokens trained since the last start / seconds the teacher was busy",
-    "lag_mean": "mean over all trained tokens, versions",
-    "lag_max": "largest of any trained token, versions",
-    "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
-    "kl_after": "mean `kl` of the last 10 steps",
-    "accuracy_before": "on the held-out rows, greedy, step 0",
-    "accuracy_after": "the same, last step",
-    "accuracy_teacher": "the same, the teacher (--eval-teacher)",
-}
 
 
 class Log:
@@ -88,26 +62,6 @@ def cut_log(path: Path, step: int) -> list[dict]:
     partial.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     partial.rename(path)
     return lines
-
-
-class Sums:
-    """Of all step lines, what the last line needs."""
-
-    def __init__(self):
-        self.steps = self.tokens = self.lag_max = 0
-        self.lags = 0.0                                            # lag_mean * tokens
-        self.first, self.last = [], deque(maxlen=10)               # kl, entropy
-
-    def add(self, m: dict) -> None:
-        self.steps, self.tokens = self.steps + 1, self.tokens + m["tokens"]
-        self.lags, self.lag_max = self.lags + m["lag_mean"] * m["tokens"], max(self.lag_max, m["lag_max"])
-        if m["kl"] is not None and math.isfinite(m["kl"]):         # a skipped step has none
-            self.first += [(m["kl"], m["entropy"])] if len(self.first) < 10 else []
-            self.last.append((m["kl"], m["entropy"]))
-
-
-def mean(pairs, column: int) -> float:
-    return sum(x[column] for x in pairs) / max(1, len(pairs))
 
 
 def provenance(config: dict, pids: dict[str, int]) -> dict:

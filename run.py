@@ -23,6 +23,7 @@ import torch
 import checkpoint
 import plan
 import record
+from account import Account
 from cache import Ledger, Slots, Ticket, Weights
 from estimators import ESTIMATORS
 from job import Job
@@ -52,17 +53,12 @@ class Run:
         self.log: record.Log | None = None
         self.trace: Trace | None = None
         self.hands: list[Hand] = []
-        self.generated: dict[str, int] = {}                        # rollout worker -> tokens it has drawn
-        self.handed: dict[str, int] = defaultdict(int)             # rollout worker -> tokens that it has handed over
+        self.account = Account()
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.asked: set[str] = set()                               # who has an evaluation to report
-        self.accuracy: dict[tuple[str, int], float] = {}           # (who, step)
-        self.sums = record.Sums()
-        self.earlier = self.made = self.dropped = self.lost = 0    # tokens: by workers that are gone, ...
         self.restarts = self.skips = 0                             # of workers; of updates, in a row
         self.saving: dict[str, checkpoint.State] = {}              # folder that the learner writes -> the parent's part
         self.saved = ""                                            # the last whole checkpoint
-        self.resumed, self.wall_before = 0, 0.0                    # tokens and seconds before the last start
         self.ending = self.collapsed = self.unwritten = False
         self.routing_s = 0.0                                       # seconds of the parent's own work
 
@@ -91,7 +87,7 @@ class Run:
             for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
                 self.evaluate(hand)
         self.hear_evaluations()
-        self.began = self.last_step = time.monotonic()
+        self.account.start()
 
     def worker(self, name: str) -> Hand:
         return Hand(name, self.where[name], self.cfg, self.shared[name.rstrip("0123456789")])
@@ -140,7 +136,7 @@ class Run:
     def handle(self, hand: Hand, kind: str, body: dict) -> None:
         slots = body.get("slots", ())
         if kind in ("generated", "dropped"):
-            self.handed[hand.name] += int(self.slots.length[slots].sum())
+            self.account.handed[hand.name] += int(self.slots.length[slots].sum())
         if kind == "generated":
             for s in slots:
                 self.ledger.generated(s, body["finished"])
@@ -149,7 +145,7 @@ class Run:
                                    born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
         elif kind == "dropped":
             for s in slots:
-                self.dropped += int(self.slots.length[s])
+                self.account.dropped += int(self.slots.length[s])
                 self.ledger.dropped(s)
         elif kind == "scored":
             for s in slots:
@@ -162,6 +158,8 @@ class Run:
             self.pushed[hand.name] = body
         elif kind == "evaluated":
             self.graded(hand, body)
+        elif kind == "warning":
+            self.log.warn(f"{hand.name}: {body['text']}", what="warning", worker=hand.name, text=body["text"])
         elif kind == "ready":
             hand.ready = True
         elif kind == "stopped":
@@ -172,7 +170,7 @@ class Run:
                 raise RuntimeError(f"{hand.name} crashed\n{hand.why}")
         hand.load -= len(slots)
         if "tokens" in body:
-            self.generated[hand.name] = body["tokens"]
+            self.account.drawn[hand.name] = body["tokens"]
 
     def reports(self) -> Iterator[tuple[Hand, str, dict]]:
         """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
@@ -217,8 +215,7 @@ class Run:
                                f"{self.cfg.out}/{hand.name}.log")
         self.restarts += 1
         held = self.ledger.holder_died(hand.name)
-        drawn = self.generated.pop(hand.name, 0)
-        self.earlier, self.lost = self.earlier + drawn, self.lost + drawn - self.handed.pop(hand.name, 0)
+        self.account.gone(hand.name)
         new = self.worker(hand.name)
         new.ready = True                                 # it was once: what it is sent waits in its pipe
         self.hands[self.hands.index(hand)] = new
@@ -246,24 +243,21 @@ class Run:
         self.asked.discard(hand.name)
         texts, right = self.job.grade(body["answers"])
         who, step = ("teacher", 0) if hand.role == "teacher" else ("student", body["version"])
-        self.accuracy[who, step] = sum(right) / len(right)
-        self.log.write("eval", step=step, accuracy=self.accuracy[who, step], n=len(right), who=who,
+        self.account.accuracy[who, step] = sum(right) / len(right)
+        self.log.write("eval", step=step, accuracy=self.account.accuracy[who, step], n=len(right), who=who,
                        examples=[dict(prompt=r.prompt, text=t, right=ok) for r, t, ok in
                                  list(zip(self.job.eval_rows, texts, right))[:3]])
 
     def step_done(self, metrics: dict, trained: list[Ticket]) -> None:
-        cfg, now, made = self.cfg, time.monotonic(), self.earlier + sum(self.generated.values())
-        skipped = metrics.pop("skipped")
-        metrics |= {"gen_tok_s": (made - self.made) / (now - self.last_step), "wall_s": self.wall(now),
-                    "push_s": max(p["seconds"] for p in self.pushed.values()), "skipped": len(skipped),
-                    "trained": [[t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]),
-                                 int(self.slots.length[t.slot])] for t in trained]}
+        cfg, now, skipped = self.cfg, time.monotonic(), metrics.pop("skipped")
+        metrics |= self.account.step(metrics, now) | {
+            "push_s": max(p["seconds"] for p in self.pushed.values()), "skipped": len(skipped),
+            "trained": [[t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]),
+                         int(self.slots.length[t.slot])] for t in trained]}
         metrics |= {f"engine_gap_{name}": max(p["gap"][i] for p in self.pushed.values())
                     for i, name in enumerate(("mean", "p95", "max"))}
         assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
-        self.made, self.last_step = made, now
-        self.sums.add(metrics)
-        self.trace.fold(self.began)
+        self.trace.fold(self.account.began)
         self.trace.curve("slots", now, {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()})
         self.trace.curve("lag", now, {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")})
         self.trace.curve("tokens per second", now, {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})
@@ -275,9 +269,6 @@ class Run:
         if cfg.save_every and step % cfg.save_every == 0:
             self.order_checkpoint()
 
-    def wall(self, now: float) -> float:
-        return self.wall_before + now - self.began
-
     def watch(self, step: int, skipped: list[dict], uids: dict[int, int]) -> None:
         """What a person should hear of: updates that could not be made, a student that has nothing left to say."""
         for s in skipped:
@@ -288,8 +279,8 @@ class Run:
         if self.skips >= self.cfg.max_skips:
             raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--max-skips "
                                f"{self.cfg.max_skips}); the last good checkpoint is {self.saved or 'none'}")
-        before, now = record.mean(self.sums.first, 1), record.mean(self.sums.last, 1)
-        if not self.collapsed and len(self.sums.last) == 10 and now < 0.01 * before:
+        before, now = (self.account.mean(which, 1) for which in ("first", "last"))
+        if not self.collapsed and len(self.account.last) == 10 and now < 0.01 * before:
             self.collapsed = True
             self.log.warn(f"step {step}: the student's entropy has collapsed from {before:.3g} to {now:.3g} nats",
                           what="entropy", step=step, entropy=now)
@@ -298,9 +289,8 @@ class Run:
 
     def order_checkpoint(self) -> None:
         """Have the learner write its part; the parent's is what is known now, at the version that it is of."""
-        state = checkpoint.State(self.ledger.version, self.ledger.prompts, self.ledger.untrained(), dict(
-            generated=self.earlier + sum(self.generated.values()), dropped=self.dropped, restarts=self.restarts,
-            wall_s=self.wall(self.last_step)))
+        state = checkpoint.State(self.ledger.version, self.ledger.prompts, self.ledger.untrained(),
+                                 self.account.counters())
         try:
             partial = checkpoint.unsealed(Path(self.cfg.out) / "checkpoints", state.version)
         except OSError as e:
@@ -332,16 +322,9 @@ class Run:
     def restore(self, folder: Path) -> None:
         state = checkpoint.read(folder)
         checkpoint.clear(folder.parent, state.version)
-        for line in record.cut_log(Path(self.cfg.out) / "log.jsonl", state.version):
-            if line["type"] == "step":
-                self.sums.add(line)
-            if line["type"] == "eval":
-                self.accuracy[line["who"], line["step"]] = line["accuracy"]
+        self.account.resume(state.counters, record.cut_log(Path(self.cfg.out) / "log.jsonl", state.version))
         self.ledger.resume(state.version, state.prompts, state.tickets)
-        self.saved, self.restarts, self.wall_before = str(folder), state.counters["restarts"], state.counters["wall_s"]
-        self.earlier = self.made = state.counters["generated"]
-        self.dropped, self.resumed = state.counters["dropped"], self.sums.tokens
-        self.lost = self.earlier - self.dropped - self.resumed       # what was in flight is generated again
+        self.saved = str(folder)
 
     def interrupted(self, within_s: float) -> str:
         """Abandon the step and save; the newest checkpoint, or "" where there is none."""
@@ -361,29 +344,15 @@ class Run:
 
     def finish(self) -> None:
         """The last evaluation, the student's folder, the totals."""
-        cfg, sums, wall = self.cfg, self.sums, self.last_step - self.began
-        self.role("learner")[0].send("export", f"{cfg.out}/student")
+        self.role("learner")[0].send("export", f"{self.cfg.out}/student")
         self.hear_evaluations()
         self.evaluate(self.role("rollout")[0])
         self.stop()
-        busy, total = self.trace.busy(self.began, self.last_step), self.wall(self.last_step)
-        generated = self.earlier + sum(self.generated.values())
-        totals = {
-            "steps": sums.steps, "tokens": sums.tokens, "tokens_generated": generated, "tokens_trained": sums.tokens,
-            "tokens_in_flight": sum(int(self.slots.length[s]) for s in self.ledger.tickets),
-            "tokens_dropped": self.dropped, "tokens_lost": self.lost, "wall_s": total,
-            "overlap": sum(busy.values()), "busy": busy, "train_tok_s": sums.tokens / total,
-            "gen_tok_s": generated / total,
-            "score_tok_s": (sums.tokens - self.resumed) / max(1e-9, wall * busy["teacher"]),
-            "lag_mean": sums.lags / max(1, sums.tokens), "lag_max": sums.lag_max,
-            "kl_before": record.mean(sums.first, 0), "kl_after": record.mean(sums.last, 0),
-            "accuracy_before": self.accuracy.get(("student", 0)),
-            "accuracy_after": self.accuracy.get(("student", cfg.steps)),
-            "accuracy_teacher": self.accuracy.get(("teacher", 0))}
-        assert totals.keys() == record.DONE.keys(), totals.keys() ^ record.DONE.keys()
+        totals = self.account.totals(sum(int(self.slots.length[s]) for s in self.ledger.tickets),
+                                     self.trace.busy(self.account.began, self.account.last_step))
         self.log.write("done", **totals)
         self.close()
-        self.quiet or record.show_end(totals, cfg.out)
+        self.quiet or record.show_end(totals, self.cfg.out)
 
     def stop(self) -> None:
         """Every worker ends after the orders it has; then it is gone."""

@@ -4,11 +4,12 @@ From tokens to log-probs: alignment, and the teacher, which fills in the scores 
 `response_rows` is the only place where a sequence is shifted; teacher, learner and engine all go through it. The
 teacher is a plain transformers forward pass, exact, with its own full normaliser; what it writes beside logq (its top
 K, draws of its own, its last hidden state) is what the table entry of the running estimator asks for. Only ids come in:
-nothing is ever tokenized twice. What is left out: teachers that do not fit on one device.
-Tests: tests/test_cache.py, tests/test_supports.py
+nothing is ever tokenized twice. teacher_vllm.py holds the same two methods in vLLM.
+Tests: tests/test_cache.py, tests/test_supports.py, tests/test_teacher.py
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor
 
 from cache import Segment, Slots
-from estimators import ESTIMATORS, draw
+from estimators import ESTIMATORS, LOG_MIN, LOG_RATIO_MAX, draw
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -124,26 +125,6 @@ def vocab_size(folder: str) -> int:
     return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
 
 
-def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[list[int]], device: str,
-                   dtype: torch.dtype) -> None:
-    model = load_model(cfg.teacher, device, dtype)
-    support, vocab = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student)
-    link.send("ready")
-    while True:
-        waiting: list[int] = []
-        for order, body in link.orders(wait=True):
-            if order == "stop":
-                return link.send("stopped")
-            if order == "evaluate":
-                link.send("evaluated", answers=complete(model, eval_prompts, cfg.max_response,
-                                                          stop_ids(cfg.student)))
-            waiting += body if order == "score" else []
-        for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
-            with link.span("score"):
-                score(model, group, slots, support, vocab, seed=cfg.seed)
-            link.send("scored", slots=[s.slot for s in group])
-
-
 @torch.no_grad()
 def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
     """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
@@ -155,3 +136,76 @@ def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> 
                              pad_token_id=(stop or [0])[0])                # model's own, with penalties that shift it
     out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=plain)
     return out[:, longest:].tolist()
+
+
+# -- the worker ------------------------------------------------------------------------------------
+
+class HFTeacher:
+    """The teacher in transformers: every support, and the reference for `teacher_vllm.VLLMTeacher`."""
+
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
+        self.model = load_model(cfg.teacher, device, dtype)
+        self.support, self.vocab, self.seed = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student), cfg.seed
+
+    def score(self, segments: list[Segment], slots: Slots) -> None:
+        score(self.model, segments, slots, self.support, self.vocab, seed=self.seed)
+
+    def complete(self, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
+        return complete(self.model, prompts, max_new, stop)
+
+
+def vllm_teacher(cfg: Config, device: str, dtype: torch.dtype):
+    import teacher_vllm  # and with it vLLM: only where it is asked for
+    return teacher_vllm.VLLMTeacher(cfg, device, dtype)
+
+
+TEACHERS = {"hf": HFTeacher, "vllm": vllm_teacher}       # --teacher-engine
+VLLM_LACKS = {"teacher_mc": "the teacher's draws", "full": "the teacher's hidden states"}     # by support: refused
+
+
+class Watch:
+    """Notices a teacher that knows nothing: weights that never arrived give every word -ln V, and no error.
+
+    Its mean entropy over at least a batch of responses, in nats, is sum w (-logq) / sum w with w = q / mu at the drawn
+    columns: from the slots alone, whichever engine scored them. The two sums share their noise, so that equal
+    log-probs give their -logq exactly, whatever mu drew.
+    """
+
+    def __init__(self, cfg: Config):
+        self.row, self.enough, self.limit = ESTIMATORS[cfg.estimator], cfg.batch, math.log(vocab_size(cfg.teacher))
+        self.responses, self.sums, self.warned = 0, torch.zeros(2, dtype=torch.float64), False
+
+    def see(self, segments: list[Segment]) -> str:
+        """What to warn of once, after these scored segments; else an empty string."""
+        for s in segments:
+            logq, logmu = (x[:, :self.row.drawn(x.shape[1])].double() for x in (s.logq, s.logmu))
+            w = (logq - logmu).clamp(max=LOG_RATIO_MAX).exp()
+            self.sums += torch.stack([(w * -logq.clamp(min=LOG_MIN)).sum(), w.sum()])
+        self.responses += len(segments)
+        if self.warned or self.responses < self.enough:
+            return ""
+        entropy = (self.sums[0] / self.sums[1]).item()
+        self.responses, self.sums = 0, torch.zeros(2, dtype=torch.float64)
+        self.warned = entropy > 0.9 * self.limit
+        return (f"the teacher's entropy is {entropy:.2f} nats, and that of equal chances is ln V = {self.limit:.2f}: "
+                f"are its weights there?") if self.warned else ""
+
+
+def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[list[int]], device: str,
+                   dtype: torch.dtype) -> None:
+    teacher, watch = TEACHERS[cfg.teacher_engine](cfg, device, dtype), Watch(cfg)
+    link.send("ready")
+    while True:
+        waiting: list[int] = []
+        for order, body in link.orders(wait=True):
+            if order == "stop":
+                return link.send("stopped")
+            if order == "evaluate":
+                link.send("evaluated", answers=teacher.complete(eval_prompts, cfg.max_response, stop_ids(cfg.student)))
+            waiting += body if order == "score" else []
+        for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
+            with link.span("score"):
+                teacher.score(group, slots)
+            if doubt := watch.see(group):
+                link.send("warning", text=doubt)
+            link.send("scored", slots=[s.slot for s in group])

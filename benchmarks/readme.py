@@ -12,9 +12,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import pipeline  # noqa: E402
 import toy  # noqa: E402
 
+from account import DONE  # noqa: E402
 from estimators import estimator_table  # noqa: E402
 from learner import METRICS  # noqa: E402
-from record import DONE, keys_table  # noqa: E402
+from record import keys_table  # noqa: E402
 
 BLOCKS = {
     "results": lambda: toy.table("demo"),

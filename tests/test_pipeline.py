@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from account import DONE
 from learner import METRICS
-from record import DONE
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps
 

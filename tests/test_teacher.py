@@ -1,0 +1,147 @@
+"""The teacher's two engines against each other, what vLLM is refused for, and a teacher that knows nothing."""
+import dataclasses
+import importlib.util
+import math
+import subprocess
+
+import pytest
+import torch
+
+from asyncopd import Config
+from cache import Slots
+from estimators import ESTIMATORS, draw
+from job import prepare
+from teacher import TEACHERS, HFTeacher, Watch
+from tests.conftest import save_tiny
+from tests.runs import command, lines, steps
+
+T, N, K = 12, 4, 5
+DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"      # in vLLM two ways to the same numbers
+
+
+@pytest.fixture(scope="module")
+def teachers(tmp_path_factory):
+    """By name, a teacher in vLLM: made once and kept, since the end of one would take the others' groups with it."""
+    if importlib.util.find_spec("vllm") is None:
+        pytest.skip("vLLM is not installed")
+    root, made = tmp_path_factory.mktemp("teachers"), {}
+    save_tiny(root / "student", seed=0)
+    for name, how in {"untied": dict(layers=2, sharp=8.0), "tied": dict(tied=True, sharp=8.0),
+                      "wide": dict(vocab=40, sharp=8.0), "narrow": dict(vocab=24, sharp=8.0)}.items():
+        save_tiny(root / name, seed=1, **how)
+        cfg = Config(task="toy", student=str(root / "student"), teacher=str(root / name), gpus=0, gpu_share=0.1,
+                     estimator="reverse_mc", mc_samples=N, top_k=K, max_prompt=8, max_response=T, micro_tokens=64)
+        made[name] = cfg, TEACHERS["vllm"](cfg, DEVICE, torch.float32)
+    return made
+
+
+def drawn(support: str) -> Slots:
+    """Segments of several lengths, one of them the rest of a cut response; columns as the student draws them."""
+    row = next(e for e in ESTIMATORS.values() if e.support == support)
+    slots, g = Slots(4, 8, T, row.columns(N, K)), torch.Generator().manual_seed(0)
+    for s, (prompt, before, n) in enumerate([(3, 0, T), (1, 0, 1), (8, 0, 5), (4, 6, 6)]):
+        slots.open(s, s, torch.randint(3, 17, (prompt + before,), generator=g), prompt, 0)
+        ids = torch.randint(0, 32, (n, row.drawn(N) + row.top(K)), generator=g)
+        ids[:, 0] %= 24                          # what is emitted becomes context: a word that every teacher has
+        slots.append(s, ids[:, 0], ids, torch.full(ids.shape, -1.0), 0)
+    return slots
+
+
+@pytest.mark.parametrize("support", ["sampled", "candidates", "student_topk", "teacher_topk"])
+@pytest.mark.parametrize("name", ["untied", "tied", "wide", "narrow"])
+def test_vllm_scores_as_transformers_does(teachers, name, support):
+    """To 1e-4, with as many, more and fewer rows in the teacher's head than in the student's."""
+    cfg, vllm = teachers[name]
+    cfg = dataclasses.replace(cfg, estimator=next(e for e, row in ESTIMATORS.items() if row.support == support))
+    vllm.support, hf = support, HFTeacher(cfg, DEVICE, torch.float32)
+    got, want = drawn(support), drawn(support)
+    for teacher, slots in ((vllm, got), (hf, want)):
+        teacher.score([slots.read(s) for s in range(4)], slots)
+    assert torch.equal(got.logq.isnan(), want.logq.isnan()) and want.logq[0].max() - want.logq[0].min() > 3
+    torch.testing.assert_close(got.logq, want.logq, rtol=0, atol=1e-4, equal_nan=True)
+    assert torch.equal(got.ids, want.ids) and got.ids.max() < 32
+
+
+def test_greedy_answers_are_the_same_and_end_where_they_are_told(teachers):
+    cfg, vllm = teachers["untied"]
+    prompts, hf = [[3 + i % 14, 3 + i // 14, 13] for i in range(60)], HFTeacher(cfg, DEVICE, torch.float32)
+    want = [a[:a.index(9) + 1] if 9 in a else a for a in hf.complete(prompts, T, [9])]
+    assert vllm.complete(prompts, T, [9]) == want
+    assert any(9 in a for a in want) and any(1 in a[:-1] for a in want), "the tokenizer's own end is none"
+
+
+def test_a_gpu_is_asked_for_a_row_per_new_token_and_for_no_word_beyond_its_head(teachers):
+    """Row i of `prompt_logprob_token_ids` scores the token after prompt_logprob_start + i: here token start + i."""
+    vllm = teachers["narrow"][1]
+    vllm.support, vllm.on_gpu, slots = "candidates", True, drawn("candidates")
+    try:
+        for s in (slots.read(s) for s in range(4)):
+            asked = vllm.question(s)
+            ids = torch.from_numpy(asked.prompt_logprob_token_ids)
+            assert len(ids) == len(s.tokens) - 1 - asked.prompt_logprob_start == len(s)
+            assert torch.equal(ids, torch.where(s.ids < 24, s.ids, -1)) and asked.prompt_logprob_start == s.start - 1
+    finally:
+        vllm.on_gpu = torch.cuda.is_available()
+
+
+# -- what vLLM is refused for ----------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ESTIMATORS)
+def test_what_vllm_cannot_score_is_refused_with_the_remedy(name):
+    args = ["--task=toy", "--gpus=0", f"--estimator={name}", "--teacher-engine=vllm"]
+    if ESTIMATORS[name].support in ("sampled", "candidates", "student_topk", "teacher_topk"):
+        assert Config.from_cli(args).teacher_engine == "vllm"
+    else:
+        with pytest.raises(ValueError, match=rf"--teacher-engine vllm: {name} needs .*--teacher-engine hf"):
+            Config.from_cli(args)
+
+
+@pytest.mark.parametrize("name, fine", [("reverse_mc", False), ("forward_topk", True)])
+def test_a_large_vocabulary_is_refused_where_a_cpu_would_move_all_of_it(name, fine, models, tmp_path):
+    large = save_tiny(tmp_path / "large", seed=0, vocab=10_001)
+    args = ["--task=toy", "--gpus=0", f"--estimator={name}", "--teacher-engine=vllm", f"--student={models['student']}",
+            f"--teacher={large}", "--max-prompt=8", "--max-response=8"]
+    if fine:
+        prepare(Config.from_cli(args))
+    else:
+        with pytest.raises(ValueError, match="all 10,001 words"):
+            prepare(Config.from_cli(args))
+
+
+# -- a teacher that knows nothing ------------------------------------------------------------------
+
+def scored(logits_mu: torch.Tensor, logits_q: torch.Tensor, n: int = 32) -> list:
+    """One segment whose T positions hold n draws from mu, scored by q; logits [T, V]."""
+    slots = Slots(1, 1, T, n)
+    ids, logmu = draw(logits_mu, torch.rand(T, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    slots.open(0, 0, [3], 1, 0)
+    slots.append(0, ids[:, 0], ids, logmu, 0)
+    slots.logq[0] = logits_q.log_softmax(-1).gather(-1, ids)
+    return [slots.read(0)]
+
+
+def test_the_entropy_is_exact_for_a_dead_teacher_and_close_for_a_live_one(config, models):
+    watch = Watch(config(batch=1, mc_samples=32))
+    mu = 4 * torch.randn(T, 32, generator=torch.Generator().manual_seed(0))
+    assert f"{math.log(32):.2f} nats" in watch.see(scored(mu, torch.zeros(T, 32)))
+    assert watch.see(scored(mu, torch.zeros(T, 32))) == "", "said once"
+    alive = Watch(config(batch=1000, mc_samples=512))
+    q = mu + torch.randn(T, 32, generator=torch.Generator().manual_seed(1))
+    assert alive.see(scored(mu, q, 512)) == ""
+    truth = torch.distributions.Categorical(logits=q).entropy().mean().item()
+    assert (alive.sums[0] / alive.sums[1]).item() == pytest.approx(truth, rel=0.1) and truth < 0.6 * math.log(32)
+
+
+def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
+    """It gives every word 1 / V, so that KL(p || q) is ln V - H(p): exact in a run without lag, scored by vLLM."""
+    engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
+    dead = save_tiny(tmp_path / "dead", seed=1, sharp=0.0)
+    done = subprocess.run([*command(flags | dict(steps=3, teacher=dead, teacher_engine=engine, schedule="sync")),
+                           "--eval-teacher"], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    for s in steps(flags):
+        assert s["kl"] == pytest.approx(math.log(32) - s["entropy"], abs=1e-4)
+    said = [e for e in lines(flags) if e.get("what") == "warning"]
+    assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["text"]
+    assert done.stderr.count("teacher0: the teacher's entropy is") == 1
+    assert [e["n"] for e in lines(flags) if e.get("who") == "teacher" and e["type"] == "eval"] == [8]
