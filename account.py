@@ -79,10 +79,10 @@ class Account:
         rows = getattr(self, which)
         return sum(row[column] for row in rows) / max(1, len(rows))
 
-    def gone(self, worker: str) -> None:
-        """A worker has died: what it had not handed over is lost, and drawn again by its successor."""
+    def gone(self, worker: str, taken_back: int) -> None:
+        """A worker has died: what it had not handed over, or is taken back, is lost: its successor draws it again."""
         drawn = self.drawn.pop(worker, 0)
-        self.earlier, self.lost = self.earlier + drawn, self.lost + drawn - self.handed.pop(worker, 0)
+        self.earlier, self.lost = self.earlier + drawn, self.lost + drawn - self.handed.pop(worker, 0) + taken_back
 
     def counters(self) -> dict:
         """What a checkpoint keeps and the log's lines do not say."""

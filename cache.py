@@ -161,12 +161,16 @@ class Ledger:
         return new
 
     def holder_died(self, name: str) -> list[Ticket]:
-        """What a worker held is to be handed out again, from where its ticket began."""
-        held = [t for t in self.tickets.values() if t.holder == name and t.stage in ("rollout", "teacher")]
+        """What a worker held is to be handed out again, from where its ticket began.
+
+        In sync what it has handed over goes with it, as the teacher has not seen it yet: an engine's rounding depends
+        on what runs side by side, and a batch that is drawn again as a whole is drawn again to the bit.
+        """
+        back = {"rollout", "teacher"} | ({"generated"} if self.lockstep and self.ahead == 0 else set())
+        held = [t for t in self.tickets.values() if t.holder == name and t.stage in back]
         for t in held:
+            self.move(t, "generated" if t.stage == "teacher" else "rollout")
             t.holder, t.asked = "", -1
-            if t.stage == "teacher":
-                self.move(t, "generated")
         return held
 
     def untrained(self) -> list[tuple[int, Tensor | None]]:

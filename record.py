@@ -34,7 +34,7 @@ class Log:
         self.file.write(json.dumps({"type": type, **record}) + "\n")
         self.file.flush()
 
-    def warn(self, text: str, **event) -> None:
+    def warn(self, text: str, /, **event) -> None:
         """An event that a person should see at once."""
         self.write("event", **event)
         self.bar.write(f"asyncopd: {text}", file=sys.stderr)

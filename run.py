@@ -75,10 +75,10 @@ class Run:
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
+        self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
+        self.trace = Trace(out / "trace.json", list(where))
         for name in where:
             self.hands.append(self.worker(name))
-        self.trace = Trace(out / "trace.json", list(where))
-        self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
         self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
         resume and self.log.write("event", what="resumed", step=self.ledger.version, checkpoint=str(resume))
         while not all(h.ready for h in self.hands):
@@ -214,8 +214,9 @@ class Run:
             raise RuntimeError(f"{hand.name} {why}, after {self.restarts} restarts (--max-restarts); its output: "
                                f"{self.cfg.out}/{hand.name}.log")
         self.restarts += 1
+        handed_over = set(self.ledger.at["generated"])
         held = self.ledger.holder_died(hand.name)
-        self.account.gone(hand.name)
+        self.account.gone(hand.name, sum(int(self.slots.length[t.slot]) for t in held if t.slot in handed_over))
         new = self.worker(hand.name)
         new.ready = True                                 # it was once: what it is sent waits in its pipe
         self.hands[self.hands.index(hand)] = new

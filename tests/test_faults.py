@@ -1,47 +1,30 @@
 """Workers and runs that die: who is restarted, what is resumed, and that no prompt is lost or trained twice."""
+import json
 import os
+import resource
 import signal
+import subprocess
+import sys
 import time
-from collections import defaultdict
+from pathlib import Path
 
 import pytest
 
-from tests.runs import alive, lines, shared_memory, start_and_wait_for, steps
+from tests.conftest import ROOT
+from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import kills  # noqa: E402
 
 HARD_S = 120            # no case may take longer, whatever it waits for
-
-
-def pids(flags) -> dict[str, int]:
-    """Worker -> process, of the last start, with those restarted since."""
-    now = {}
-    for line in lines(flags):
-        if line["type"] == "run":
-            now = dict(line["pids"])
-        if line.get("what") == "restarted":
-            now[line["worker"]] = line["pid"]
-    return now
 
 
 def events(flags, what: str) -> list[dict]:
     return [line for line in lines(flags) if line.get("what") == what]
 
 
-def check_every_prompt_once(flags) -> None:
-    """Over all starts: the pieces of every response follow each other, nothing trained twice, nothing left out."""
-    trained, batch, done = defaultdict(list), flags["batch"], steps(flags)
-    assert [s["step"] for s in done] == list(range(1, len(done) + 1))
-    for s in done:
-        for uid, start, length in s["trained"]:
-            trained[uid].append((start, length))
-    for uid, pieces in trained.items():
-        at = 0
-        for start, length in pieces:
-            assert start == at, f"prompt {uid}: tokens from {start} trained when {at} had been, {pieces}"
-            at += length
-    begun = max(trained) + 1
-    missing = set(range(begun)) - set(trained)
-    assert len(missing) <= batch * (flags.get("max_ahead", 4) + 1), f"lost: {sorted(missing)}"
-    assert len(missing) < begun, "something was trained"
+def started(flags) -> subprocess.Popen:
+    return subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
 def finished(process, flags, code=0) -> str:
@@ -50,26 +33,147 @@ def finished(process, flags, code=0) -> str:
     return err
 
 
-def wait_for_step(process, flags, step: int) -> None:
+def wait_for(process, happened, what: str) -> None:
     limit = time.monotonic() + HARD_S
     while time.monotonic() < limit and process.poll() is None:
-        if any(s["step"] >= step for s in steps(flags)):
+        if happened():
             return
         time.sleep(0.05)
-    raise AssertionError(f"step {step} did not come: {process.poll()}")
+    process.kill()
+    raise AssertionError(f"{what} did not come: {process.communicate()[1]}")
+
+
+def wait_for_step(process, flags, step: int) -> None:
+    wait_for(process, lambda: any(s["step"] >= step for s in kills.log(flags) if s["type"] == "step"), f"step {step}")
+
+
+def wait_for_event(process, flags, what: str) -> None:
+    wait_for(process, lambda: any(e.get("what") == what for e in kills.log(flags)), what)
 
 
 @pytest.mark.parametrize("victim", ["rollout0", "teacher0"])
 def test_a_killed_worker_is_restarted_and_nothing_is_lost(flags, victim):
     before = shared_memory()
-    flags |= dict(steps=150, rollouts=1, max_ahead=2, max_lag=2)
+    flags |= dict(steps=150, rollouts=1, max_ahead=2, max_lag=2, save_every=50)
     process, first = start_and_wait_for(flags, step=5)
     os.kill(first[victim], signal.SIGKILL)
     finished(process, flags)
     event, = events(flags, "restarted")
     assert event["worker"] == victim and "-9" in event["why"] and event["pid"] != first[victim]
-    check_every_prompt_once(flags)
+    assert kills.trained_once(flags)[1:] == (0, 0)
     last = lines(flags)[-1]
     assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
     assert max(s["lag_max"] for s in steps(flags)) <= 2
-    assert not alive(pids(flags).values()) and shared_memory() <= before
+    assert not alive(kills.processes(flags).values()) and shared_memory() <= before
+
+
+@pytest.mark.parametrize("how", [["--kills", "12"], ["--workers", "14"]])
+def test_killed_at_random_and_resumed(how, tmp_path):
+    """Synchronous: the weights are those of an undisturbed run, bit for bit; asynchronous: every prompt once."""
+    done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), *how, "--seed", "1",
+                           "--out", str(tmp_path / "rows.jsonl")], capture_output=True, text=True, timeout=5 * HARD_S)
+    assert done.returncode == 0, done.stderr[-3000:]
+    last = json.loads(done.stdout.splitlines()[-1])
+    assert last["kills"] >= 12 and last["resumed"] > 0 and last["restarted"] > 0
+    assert last.get("identical", last["runs"]) == last["runs"] and last.get("lost", 0) == last.get("twice", 0) == 0
+
+
+def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
+    before = shared_memory()
+    flags |= dict(steps=40, save_every=4)
+    process, first = start_and_wait_for(flags | dict(steps=100_000), step=6)
+    os.kill(first["learner"], signal.SIGKILL)
+    err = finished(process, flags, code=1)
+    assert "learner" in err and "-9" in err and not alive(first.values())
+    done = subprocess.run([*command(dict(out=flags["out"], steps=40)), "--resume"], capture_output=True, text=True,
+                          timeout=HARD_S)
+    assert done.returncode == 0, done.stderr
+    assert [s["step"] for s in steps(flags)] == list(range(1, 41)) and lines(flags)[-1]["type"] == "done"
+    assert kills.trained_once(flags)[1:] == (0, 0) and events(flags, "resumed")[0]["step"] % 4 == 0
+    assert sorted(p.name for p in (Path(flags["out"]) / "checkpoints").iterdir()) == ["step-36", "step-40"], "--keep 2"
+    assert shared_memory() <= before
+
+
+@pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
+def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
+    """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
+    flags |= dict(steps=60, stall_s=5)
+    process, first = start_and_wait_for(flags, step=3)
+    os.kill(first[victim], signal.SIGSTOP)
+    err = finished(process, flags, code)
+    assert f"{victim} has not moved for 5 s" in err and not alive(first.values())
+    assert [e["worker"] for e in events(flags, "restarted")] == ([victim] if code == 0 else [])
+
+
+def test_after_so_many_restarts_the_run_ends(flags):
+    process, first = start_and_wait_for(flags | dict(steps=100_000, max_restarts=0), step=3)
+    os.kill(first["rollout0"], signal.SIGKILL)
+    assert "rollout0 died with exit code -9, after 0 restarts (--max-restarts)" in finished(process, flags, code=1)
+
+
+def test_a_second_interrupt_ends_at_once(flags):
+    process, first = start_and_wait_for(flags | dict(steps=100_000, save_every=2), step=5)
+    os.kill(first["learner"], signal.SIGSTOP)                      # so that the first cannot end it
+    process.send_signal(signal.SIGINT)
+    time.sleep(1.0)
+    assert process.poll() is None
+    began = time.monotonic()
+    process.send_signal(signal.SIGINT)
+    err = finished(process, flags, code=130)
+    assert time.monotonic() - began < 3 and "step-" in err and not alive(first.values())
+
+
+def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, models, tmp_path):
+    """The teacher knows every word but one, which stands in one prompt of forty."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
+    teacher.base_model.embed_tokens.weight.data[2] = float("nan")         # <unk>
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
+    path = tmp_path / "prompts.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "1+?=" if i == 17 else f"{i}+1="}) for i in range(40)))
+    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=2)
+    err = finished(started(flags), flags)
+    skipped = events(flags, "skipped")
+    import tasks
+    assert skipped and "teacher" in skipped[0]["why"] and f"prompts {skipped[0]['uids']}" in err
+    assert {tasks.prompt_number(uid, 40, 0) for e in skipped for uid in e["uids"]} == {17}
+    assert [s["step"] for s in steps(flags) if s["skipped"]] == [e["step"] for e in skipped]
+    assert all(s["kl"] is None for s in steps(flags) if s["skipped"]), "null, which is JSON, and not NaN"
+
+
+def test_too_many_skips_end_the_run_with_the_last_good_checkpoint_named(flags, models, tmp_path):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
+    teacher.lm_head.weight.data[3] = float("nan")
+    teacher.save_pretrained(tmp_path / "teacher")
+    AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
+    flags |= dict(steps=20, teacher=str(tmp_path / "teacher"), save_every=2)
+    err = finished(started(flags), flags, code=1)
+    assert "3 updates in a row" in err and "step-2" in err.splitlines()[-1]
+
+
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(flags):
+    """The learner may no longer write a file of more than ten kilobytes; later it may again."""
+    flags |= dict(steps=100_000, save_every=5)
+    process, first = start_and_wait_for(flags, step=11)
+    resource.prlimit(first["learner"], resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    wait_for_event(process, flags, "unsaved")
+    good, faults = kills.checkpoint.newest(Path(flags["out"]) / "checkpoints")
+    assert good and not faults
+    resource.prlimit(first["learner"], resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    step = steps(flags)[-1]["step"]
+    wait_for_step(process, flags, step + 12)
+    assert int(kills.checkpoint.newest(Path(flags["out"]) / "checkpoints")[0].name[5:]) >= step
+    process.send_signal(signal.SIGTERM)
+    assert "no checkpoint at step" in finished(process, flags, code=130)
+
+
+def test_a_rollout_worker_with_vllm_is_restarted(flags):
+    pytest.importorskip("vllm")
+    flags |= dict(steps=60, engine="vllm", save_every=20)
+    process, first = start_and_wait_for(flags, step=5)
+    os.kill(first["rollout0"], signal.SIGKILL)
+    finished(process, flags)
+    assert [e["worker"] for e in events(flags, "restarted")] == ["rollout0"]
+    assert kills.trained_once(flags)[1:] == (0, 0) and not alive(kills.processes(flags).values())
