@@ -1,6 +1,7 @@
 """The real pipeline: spawned processes, shared memory, tiny random models. What the log must say, and what must be gone
 afterwards."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,3 +149,29 @@ def test_fifty_steps_with_vllm(flags):
     assert all(s["lag_min"] <= s["lag_mean"] <= s["lag_max"] for s in steps(flags))
     assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "after every push"
     assert not alive(lines(flags)[0]["pids"].values()) and shared_memory() <= before
+
+
+# -- several learners ------------------------------------------------------------------------------
+
+def test_two_learners_are_the_same_run_as_one(flags, tmp_path):
+    first, second = (flags | dict(steps=4, schedule="sync", learners=n, save_every=2, out=str(tmp_path / str(n)))
+                     for n in (1, 2))
+    for f in (first, second):
+        done = run(f)
+        assert done.returncode == 0, done.stderr
+    for key in ("loss", "kl", "grad_norm", "tokens", "w_p99"):
+        assert [s[key] for s in steps(second)] == pytest.approx([s[key] for s in steps(first)], rel=2e-3, abs=1e-5), key
+    assert all(s["push_bytes"] > 0 and s["engine_gap_max"] <= 1e-4 for s in steps(second))
+    assert "learner1" in lines(second)[0]["pids"] and not alive(lines(second)[0]["pids"].values())
+    out = tmp_path / "2"
+    assert not (out / ".learners").exists()
+    assert (out / "checkpoints" / "step-2" / "train.safetensors").stat().st_size == (
+        tmp_path / "1" / "checkpoints" / "step-2" / "train.safetensors").stat().st_size, "of the whole model"
+
+
+def test_a_killed_learner_of_two_ends_the_run_by_its_name(flags):
+    process, pids = start_and_wait_for(flags | dict(steps=100_000, learners=2), step=2)
+    os.kill(pids["learner1"], signal.SIGKILL)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1 and "learner1" in err and "-9" in err, err
+    assert not alive(pids.values())
