@@ -383,5 +383,6 @@ class Run:
             hand.process.kill()
         for hand in self.hands:
             hand.process.join()
+        (Path(self.cfg.out) / ".learners").unlink(missing_ok=True)
         for partial in self.saving:
             shutil.rmtree(partial, ignore_errors=True)
