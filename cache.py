@@ -13,6 +13,7 @@ the emitted token; the estimator's table entry says what the others are). Tests:
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -297,11 +298,13 @@ class Weights:
             at += shape.numel()
         return out
 
-    def publish(self, parameters: dict[str, Tensor], version: int, probe_logp: Tensor) -> None:
+    def publish(self, parameters: dict[str, Tensor], version: int, probe_logp: Tensor,
+                whole: Callable[[Tensor], Tensor] = lambda x: x) -> None:
+        """Write the half of `version`. `whole` gathers a parameter that is sharded, one at a time."""
         assert parameters.keys() == self.layout.keys(), parameters.keys() ^ self.layout.keys()
         self.clock[0] = version
         for name, view in self.views(version % 2).items():
-            view.copy_(parameters[name].detach())
+            view.copy_(whole(parameters[name].detach()))
         self.probe_logp[version % 2] = probe_logp
         self.clock[1] = version
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,24 +126,30 @@ def read(folder: Path) -> State:
 
 # -- the learner's part ----------------------------------------------------------------------------
 
-def write_training(folder: Path, model, optimizer, updates: int, masters: bool) -> None:
-    """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not."""
-    tensors = {"updates": torch.tensor(updates)}
-    for name, p in model.named_parameters():
-        tensors |= {f"{name}/{key}": x for key, x in optimizer.state[p].items()}
-        if masters:
-            tensors[f"{name}/master"] = p.detach()
-    save_file({name: x.cpu().contiguous() for name, x in tensors.items()}, folder / "train.safetensors")
+def write_training(folder: Path, model, optimizer, updates: int, masters: bool,
+                   collect: Callable[..., dict[str, Tensor]] = dict) -> None:
+    """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not.
+
+    `collect` gathers what is sharded over several learners, at the one that writes.
+    """
+    def tensors():
+        for name, p in model.named_parameters():
+            yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
+            if masters:
+                yield f"{name}/master", p.detach()
+    if kept := collect(tensors()):
+        kept["updates"] = torch.tensor(updates)
+        save_file({name: x.cpu().contiguous() for name, x in kept.items()}, folder / "train.safetensors")
 
 
-def read_training(folder: Path, model, optimizer) -> int:
-    """Put it back; the number of optimizer updates made."""
+def read_training(folder: Path, model, optimizer, part: Callable[[Tensor, Tensor], Tensor]) -> int:
+    """Put it back; the number of optimizer updates made. `part` makes a tensor lie as a parameter does."""
     kept: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "train.safetensors").items():
         name, _, what = key.rpartition("/")
         kept.setdefault(name, {})[what] = x
     for name, p in model.named_parameters():
         if (master := kept[name].pop("master", None)) is not None:
-            p.data.copy_(master)
-        optimizer.state[p] = {what: x.to(p.device) for what, x in kept[name].items()}
+            p.data.copy_(part(master, p))
+        optimizer.state[p] = {what: part(x, p) for what, x in kept[name].items()}
     return int(kept[""]["updates"])

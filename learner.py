@@ -8,7 +8,8 @@ the whole vocabulary, the slot holds the teacher's last hidden state and the tea
 
 Master weights, optimizer state, log-softmax and every log-prob are float32; on a GPU the matrix products run in
 bf16. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing.
-What is left out: several learners, sequence parallelism. Tests: tests/test_learner.py
+With several learners each works on its share of a batch and on its shards of the model (shards.py).
+What is left out: sequence parallelism. Tests: tests/test_learner.py
 """
 from __future__ import annotations
 
@@ -27,7 +28,8 @@ from checkpoint import UNWRITABLE, read_training, replace, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from plan import chunk_size, free_gb
-from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
+from shards import Ranks, concatenated, recompute
+from teacher import load_model, one_segment, pad, response_rows, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -55,6 +57,7 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "engine_gap_mean": "mean of the same",
     "push_s": "seconds of that push: copying, loading and the probe",
     "publish_s": "seconds the learner spent on publishing",
+    "push_bytes": "bytes that it wrote, and that every engine reads: the student in the dtype of compute",
     "grad_norm": "norm of the gradient before clipping, of the step's last optimizer update",
     "lr": "learning rate of the step's last optimizer update",
     "skipped": "optimizer updates not made because the loss or the gradient was not finite",
@@ -66,23 +69,27 @@ METRICS = {      # every key of a step line: formula or meaning, unit
 }
 
 
-def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resume: str, version: int, device: str,
-                   dtype: torch.dtype) -> None:
+def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resume: str, version: int, rank: int,
+                   device: str, dtype: torch.dtype) -> None:
     """`resume`: the checkpoint to go on from, of that version; "" begins with the student as it is, version 0."""
-    learner = Learner(cfg, device, dtype, resume)
+    ranks = Ranks(rank, cfg.learners, f"{cfg.out}/.learners")
+    learner = Learner(cfg, device, dtype, resume, ranks)
     learner.publish(weights, version)
     link.send("ready")
     idle_since = time.monotonic()
     while True:
         for order, body in link.orders(wait=True):
             if order == "stop":
+                ranks.leave()
                 return link.send("stopped")
             if order in ("checkpoint", "export"):
                 try:
                     learner.checkpoint(Path(body)) if order == "checkpoint" else learner.save(Path(body))
-                    link.send("saved", folder=body, version=version, why="")
+                    why = ""
                 except UNWRITABLE as e:
-                    link.send("saved", folder=body, version=version, why=str(e))
+                    why = str(e)
+                if rank == 0:
+                    link.send("saved", folder=body, version=version, why=why)
                 idle_since = time.monotonic()
             if order == "train":
                 start = time.monotonic()
@@ -94,32 +101,33 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
                 with link.span("publish"):
                     publish_s = learner.publish(weights, version)
                 seconds = time.monotonic() - start
-                link.send("trained", metrics=metrics | {
-                    "step": version, "version": version, "publish_s": publish_s, "wait_s": start - idle_since,
-                    "train_tok_s": metrics["tokens"] / seconds})
+                link.send("trained" if rank == 0 else "trained along", metrics=metrics | {
+                    "step": version, "version": version, "publish_s": publish_s, "push_bytes": weights.flat[0].nbytes,
+                    "wait_s": start - idle_since, "train_tok_s": metrics["tokens"] / seconds})
                 idle_since = time.monotonic()
 
 
 # -- one step --------------------------------------------------------------------------------------
 
 class Learner:
-    def __init__(self, cfg: Config, device: str, dtype: torch.dtype, resume: str = ""):
-        self.cfg, self.device, self.dtype = cfg, torch.device(device), dtype
+    def __init__(self, cfg: Config, device: str, dtype: torch.dtype, resume: str = "", ranks: Ranks | None = None):
+        self.cfg, self.device, self.dtype, self.ranks = cfg, torch.device(device), dtype, ranks or Ranks()
         self.estimator = ESTIMATORS[cfg.estimator]
         self.loss = self.estimator.bind(cfg)
         self.known: dict[int, dict[str, Tensor]] = {}        # slot -> what `prepass` found for its tokens
         self.teacher_head = None
         if self.estimator.support == "full":                 # the rest of the teacher is let go
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
-        self.model = load_model(resume or cfg.student, device, torch.float32)      # in eval mode: dropout would part
+        self.model = load_model(resume or cfg.student, "cpu", torch.float32)       # in eval mode: dropout would part
         self.head = self.model.get_output_embeddings()                             # it from mu
         self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else
                                 torch.cuda.mem_get_info(device)[0] / 1e9)
         if cfg.gradient_checkpointing:
             recompute(self.model)
+        self.ranks.shard(self.model, self.device, dtype)
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
                                            fused=self.device.type == "cuda" or None)
-        self.updates = read_training(Path(resume), self.model, self.optimizer) if resume else 0
+        self.updates = read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else 0
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed.
@@ -135,16 +143,17 @@ class Learner:
             count = max(1, sum(map(len, minibatch)))
             if fault := unusable(minibatch):
                 skipped.append(fault)
-                measured.append({name: torch.full((count,), torch.nan) for name in MEASURED})
+                of_all = count if self.ranks.rank == 0 else 0
+                measured.append({name: torch.full((of_all,), torch.nan) for name in MEASURED})
                 continue
-            for group in by_length(minibatch, self.cfg.micro_tokens):
-                if link and link.hurried and i == 0:
+            for group in self.ranks.groups(minibatch, self.cfg.micro_tokens):
+                if link and i == 0 and self.ranks.any(link.hurried):
                     self.optimizer.zero_grad()
                     return None
                 measured.append(self.backward(group, count))
                 if link:
                     link.beat()
-            norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip)
+            norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip))
             lr = self.cfg.lr * rate(self.updates, self.cfg)
             for group in self.optimizer.param_groups:
                 group["lr"] = lr
@@ -157,7 +166,7 @@ class Learner:
         lags = torch.cat([version - s.version for s in segments]).float()
         if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
             raise RuntimeError(f"a token of lag {int(lags.max())} was trained, --max-lag {self.cfg.max_lag} broken")
-        return summarize(measured) | {
+        return summarize(self.ranks.all(concatenated(measured))) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
             "grad_norm": norm.item(), "lr": lr, "skipped": skipped}
@@ -167,12 +176,14 @@ class Learner:
         """By slot, per token: what the estimator wants to know about the whole train batch before its first update."""
         if self.estimator.batch is None:
             return {}
-        segments = [s for group in by_length(segments, self.cfg.micro_tokens) for s in group]
-        logp = []
-        for group in by_length(segments, self.cfg.micro_tokens):
-            logp.append(head_logp(self.head, self.rows(group), self.cached(group, "ids").long(), chunk=self.chunk,
-                                  dtype=self.dtype))
-        columns = [self.estimator.scored(x) for x in
+        mine = self.ranks.groups(segments, self.cfg.micro_tokens)
+        logp = [head_logp(self.head, self.rows(group), self.cached(group, "ids").long(), chunk=self.chunk,
+                          dtype=self.dtype).cpu() for group in mine]
+        self.ranks.settle(self.model)
+        by_slot = {s.slot: s for s in segments}
+        order, logp = zip(*self.ranks.all(([s.slot for group in mine for s in group if len(s)], torch.cat(logp))))
+        segments = [by_slot[slot] for part in order for slot in part]
+        columns = [self.estimator.scored(x.to(self.device)) for x in
                    (torch.cat(logp), self.cached(segments, "logq"), self.cached(segments, "logmu"))]
         found = {name: x.expand(len(columns[0]), -1).split([len(s) for s in segments])
                  for name, x in self.estimator.batch(*columns).items()}
@@ -182,14 +193,15 @@ class Learner:
         """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
         rows = self.rows(group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
-        known = {name: torch.cat([self.known[s.slot][name] for s in group])
+        known = {name: torch.cat([self.known[s.slot][name][:len(s)] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
 
         def loss(at: slice, logp: Tensor, every: Tensor | None) -> dict[str, Tensor]:
             return self.measure(logp, every, {name: x[at] for name, x in slot.items()},
                                 {name: x[at] for name, x in known.items()})
-        gradient, measured = head_backward(self.head, rows.detach(), slot["ids"].long(), loss, count=count,
-                                           whole=self.teacher_head is not None, chunk=self.chunk, dtype=self.dtype)
+        gradient, measured = head_backward(                   # FSDP averages over the learners: count is its part
+            self.head, rows.detach(), slot["ids"].long(), loss, count=count / self.ranks.size,
+            whole=self.teacher_head is not None, chunk=self.chunk, dtype=self.dtype)
         rows.backward(gradient)
         return measured
 
@@ -214,9 +226,8 @@ class Learner:
 
     def rows(self, group: list[Segment]) -> Tensor:
         """The student's hidden states [M, H] that predict the new tokens."""
-        tokens, _ = pad(group, self.device)         # on the right: causal attention never looks there, and without a
-        with self.compute():                        # mask it may take its fastest kernel
-            return response_rows(self.model.base_model(input_ids=tokens, use_cache=False).last_hidden_state, group)
+        with self.compute():
+            return response_rows(self.model.last_hidden(pad(group, self.device)[0]), group)
 
     def cached(self, group: list[Segment], name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in group]).to(self.device)
@@ -229,9 +240,14 @@ class Learner:
     @torch.no_grad()
     def publish(self, weights: Weights, version: int) -> float:
         start = time.monotonic()
-        with self.compute():
-            probe_logp = sequence_logp(self.model, weights.probe)
-        weights.publish(dict(self.model.named_parameters()), version, probe_logp.cpu())
+        probe, parameters = one_segment(weights.probe), dict(self.model.named_parameters())
+        logp = head_logp(self.head, self.rows([probe]), probe.tokens[1:, None].to(self.device), chunk=self.chunk,
+                         dtype=self.dtype)
+        self.ranks.settle(self.model)
+        if self.ranks.rank == 0:
+            weights.publish(parameters, version, logp.squeeze(-1).cpu(), self.ranks.whole)
+        else:
+            self.ranks.collect(parameters.items())
         return time.monotonic() - start
 
     def save(self, folder: Path) -> None:
@@ -239,28 +255,21 @@ class Learner:
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         self.write(partial)
-        replace(partial, folder)
+        if self.ranks.rank == 0:
+            replace(partial, folder)
 
     def checkpoint(self, folder: Path) -> None:
         """The learner's part of a checkpoint."""
         self.write(folder)
-        write_training(folder, self.model, self.optimizer, self.updates, masters=self.dtype != torch.float32)
+        write_training(folder, self.model, self.optimizer, self.updates, masters=self.dtype != torch.float32,
+                       collect=self.ranks.collect)
 
     def write(self, folder: Path) -> None:
         from transformers import AutoTokenizer
-        self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype)
-                                                       for name, x in self.model.state_dict().items()})
-        AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
-
-
-def recompute(model) -> None:
-    """Keep only the input of each layer for the backward pass. The layers alone are told that they train: dropout,
-    which asks the modules inside of them, stays off."""
-    from transformers.modeling_layers import GradientCheckpointingLayer
-    model.gradient_checkpointing_enable({"use_reentrant": False})
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):
-            module.training = True
+        state = self.ranks.collect((name, x) for name, x in self.model.state_dict().items())
+        if self.ranks.rank == 0:
+            self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype) for name, x in state.items()})
+            AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
 
 
 def rate(update: int, cfg: Config) -> float:

@@ -70,6 +70,7 @@ class Run:
         self.shared = {"rollout": (self.slots, self.weights, self.job.eval_prompts),
                        "teacher": (self.slots, self.job.eval_prompts),
                        "learner": (self.slots, self.weights, str(resume or ""), self.ledger.version)}
+        (out / ".learners").unlink(missing_ok=True)      # by this file several learners find each other
         self.quiet or record.show_start(plan.why(cfg), plan.rows(*self.job.memory), [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
@@ -90,10 +91,16 @@ class Run:
         self.account.start()
 
     def worker(self, name: str) -> Hand:
-        return Hand(name, self.where[name], self.cfg, self.shared[name.rstrip("0123456789")])
+        role = name.rstrip("0123456789")
+        rank = [int(name[7:] or 0)] if role == "learner" else []
+        return Hand(name, self.where[name], self.cfg, (*self.shared[role], *rank))
 
     def role(self, role: str) -> list[Hand]:
         return [h for h in self.hands if h.role == role]
+
+    def tell(self, role: str, order: str, body) -> None:
+        for hand in self.role(role):
+            hand.send(order, body)
 
     def loop(self) -> None:
         """Give work, hear reports, until the last batch is trained."""
@@ -129,7 +136,7 @@ class Run:
         for name, slots in late.items():
             hands[name].send(self.ledger.rule, (self.ledger.floor, slots))
         if batch := self.ledger.next_batch():
-            orders["learner", "train"] = [t.slot for t in batch]
+            orders |= {(h.name, "train"): [t.slot for t in batch] for h in self.role("learner")}
         for (name, order), body in orders.items():
             hands[name].send(order, body)
 
@@ -166,6 +173,9 @@ class Run:
             hand.stopped = True
         elif kind == "crash":
             hand.why = body["traceback"]
+            for other in set(self.role("learner")) - {hand} if hand.role == "learner" else ():
+                other.process.join(0.3)                  # of several learners, one may only have lost the other
+                other.process.exitcode and self.died(other)
             if body["incurable"] or hand.role == "learner":
                 raise RuntimeError(f"{hand.name} crashed\n{hand.why}")
         hand.load -= len(slots)
@@ -297,7 +307,7 @@ class Run:
         except OSError as e:
             return self.unsaved(str(e))
         self.saving[str(partial)] = state
-        self.role("learner")[0].send("checkpoint", str(partial))
+        self.tell("learner", "checkpoint", str(partial))
 
     def checkpoint_written(self, body: dict) -> None:
         """The learner has written what it was asked to; whatever went wrong, the last checkpoint is still there."""
@@ -345,7 +355,7 @@ class Run:
 
     def finish(self) -> None:
         """The last evaluation, the student's folder, the totals."""
-        self.role("learner")[0].send("export", f"{self.cfg.out}/student")
+        self.tell("learner", "export", f"{self.cfg.out}/student")
         self.hear_evaluations()
         self.evaluate(self.role("rollout")[0])
         self.stop()
@@ -374,5 +384,6 @@ class Run:
             hand.process.kill()
         for hand in self.hands:
             hand.process.join()
+        (Path(self.cfg.out) / ".learners").unlink(missing_ok=True)
         for partial in self.saving:
             shutil.rmtree(partial, ignore_errors=True)

@@ -74,12 +74,16 @@ def stop_ids(folder: str) -> list[int]:
 
 def sequence_logp(model, tokens: list[int]) -> Tensor:
     """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
-    x = torch.tensor(tokens)
-    blank = torch.empty(len(tokens) - 1, 0)
-    segment = Segment(-1, x, 1, 1, blank, blank, blank, blank, blank)
-    rows = response_rows(model.base_model(input_ids=x[None].to(model.device)).last_hidden_state, [segment])
+    segment = one_segment(tokens)
+    rows = response_rows(model.base_model(input_ids=segment.tokens[None].to(model.device)).last_hidden_state, [segment])
     logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
-    return logp.gather(-1, x[segment.start:, None].to(logp.device)).squeeze(-1)
+    return logp.gather(-1, segment.tokens[segment.start:, None].to(logp.device)).squeeze(-1)
+
+
+def one_segment(tokens: list[int]) -> Segment:
+    """A sequence as if all of it but the first token were a response."""
+    blank = torch.empty(len(tokens) - 1, 0)
+    return Segment(-1, torch.tensor(tokens), 1, 1, blank, blank, blank, blank, blank)
 
 
 def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:

@@ -1,6 +1,7 @@
 """The real pipeline: spawned processes, shared memory, tiny random models. What the log must say, and what must be gone
 afterwards."""
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -148,3 +149,26 @@ def test_fifty_steps_with_vllm(flags):
     assert all(s["lag_min"] <= s["lag_mean"] <= s["lag_max"] for s in steps(flags))
     assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "after every push"
     assert not alive(lines(flags)[0]["pids"].values()) and shared_memory() <= before
+
+
+# -- several learners ------------------------------------------------------------------------------
+
+def test_two_learners_run_to_the_end_and_save_the_whole_student(flags, models):
+    from transformers import AutoModelForCausalLM
+    done = run(flags | dict(steps=3, schedule="sync", learners=2, save_every=2, eval_n=0))
+    assert done.returncode == 0, done.stderr
+    assert all(s["push_bytes"] > 0 and s["engine_gap_max"] <= 1e-4 and s["lag_max"] == 0 for s in steps(flags))
+    assert "learner1" in lines(flags)[0]["pids"] and not alive(lines(flags)[0]["pids"].values())
+    out = Path(flags["out"])
+    assert not (out / ".learners").exists() and (out / "checkpoints" / "step-2" / "state.json").exists()
+    sizes = [sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(folder).parameters())
+             for folder in (models["student"], out / "student", out / "checkpoints" / "step-2")]
+    assert len(set(sizes)) == 1
+
+
+def test_a_killed_learner_of_two_ends_the_run_by_its_name(flags):
+    process, pids = start_and_wait_for(flags | dict(steps=100_000, learners=2), step=2)
+    os.kill(pids["learner1"], signal.SIGKILL)
+    _, err = process.communicate(timeout=15)
+    assert process.returncode == 1 and "learner1" in err and "-9" in err, err
+    assert not alive(pids.values())
