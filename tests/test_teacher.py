@@ -142,6 +142,6 @@ def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
     for s in steps(flags):
         assert s["kl"] == pytest.approx(math.log(32) - s["entropy"], abs=1e-4)
     said = [e for e in lines(flags) if e.get("what") == "warning"]
-    assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["text"]
+    assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["why"]
     assert done.stderr.count("teacher0: the teacher's entropy is") == 1
     assert [e["n"] for e in lines(flags) if e.get("who") == "teacher" and e["type"] == "eval"] == [8]
