@@ -87,6 +87,7 @@ class Config:
     gpus: int          = knob(-1, "GPUs to use (0: everything on the CPU, -1: all there are)")
     rollouts: int      = knob(0, "rollout workers (0: by the number of GPUs)")
     teachers: int      = knob(0, "teacher workers (0: by the number of GPUs)")
+    teacher_gpus: int  = knob(1, "GPUs that each teacher is spread over, layer by layer: for one larger than a GPU")
     learners: int      = knob(0, "learner workers, one model sharded over them (0: by the number of GPUs)")
     engine: str        = knob("", "of the rollouts (default: vllm where it is installed)", choices=("", "vllm", "hf"))
     teacher_engine: str = knob("hf", "of the teacher; vllm serves the estimators that need only its scores or its best "
@@ -171,7 +172,7 @@ def recorded(out: str) -> dict:
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "max_running", "lr", "clip", "temperature", "stall_s", "max_skips"):
+                 "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
                  "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
@@ -185,9 +186,17 @@ def settle(cfg: Config) -> Config:
     there = torch.cuda.device_count()
     cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
-    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners)
-    if (gpus > 2 or gpus and learners > 1) and rollouts + teachers + learners > gpus:
-        refuse(f"--rollouts {rollouts}, --teachers {teachers} and --learners {learners}: more than --gpus {gpus}")
+    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners, cfg.teacher_gpus)
+    shared = gpus <= 2 and learners == cfg.teacher_gpus == 1
+    if gpus and not shared and rollouts + teachers * cfg.teacher_gpus + learners > gpus:
+        over = f" on {cfg.teacher_gpus} GPUs each (--teacher-gpus)" if cfg.teacher_gpus > 1 else ""
+        refuse(f"--rollouts {rollouts}, --teachers {teachers}{over} and --learners {learners}: more than --gpus {gpus}")
+    if cfg.teacher_gpus > 1:
+        gpus or refuse(f"--teacher-gpus {cfg.teacher_gpus}: with --gpus 0 there are none")
+        cfg.teacher_engine == "hf" or refuse(f"--teacher-gpus {cfg.teacher_gpus}: vLLM scores on one GPU here "
+                                             f"(--teacher-engine hf, or more --teachers)")
+        importlib.util.find_spec("accelerate") or refuse(f"--teacher-gpus {cfg.teacher_gpus}: needs accelerate "
+                                                         f"(pip install accelerate)")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
     vllm = importlib.util.find_spec("vllm") is not None
     for flag in ("engine", "teacher_engine"):

@@ -30,21 +30,35 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", 
 
 # -- who runs where --------------------------------------------------------------------------------
 
-def split(gpus: int, rollouts: int, teachers: int, learners: int) -> tuple[int, int, int]:
+def split(gpus: int, rollouts: int, teachers: int, learners: int, teacher_gpus: int = 1) -> tuple[int, int, int]:
     """Workers per role; what is not 0 stays. Eight GPUs: 4 generate, 1 scores, 3 learn; others in that proportion."""
     teachers = teachers or max(1, gpus // 8)
-    rest = max(1, gpus - teachers)
+    rest = max(1, gpus - teachers * teacher_gpus)
     learners = learners or max(1, rest - rollouts if rollouts and gpus > 2 else 3 * rest // 7)
     return rollouts or max(1, rest - learners), teachers, learners
 
 
 def plan(cfg: Config) -> dict[str, str]:
-    """worker -> device. GPU 0.. generate, then the teachers, the last ones learn; a single GPU is shared by all."""
+    """worker -> device. GPU 0.. generate, then the teachers, the last ones learn; a single GPU is shared by all.
+
+    A teacher over several GPUs has them all in its device's name: cuda:4,5.
+    """
     roles = [f"rollout{i}" for i in range(cfg.rollouts)] + [f"teacher{i}" for i in range(cfg.teachers)]
     roles += [f"learner{i or ''}" for i in range(cfg.learners)]
     if cfg.gpus == 0:
         return {role: "cpu" for role in roles}
-    return {role: f"cuda:{min(i, cfg.gpus - 1)}" for i, role in enumerate(roles)}
+    where, at = {}, 0
+    for role in roles:
+        n = cfg.teacher_gpus if role.startswith("teacher") else 1
+        where[role] = "cuda:" + ",".join(str(min(i, cfg.gpus - 1)) for i in range(at, at + n))
+        at += n
+    return where
+
+
+def each(device: str) -> list[str]:
+    """cuda:4,5 -> cuda:4 and cuda:5."""
+    kind, _, numbers = device.partition(":")
+    return [f"{kind}:{n}" for n in numbers.split(",")] if numbers else [device]
 
 
 def why(cfg: Config) -> str:
@@ -54,7 +68,7 @@ def why(cfg: Config) -> str:
         return f"no GPU: {said}, all on the same cores"
     if cfg.gpus <= 2:
         return f"{cfg.gpus} GPU{'s, one for generation' if cfg.gpus == 2 else ', shared by all'}: {said}"
-    ours = split(cfg.gpus, 0, 0, 0) == (cfg.rollouts, cfg.teachers, cfg.learners)
+    ours = split(cfg.gpus, 0, 0, 0, cfg.teacher_gpus) == (cfg.rollouts, cfg.teachers, cfg.learners)
     source = ("the paper's split of eight, or its proportion: a response is scored once, read and differentiated once, "
               "and written token by token" if ours else "as --rollouts, --teachers and --learners say")
     return f"{cfg.gpus} GPUs: {said} ({source}); `busy` in the last line of the log says who waits"
@@ -156,14 +170,15 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
                          activations=tokens * student.activations(half, cfg.gradient_checkpointing),
                          logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half))
         elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
-            parts = dict(weights=itemsize * teacher.P,
+            parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
                          activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I),
                          logits=1024 * teacher.V * (8 + 2 * half))
         else:
             parts = dict(weights=itemsize * student.P, cache=cache_bytes(cfg, student, itemsize, gpu_gb))
             if not half:
                 parts["weights"] *= 2                      # and the copy that it reads of a push
-        needs.append(Need(worker, device, {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}))
+        parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
+        needs += [Need(worker, d, parts) for d in each(device)]
     slots = (cfg.max_ahead + 1) * cfg.batch * (
         cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest)
     return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]

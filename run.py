@@ -166,7 +166,7 @@ class Run:
         elif kind == "evaluated":
             self.graded(hand, body)
         elif kind == "warning":
-            self.log.warn(f"{hand.name}: {body['text']}", what="warning", worker=hand.name, text=body["text"])
+            self.log.warn(f"{hand.name}: {body['text']}", what="warning", worker=hand.name, why=body["text"])
         elif kind == "ready":
             hand.ready = True
         elif kind == "stopped":

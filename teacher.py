@@ -58,6 +58,8 @@ def load_model(folder: str, device: str, dtype: torch.dtype):
     """A transformers causal LM and its tokenizer's folder, ready to be called; no remote code."""
     import transformers
     transformers.logging.disable_progress_bar()
+    if "," in device:                                    # several GPUs: accelerate deals its layers out to them
+        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
@@ -100,8 +102,9 @@ def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
 def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *, seed: int = 0,
           chunk: int = 1024) -> None:
     """Write the teacher's log-probs, float32, into logq, and what else `support` asks of the teacher."""
-    tokens, mask = pad(segments, model.device)
+    (tokens, mask), head = pad(segments, model.device), model.get_output_embeddings()
     rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
+    rows = rows.to(head.weight.device)                   # of several
     ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
     if support == "teacher_mc":      # numbers of its own for every token: another stream than that of the rollout
         u = torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1]).random(
@@ -109,7 +112,7 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
         part = slice(i, i + chunk)
-        every = teacher_logq(model.get_output_embeddings(), rows[part], vocab)
+        every = teacher_logq(head, rows[part], vocab)
         if support == "teacher_topk":
             ids[part, 1:] = every.topk(ids.shape[1] - 1).indices
         if support == "teacher_mc":

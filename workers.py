@@ -101,8 +101,7 @@ def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, d
             core = cores[int(name[7:]) % max(1, len(cores) - 1)]
             os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
     else:
-        i, seen = int(device.split(":")[1]), os.environ.get("CUDA_VISIBLE_DEVICES")
-        os.environ["CUDA_VISIBLE_DEVICES"], device = seen.split(",")[i] if seen else str(i), "cuda:0"
+        os.environ["CUDA_VISIBLE_DEVICES"], device = visible(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
     link = Link(pipe, pulse)
     try:
         dtype = torch.float32 if device == "cpu" else torch.bfloat16
@@ -112,6 +111,14 @@ def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, d
     except BaseException as e:
         link.send("crash", traceback=traceback.format_exc(), incurable=isinstance(e, Incurable))
         raise
+
+
+def visible(device: str, seen: str | None) -> tuple[str, str]:
+    """What a worker is to see of the GPUs that its parent sees, and what its own are called then: cuda:4,5 -> cuda:0,1.
+    """
+    wanted = device.removeprefix("cuda:").split(",")
+    return (",".join(seen.split(",")[int(i)] if seen else i for i in wanted),
+            "cuda:" + ",".join(map(str, range(len(wanted)))))
 
 
 class Hand:

@@ -7,13 +7,15 @@ import subprocess
 import pytest
 import torch
 
+import plan
 from asyncopd import Config
 from cache import Slots
 from estimators import ESTIMATORS, draw
 from job import prepare
-from teacher import TEACHERS, HFTeacher, Watch
+from teacher import TEACHERS, HFTeacher, Watch, load_model, score
 from tests.conftest import save_tiny
 from tests.runs import command, lines, steps
+from workers import visible
 
 T, N, K = 12, 4, 5
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"      # in vLLM two ways to the same numbers
@@ -142,6 +144,62 @@ def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
     for s in steps(flags):
         assert s["kl"] == pytest.approx(math.log(32) - s["entropy"], abs=1e-4)
     said = [e for e in lines(flags) if e.get("what") == "warning"]
-    assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["text"]
+    assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["why"]
     assert done.stderr.count("teacher0: the teacher's entropy is") == 1
     assert [e["n"] for e in lines(flags) if e.get("who") == "teacher" and e["type"] == "eval"] == [8]
+
+
+# -- a teacher over several GPUs -------------------------------------------------------------------
+
+def test_a_teacher_takes_as_many_gpus_as_it_is_told_and_the_others_move_up():
+    cfg = Config(gpus=8, rollouts=3, teachers=2, teacher_gpus=2, learners=1)
+    assert plan.plan(cfg) == {"rollout0": "cuda:0", "rollout1": "cuda:1", "rollout2": "cuda:2",
+                              "teacher0": "cuda:3,4", "teacher1": "cuda:5,6", "learner": "cuda:7"}
+    assert plan.split(8, 0, 0, 0, teacher_gpus=3) == (3, 1, 2)
+    shape = plan.Shape(P=10 ** 9, V=1000, L=2, H=8, I=8, A=8, K=8)
+    cfg = dataclasses.replace(cfg, estimator="reverse_mc", engine="hf")
+    parts = {n.device: n.parts["weights"] for n in plan.memory(cfg, shape, shape) if n.worker == "teacher0"}
+    assert parts == {"cuda:3": pytest.approx(1.0), "cuda:4": pytest.approx(1.0)}        # 2 GB in bf16
+
+
+def test_a_worker_sees_its_own_gpus_only_counted_from_zero():
+    assert visible("cuda:4,5", None) == ("4,5", "cuda:0,1")
+    assert visible("cuda:1", "7,3,5") == ("3", "cuda:0")
+    assert visible("cuda:0,2", "7,3,5") == ("7,5", "cuda:0,1")
+
+
+@pytest.mark.parametrize("flags, named", [
+    (["--teacher-gpus=2", "--gpus=0"], "--teacher-gpus 2: with --gpus 0"), (["--teacher-gpus=0"], "--teacher-gpus 0")])
+def test_gpus_that_are_not_there_are_refused(flags, named):
+    with pytest.raises(ValueError, match=named):
+        Config.from_cli(["--task=toy", "--gpus=0", *flags])
+
+
+@pytest.mark.parametrize("support", ["candidates", "full"])
+def test_a_model_that_accelerate_has_dealt_out_scores_as_a_whole_one_does(models, tmp_path, support):
+    """Without several GPUs: one layer comes from a file whenever it is its turn."""
+    accelerate = pytest.importorskip("accelerate")
+    whole = load_model(models["teacher"], "cpu", torch.float32)
+    where = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk",
+             "model.norm": "cpu", "lm_head": "cpu"}
+    dealt = accelerate.dispatch_model(load_model(models["teacher"], "cpu", torch.float32), where, main_device="cpu",
+                                      offload_dir=str(tmp_path), force_hooks=True)
+    assert dealt.model.layers[1].mlp.up_proj.weight.device.type == "meta"
+    compare(whole, dealt, support)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_a_teacher_over_two_gpus_scores_as_on_one(models):
+    compare(*(load_model(models["teacher"], device, torch.float32) for device in ("cuda:0", "cuda:0,1")), "full")
+
+
+def compare(one, other, support: str) -> None:
+    results = []
+    for model in (one, other):
+        slots = drawn(support)
+        slots.hidden = torch.zeros(4, T, 64)
+        score(model, [slots.read(s) for s in range(4)], slots, support, 32)
+        results.append((slots.logq, slots.hidden))
+    for a, b in zip(*results):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-4, equal_nan=True)
