@@ -50,11 +50,14 @@ class Config:
     # models and prompts
     student: str       = knob("", "folder or hub name of the model to train")
     teacher: str       = knob("", "folder or hub name of the model to learn from")
-    task: str          = knob("", "toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG]")
-    prompt_key: str    = knob("prompt", "key of the prompt in a row of the task")
+    task: str          = knob("", "toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG][:SPLIT]")
+    prompt_key: str    = knob("prompt", "key of the prompt in a row of the task: a.b goes into a record, a,b is a or b")
     answer_key: str    = knob("answer", "key of the answer; rows without one are trained on, not graded")
+    filter: str        = knob("", "rows to train on: KEY OP VALUE [and ..], as in difficulty>=6")
+    prompt_template: str = knob("{prompt}", "text with a place for the prompt")
     prompt_suffix: str = knob("", "text put after every prompt")
-    eval_task: str     = knob("", "file to evaluate on (default: held out from --task)")
+    thinking: bool     = knob(False, "enable_thinking of the student's chat template")
+    eval_task: str     = knob("", "rows to evaluate on, named like --task (default: held out from it)")
     # staleness
     schedule: str      = knob("async", "sync: lag 0, no overlap; step-off: batch j wholly drawn under version "
                               "j - max_ahead", choices=("async", "sync", "step-off"))
@@ -97,9 +100,12 @@ class Config:
     # record
     out: str           = knob("", "run folder (default: runs/<task>-<time>)")
     overwrite: bool    = knob(False, "empty the run folder if it is in use")
+    log: str           = knob("", "besides log.jsonl", choices=("", "wandb", "tensorboard", "trackio"))
     eval_every: int    = knob(0, "steps between evaluations (0: only at the start and the end)")
     eval_n: int        = knob(200, "rows to evaluate on")
-    eval_teacher: bool = knob(False, "evaluate the teacher too")
+    eval_k: int        = knob(1, "answers to each of them: avg@k and pass@k")
+    eval_temperature: float = knob(0.0, "of these answers (0: greedy)")
+    eval_teacher: bool = knob(False, "evaluate the teacher too: one greedy answer each")
     # survival
     save_every: int    = knob(0, "steps between checkpoints (0: only on an interrupt, and the student at the end)")
     keep: int          = knob(2, "checkpoints to keep, the newest (0: all)")
@@ -154,8 +160,8 @@ def as_flags(written: dict, path: str) -> list[str]:
 
 
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
-FIXED = ("student", "task", "prompt_key", "prompt_suffix", "eval_task", "eval_n", "max_prompt", "long_prompts", "seed",
-         "batch", "minibatches", "schedule", "estimator")
+FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
+         "eval_n", "max_prompt", "long_prompts", "seed", "batch", "minibatches", "schedule", "estimator")
 
 
 def recorded(out: str) -> dict:
@@ -171,14 +177,18 @@ def recorded(out: str) -> dict:
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "max_running", "lr", "clip", "temperature", "stall_s", "max_skips"):
+                 "max_running", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
-                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
+                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts",
+                 "eval_temperature"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
     0 < cfg.top_p <= 1 or refuse(f"--top-p {cfg.top_p}: must be above 0 and at most 1")
+    "{prompt}" in cfg.prompt_template or refuse(f"--prompt-template {cfg.prompt_template!r}: without a {{prompt}}")
+    cfg.eval_k == 1 or cfg.eval_temperature or refuse(f"--eval-k {cfg.eval_k}: greedy answers are all the same "
+                                                      "(--eval-temperature 1 draws them)")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
@@ -198,6 +208,7 @@ def settle(cfg: Config) -> Config:
     if cfg.teacher_engine == "vllm" and support in VLLM_LACKS:
         refuse(f"--teacher-engine vllm: {estimator} needs {VLLM_LACKS[support]}, which vLLM does not give "
                f"(--teacher-engine hf does)")
+    cfg.log == "" or importlib.util.find_spec(cfg.log) or refuse(f"--log {cfg.log}: pip install {cfg.log}")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")

@@ -8,7 +8,7 @@ they are products of letters, and `listen` equals `silent`.
 
 Text from a model can make a computer algebra system run for days (10^{10^{10}}) or fill the memory, in code that no
 Python exception interrupts. So expressions are compared in a process of their own, which the kernel ends after LIMIT_S
-seconds and which starts anew for the next pair: an answer that cannot be compared in time is wrong.
+seconds of work and which starts anew for the next pair: an answer that cannot be compared in time is wrong.
 What is left out: code execution, reward models. Tests: tests/test_graders.py
 """
 from __future__ import annotations
@@ -17,16 +17,19 @@ import contextlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import re
 import resource
 import signal
 import subprocess
 import sys
+import threading
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
-LIMIT_S = 2.0                    # per pair, in the comparing process
-LIMIT_BYTES = 4 << 30            # of its address space
+LIMIT_S = 2.0                    # per pair, processor time of the comparing process: a busy machine changes no verdict
+LIMIT_BYTES = 4 << 30            # its address space
 TAIL, LONGEST = 20_000, 500      # characters: of a text that are looked at, of an answer that can be compared
 
 # -- what an evaluation says -----------------------------------------------------------------------
@@ -113,10 +116,11 @@ class MathGrader:
     """(text, answer) -> right? `answer` is the expected one, or a worked solution that ends in it.
 
     The comparing process starts with the first pair that needs it and ends with its standard input, so that it
-    outlives nobody. One thread at a time.
+    outlives nobody.
     """
 
     def __init__(self):
+        self.alone = threading.Lock()                    # one pair at a time, whoever asks
         self.symbolic = importlib.util.find_spec("math_verify") is not None
         self.process: subprocess.Popen | None = None
 
@@ -140,6 +144,10 @@ class MathGrader:
         return self.compare(rf"\boxed{{{expected}}}", rf"\boxed{{{given}}}" if marked else given)
 
     def compare(self, want: str, got: str) -> bool:
+        with self.alone:
+            return self.ask(want, got)
+
+    def ask(self, want: str, got: str) -> bool:
         if self.process is None:
             self.process = subprocess.Popen([sys.executable, "-I", str(Path(__file__).resolve())], text=True,
                                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -162,6 +170,22 @@ class MathGrader:
             self.process = None
 
 
+class Grading(threading.Thread):
+    """Judges an evaluation's answers beside the run. When `done` can be read, `outcome` is there; None: it failed."""
+
+    def __init__(self, grade: Callable, answers: list, who: str, step: int):
+        super().__init__(daemon=True)
+        self.grade, self.answers, self.who, self.step, self.outcome = grade, answers, who, step, None
+        self.done, self.end = multiprocessing.Pipe(duplex=False)
+        self.start()
+
+    def run(self) -> None:
+        try:
+            self.outcome = self.grade(self.answers)
+        finally:
+            self.end.send(None)
+
+
 # -- the comparing process -------------------------------------------------------------------------
 
 def equal(want: str, got: str) -> bool:
@@ -171,8 +195,8 @@ def equal(want: str, got: str) -> bool:
 
 
 def serve() -> None:
-    """Pairs come in, verdicts go out, a line each. SIGALRM keeps its default action: the kernel ends the process,
-    whatever code it is in. A library that raises on a text has found no answer in it."""
+    """Pairs come in, verdicts go out, a line each. SIGPROF keeps its default action: the kernel ends the process,
+    whatever code it is in. A pair that raises ends it too, which is a verdict as well."""
     import logging
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # for the parent, whose end ends our input
     resource.setrlimit(resource.RLIMIT_AS, (LIMIT_BYTES, LIMIT_BYTES))
@@ -180,12 +204,9 @@ def serve() -> None:
     logging.disable(logging.CRITICAL)
     print("ready", flush=True)
     for line in sys.stdin:
-        signal.setitimer(signal.ITIMER_REAL, LIMIT_S)
-        try:
-            right = bool(equal(*json.loads(line)))
-        except Exception:
-            right = False
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.setitimer(signal.ITIMER_PROF, LIMIT_S)
+        right = equal(*json.loads(line))
+        signal.setitimer(signal.ITIMER_PROF, 0)
         print("true" if right else "false", flush=True)
 
 

@@ -113,14 +113,14 @@ def test_long_and_odd_texts_are_judged_wrong_at_once(grade, text):
     grade("", "warm")
     start = time.monotonic()
     assert not grade(text, "5x+1") and not grade(f"\\boxed{{{text}}}", "5") and not grade("5", text)
-    assert time.monotonic() - start < 1.5
+    assert time.monotonic() - start < 3
 
 
 @pytest.mark.skipif(not SYMBOLIC, reason="math-verify is not installed")
 def test_a_comparison_without_end_is_ended_and_the_next_pair_judged(grade, monkeypatch):
-    """In a thread, with the parent's signals masked and its alarm its own: as a run grades."""
+    """In a thread, with the parent's signals masked and its timers its own: as a run grades."""
     verdicts, rung = [], []
-    old = signal.signal(signal.SIGALRM, lambda *_: rung.append(1))
+    old = signal.signal(signal.SIGPROF, lambda *_: rung.append(1))
     masked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         def judge():
@@ -129,11 +129,11 @@ def test_a_comparison_without_end_is_ended_and_the_next_pair_judged(grade, monke
         start = time.monotonic()
         thread = threading.Thread(target=judge)
         thread.start()
-        thread.join(30)
-        assert verdicts == [False, False, True] and time.monotonic() - start < 15 and not rung
-        assert signal.getsignal(signal.SIGALRM) is not signal.SIG_DFL
+        thread.join(60)
+        assert verdicts == [False, False, True] and time.monotonic() - start < 30 and not rung
+        assert signal.getsignal(signal.SIGPROF) is not signal.SIG_DFL
     finally:
-        signal.signal(signal.SIGALRM, old)
+        signal.signal(signal.SIGPROF, old)
         signal.pthread_sigmask(signal.SIG_SETMASK, masked)
 
 
