@@ -25,6 +25,7 @@ import torch
 import yaml
 
 import checkpoint
+import dryrun
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
@@ -98,6 +99,7 @@ class Config:
     gpu_share: float   = knob(0.0, "share of a GPU's memory for vLLM (0: 0.85, or 0.3 where a GPU has all roles)")
     gap_max: float     = knob(0.0, "stop when engine and learner differ by more, nats (0: 1e-3 in float32, 1 in bf16)")
     # record
+    dry_run: bool      = knob(False, "print models, devices, memory and the expected bottleneck, and end")
     out: str           = knob("", "run folder (default: runs/<task>-<time>)")
     overwrite: bool    = knob(False, "empty the run folder if it is in use")
     log: str           = knob("", "besides log.jsonl", choices=("", "wandb", "tensorboard", "trackio"))
@@ -126,8 +128,7 @@ class Config:
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
             parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how, **f.metadata)
         given = parser.parse_args(argv)
-        toy = given.task in ("", "toy") and not given.student
-        path = given.config or (str(ROOT / "configs" / "toy.yaml") if toy else "")
+        path = given.config or default_file(given)
         before = recorded(given.out) if given.resume else {}
         args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
         args.pop("config")
@@ -138,7 +139,17 @@ class Config:
         return cfg
 
 
-def read_flags(path: str) -> list[str]:
+def default_file(given: argparse.Namespace) -> str:
+    """What runs when no model and no --config is named: the toy without GPUs, the paper's setting on eight of them."""
+    gpus = torch.cuda.device_count() if given.gpus < 0 else given.gpus
+    if given.student or given.task not in ("", "toy"):
+        return ""
+    name = "toy" if given.task == "toy" or gpus == 0 else "deepmath_1.7b" if gpus >= 8 else "gsm8k"
+    return str(ROOT / "configs" / f"{name}.yaml")
+
+
+def read_flags(path: str, within: tuple[str, ...] = ()) -> list[str]:
+    """The flags of a file; its key `config` names another, beside it, that it changes."""
     if not path:
         return []
     try:
@@ -147,7 +158,9 @@ def read_flags(path: str) -> list[str]:
         refuse(f"--config {path}: {' '.join(str(e).split())}")
     if not isinstance(written, dict):
         refuse(f"--config {path}: not a mapping of flags")
-    return as_flags(written, path)
+    path in within and refuse(f"--config {path}: names itself by its key config")
+    base = written.pop("config", "")
+    return read_flags(base and str(Path(path).parent / str(base)), (*within, path)) + as_flags(written, path)
 
 
 def as_flags(written: dict, path: str) -> list[str]:
@@ -193,13 +206,14 @@ def settle(cfg: Config) -> Config:
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
     there = torch.cuda.device_count()
-    cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
+    cfg.gpus <= there or cfg.dry_run or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the "
+                                               "CPU, --dry-run anywhere)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
     rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners)
     if (gpus > 2 or gpus and learners > 1) and rollouts + teachers + learners > gpus:
         refuse(f"--rollouts {rollouts}, --teachers {teachers} and --learners {learners}: more than --gpus {gpus}")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
-    vllm = importlib.util.find_spec("vllm") is not None
+    vllm = cfg.dry_run or importlib.util.find_spec("vllm") is not None
     for flag in ("engine", "teacher_engine"):
         if getattr(cfg, flag) == "vllm" and not vllm:
             flag = flag.replace("_", "-")
@@ -226,6 +240,9 @@ def main(argv: list[str]) -> int:
     try:
         try:
             cfg = Config.from_cli(argv)
+            if cfg.dry_run:
+                dryrun.show(cfg)
+                return 0
             resume = check_out(cfg)
             cfg, job = prepare(cfg)
         except ValueError as e:

