@@ -27,7 +27,7 @@ from checkpoint import UNWRITABLE, read_training, replace, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from plan import chunk_size, free_gb
-from teacher import by_length, load_model, pad, response_rows, sequence_logp, teacher_logq
+from teacher import by_length, load_model, pad, response_rows, sequence_logp, stop_ids, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -248,6 +248,7 @@ class Learner:
 
     def write(self, folder: Path) -> None:
         from transformers import AutoTokenizer
+        self.model.generation_config.eos_token_id = stop_ids(self.cfg.student, self.cfg.teacher)     # as it was trained
         self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype)
                                                        for name, x in self.model.state_dict().items()})
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
