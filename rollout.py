@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -34,15 +34,23 @@ if TYPE_CHECKING:
 
 # -- the draw --------------------------------------------------------------------------------------
 
+TRAINING, EVALUATION = 0, 2       # streams of random numbers; 1 is the teacher's
+
+
 class Sampler:
     """One response's random numbers, by (seed, prompt, position it starts from): the same on every machine."""
 
-    def __init__(self, seed: int, uid: int, position: int):
-        self.random = np.random.default_rng([seed, uid, position]).random
+    def __init__(self, seed: int, uid: int, position: int, stream: int = TRAINING):
+        self.random = np.random.default_rng([seed, uid, position, stream]).random
 
 
 def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, k: int, temperature: float, top_p: float):
-    """Ids [R, n + k] and their log-probs: n i.i.d. draws, the first one to emit; then the k best words."""
+    """Ids [R, n + k] and their log-probs: n i.i.d. draws, the first one to emit; then the k best words.
+
+    Temperature 0 is for evaluations: the best word, certain.
+    """
+    if temperature == 0:
+        return (best := logits.argmax(-1, keepdim=True)), torch.zeros(best.shape, device=best.device)
     u = torch.from_numpy(np.stack([s.random(n) for s in samplers])).to(logits.device)
     ids, logmu = draw(logits, u, temperature, top_p)
     if k:
@@ -53,10 +61,14 @@ def draw_rows(logits: Tensor, samplers: list[Sampler], n: int, k: int, temperatu
     return ids, logmu
 
 
-def draws(cfg: Config) -> tuple[int, int]:
-    """What an engine records of every position: n draws, then its k best words."""
+DRAW = ("n", "k", "temperature", "top_p")      # arguments of draw_rows
+
+
+def draws(cfg: Config) -> dict:
+    """How an engine draws a position: n times, then its k best words, from which distribution, with which numbers."""
     estimator = ESTIMATORS[cfg.estimator]
-    return estimator.drawn(cfg.mc_samples), estimator.top(cfg.top_k)
+    return dict(n=estimator.drawn(cfg.mc_samples), k=estimator.top(cfg.top_k), temperature=cfg.temperature,
+                top_p=cfg.top_p, seed=cfg.seed, stream=TRAINING)
 
 
 # -- the worker ------------------------------------------------------------------------------------
@@ -81,7 +93,8 @@ class Worker:
 
     def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, engine, eval_prompts=()):
         self.link, self.slots, self.weights, self.engine = link, slots, weights, engine
-        self.eval_prompts, self.asked = eval_prompts, False        # asked: for greedy answers to them
+        self.eval_prompts, self.asked = eval_prompts, False        # asked: for answers to them
+        self.eval_k, self.eval_temperature = cfg.eval_k, cfg.eval_temperature
         self.max_response, self.tolerance = cfg.max_response, cfg.gap_max
         self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"    # load beside running responses
         self.version, self.tokens, self.stopped = -1, 0, False
@@ -167,10 +180,11 @@ class Worker:
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
     def answer(self) -> None:
-        """Greedy answers under the newest weights."""
+        """Answers under the newest weights. Training responses wait meanwhile: a long evaluation is paid in lag."""
         self.load(None)
         with self.paused(), self.link.span("evaluate"):
-            answers = self.engine.complete(self.eval_prompts, self.max_response)
+            answers = self.engine.complete(self.eval_prompts, self.max_response, self.eval_k, self.eval_temperature,
+                                           self.link.beat)
         self.asked = False
         self.link.send("evaluated", version=self.version, answers=answers)
 
@@ -203,7 +217,29 @@ class Worker:
 
 # -- the engine in transformers --------------------------------------------------------------------
 
-class HFEngine:
+class Engine:
+    """What both engines have in common: `how` a position is drawn (see `draws`), and evaluation in the same way."""
+
+    how: dict
+
+    def complete(self, prompts: list[list[int]], max_new: int, k: int = 1, temperature: float = 0.0,
+                 each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
+        """k answers to each prompt, all of the first prompt's first; temperature 0 is greedy. Nothing else may run.
+
+        Their random numbers are a stream of their own, so that training draws what it would have drawn without them.
+        """
+        training, answers = self.how, {}
+        self.how = training | dict(n=1, k=0, temperature=temperature, top_p=1.0, stream=EVALUATION)
+        for i in range(len(prompts) * k):
+            self.add(i, prompts[i // k], max_new, uid=i // k, position=i % k)
+        while len(answers) < len(prompts) * k:
+            answers |= self.take(self.step())
+            each_step()
+        self.how = training
+        return [answers[i][0].tolist() for i in range(len(answers))]
+
+
+class HFEngine(Engine):
     """Continuous batching in plain transformers: one key-value cache, left-padded; rows join and leave between steps.
 
     Slower than vLLM, exact, and everywhere at hand: the cross-check. Full attention only (no sliding windows).
@@ -213,10 +249,8 @@ class HFEngine:
         self.model = load_model(cfg.student, device, dtype)
         if getattr(self.model.config, "sliding_window", None):
             raise RuntimeError(f"--engine hf: {cfg.student} has a sliding window, which this engine's cache ignores")
-        self.n, self.k = draws(cfg)
-        self.max_running = cfg.max_running
-        self.seed, self.how = cfg.seed, (cfg.temperature, cfg.top_p)
-        self.ends = set(stop_ids(cfg.student))
+        self.how, self.max_running = draws(cfg), cfg.max_running
+        self.ends = set(stop_ids(cfg.student, cfg.teacher))
         self.rows: list[Row] = []          # in the order of the cache's batch dimension
         self.new: list[Row] = []           # not yet in the cache
         self.cache, self.mask = None, None                  # mask [R, L], bool
@@ -230,7 +264,7 @@ class HFEngine:
         return sequence_logp(self.model, tokens).detach().cpu()
 
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
-        self.new.append(Row(key, tokens, budget, Sampler(self.seed, uid, position)))
+        self.new.append(Row(key, tokens, budget, Sampler(self.how["seed"], uid, position, self.how["stream"])))
 
     @torch.no_grad()
     def step(self) -> list[int]:
@@ -244,7 +278,7 @@ class HFEngine:
             logits = self.decode([r.drawn[-1][0][0] for r in rows])
         else:
             return []
-        ids, logmu = draw_rows(logits, [r.sampler for r in rows], self.n, self.k, *self.how)
+        ids, logmu = draw_rows(logits, [r.sampler for r in rows], *(self.how[x] for x in DRAW))
         for row, a, b in zip(rows, ids.cpu(), logmu.cpu()):
             row.drawn.append((a, b))
         self.rows = self.rows if rows is self.rows else self.rows + rows
@@ -255,7 +289,7 @@ class HFEngine:
         out = {}
         for row in self.rows + self.new:
             if row.key in keys:
-                empty = torch.empty(0, self.n + self.k)
+                empty = torch.empty(0, self.how["n"] + self.how["k"])
                 ids = torch.stack([a for a, _ in row.drawn]) if row.drawn else empty.long()
                 out[row.key] = ids[:, 0], ids, torch.stack([b for _, b in row.drawn]) if row.drawn else empty
         self.new = [r for r in self.new if r.key not in keys]
@@ -294,20 +328,6 @@ class HFEngine:
         position = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens.shape[1]:]
         return self.model(input_ids=tokens, attention_mask=mask, position_ids=position, past_key_values=cache,
                           use_cache=True, logits_to_keep=1).logits[:, -1]
-
-    @torch.no_grad()
-    def complete(self, prompts: list[list[int]], max_new: int) -> list[list[int]]:
-        """Greedy answers."""
-        answers = [[] for _ in prompts]
-        last = self.prefill(prompts).argmax(-1).tolist()
-        for _ in range(max_new):
-            for answer, token in zip(answers, last):
-                if not answer or answer[-1] not in self.ends:
-                    answer.append(token)
-            if all(a[-1] in self.ends for a in answers):
-                break
-            last = self.decode(last).argmax(-1).tolist()
-        return answers
 
 
 class Row:

@@ -23,16 +23,20 @@ import torch
 import checkpoint
 import plan
 import record
+import report
 from account import Account
 from cache import Ledger, Slots, Ticket, Weights
 from estimators import ESTIMATORS
+from graders import Grading, summary
 from job import Job
 from learner import METRICS
-from tasks import prompt_number
+from prompts import prompt_number
 from timeline import Trace
 from workers import Hand
 
 if TYPE_CHECKING:
+    from multiprocessing.connection import Connection
+
     from asyncopd import Config
 
 INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
@@ -56,6 +60,7 @@ class Run:
         self.account = Account()
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.asked: set[str] = set()                               # who has an evaluation to report
+        self.gradings: dict[Connection, Grading] = {}              # what is being judged
         self.restarts = self.skips = 0                             # of workers; of updates, in a row
         self.saving: dict[str, checkpoint.State] = {}              # folder that the learner writes -> the parent's part
         self.saved = ""                                            # the last whole checkpoint
@@ -77,7 +82,9 @@ class Run:
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
         self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
+        self.log.tracker = report.tracker(cfg.log, out, asdict(cfg)) if cfg.log else None
         self.trace = Trace(out / "trace.json", list(where))
+        self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
         for name in where:
             self.hands.append(self.worker(name))
         self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
@@ -187,10 +194,13 @@ class Run:
         now, by_pipe = time.monotonic(), {h.pipe: h for h in self.hands if not h.stopped}
         signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)       # only here may an interrupt come: never in the
         try:                                                        # middle of a message or of a decision
-            ready = wait(list(by_pipe), timeout=1.0)
+            ready = wait([*by_pipe, *self.gradings], timeout=1.0)
         finally:
             signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
         for pipe in ready:
+            if pipe in self.gradings:
+                self.judged(self.gradings.pop(pipe))
+                continue
             hand = by_pipe[pipe]
             try:
                 kind, body, spans = pipe.recv()
@@ -241,23 +251,30 @@ class Run:
     # -- evaluation and record ---------------------------------------------------------------------
 
     def evaluate(self, hand: Hand) -> None:
-        """Ask for greedy answers to the held-out rows; not while the last ones are still to come."""
+        """Ask for answers to the held-out rows; not while the last ones are still to come."""
         if self.job.eval_prompts and hand.name not in self.asked:
             self.asked.add(hand.name)
             hand.send("evaluate")
 
     def hear_evaluations(self) -> None:
-        while self.asked:
+        while self.asked or self.gradings:
             self.hear()
 
     def graded(self, hand: Hand, body: dict) -> None:
+        """Answers have come. They are judged in a thread, whose end is heard like any report."""
         self.asked.discard(hand.name)
-        texts, right = self.job.grade(body["answers"])
         who, step = ("teacher", 0) if hand.role == "teacher" else ("student", body["version"])
-        self.account.accuracy[who, step] = sum(right) / len(right)
-        self.log.write("eval", step=step, accuracy=self.account.accuracy[who, step], n=len(right), who=who,
-                       examples=[dict(prompt=r.prompt, text=t, right=ok) for r, t, ok in
-                                 list(zip(self.job.eval_rows, texts, right))[:3]])
+        answers, k = body["answers"], len(body["answers"]) // len(self.job.eval_prompts)
+        grading = Grading(self.job.grade, [answers[i:i + k] for i in range(0, len(answers), k)], who, step)
+        self.gradings[grading.done] = grading
+
+    def judged(self, grading: Grading) -> None:
+        if grading.outcome is None:
+            raise RuntimeError(f"grading the answers of step {grading.step} failed")
+        texts, right = grading.outcome
+        said = summary(right)
+        self.account.accuracy[grading.who, grading.step] = said["accuracy"]
+        self.log.evaluation(grading.step, grading.who, said, list(zip(self.job.eval_rows, texts, right)))
 
     def step_done(self, metrics: dict, trained: list[Ticket]) -> None:
         cfg, now, skipped = self.cfg, time.monotonic(), metrics.pop("skipped")
@@ -362,6 +379,8 @@ class Run:
         totals = self.account.totals(sum(int(self.slots.length[s]) for s in self.ledger.tickets),
                                      self.trace.busy(self.account.began, self.account.last_step))
         self.log.write("done", **totals)
+        out = Path(self.cfg.out)
+        (out / "student" / "README.md").write_text(report.model_card(out / "log.jsonl"), encoding="utf-8")
         self.close()
         self.quiet or record.show_end(totals, self.cfg.out)
 
@@ -370,7 +389,7 @@ class Run:
         self.ending = True
         for hand in self.hands:
             hand.send("stop")
-        while not all(h.stopped for h in self.hands):
+        while self.gradings or not all(h.stopped for h in self.hands):
             self.hear()
 
     def close(self) -> None:

@@ -1,10 +1,10 @@
 """
-Prompts, answers and grading; and the built-in toy task with its two models.
+A task: rows to train on, rows to evaluate on, and a grader that says whether a text answers a row. And the built-in
+toy with its two models.
 
-A task is three things: rows to train on, rows to evaluate on, and a grader that says whether a text answers a row.
-    toy              additions of 2 and 3 digits with the carries written out; built in, nothing is downloaded
-    FILE.jsonl       one JSON object a line (also .parquet), keys by --prompt-key and --answer-key
-    hf:NAME[:config] a dataset of the Hugging Face hub, through `datasets`
+    toy                      additions of 2 and 3 digits with the carries written out; nothing is downloaded
+    FILE.jsonl, FILE.parquet a row a line, or a table; keys by --prompt-key and --answer-key
+    hf:NAME[:CONFIG][:SPLIT] a dataset of the Hugging Face hub or in a folder, through `datasets`
 What is left out: tools, several turns, reward models. Distillation needs prompts; answers are only for the evaluation.
 Tests: tests/test_tasks.py
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,111 +20,34 @@ from pathlib import Path
 
 import torch
 
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    prompt: str
-    answer: str = ""                       # "" = unknown: the row is trained on and never graded
+from graders import MathGrader
+from prompts import Row, read_rows
 
 
 @dataclass(frozen=True)
 class Task:
     train: list[Row]
-    eval: list[Row]                        # graded rows only, never in `train`
+    eval: list[Row]                        # graded rows only, whose prompts are not in `train`
     grade: Callable[[str, str], bool]      # (response text, answer) -> correct?
 
 
-def load_task(name: str, *, prompt_key="prompt", answer_key="answer", eval_file="", eval_n=200) -> Task:
-    """The task called `name`. Raises ValueError with the file, the line and the remedy."""
+def load_task(name: str, *, prompt_key="prompt", answer_key="answer", filter="", eval_name="", eval_n=200) -> Task:
+    """The task called `name`, of the rows that pass the filter; `eval_name` is read as it is. Raises ValueError."""
     if name == "toy":
         return toy_task(eval_n)
-    train = read_rows(name, prompt_key, answer_key)
-    if eval_file:
-        held_out = read_rows(eval_file, prompt_key, answer_key)
-    else:                                  # hold out the end of the file, at most a tenth of it
+    train = read_rows(name, prompt_key, answer_key, filter)
+    if eval_name:
+        held_out = read_rows(eval_name, prompt_key, answer_key)
+    else:                                  # hold out the end of the rows, at most a tenth of them
         split = len(train) - min(eval_n, len(train) // 10)
         train, held_out = train[:split], train[split:]
-    return Task(train, [r for r in held_out if r.answer][:eval_n], grade_final)
-
-
-def read_rows(name: str, prompt_key: str, answer_key: str) -> list[Row]:
-    repo, _, subset = name.removeprefix("hf:").partition(":")
-    if not name.startswith("hf:") and not Path(name).is_file():
-        raise ValueError(f"{name}: no such file (a task is toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
-    if name.startswith("hf:") or name.endswith(".parquet"):
-        try:
-            import datasets  # only who asks for such a file needs it
-            file = None if name.startswith("hf:") else name
-            rows = datasets.load_dataset("parquet" if file else repo, subset or None, data_files=file, split="train")
-            records = list(enumerate(rows, 1))
-        except ImportError:
-            raise ValueError(f"{name}: reading it needs `pip install datasets`") from None
-        except (OSError, ValueError) as e:
-            raise ValueError(f"{name}: {str(e).splitlines()[0]}") from None
-    else:
-        with open(name, encoding="utf-8") as f:
-            records = [(n, parse_line(line, name, n)) for n, line in enumerate(f, 1) if line.strip()]
-    for n, record in records:
-        if not isinstance(record, dict) or not isinstance(record.get(prompt_key), str):
-            keys = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{name}:{n}: no text under --prompt-key {prompt_key!r} (there is: {keys})")
-    if not records:
-        raise ValueError(f"{name}: it holds no rows")
-    return [Row(r[prompt_key], "" if r.get(answer_key) is None else str(r[answer_key])) for _, r in records]
-
-
-def parse_line(line: str, name: str, n: int):
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as e:
-        raise ValueError(f"{name}:{n}: not JSON: {e.msg} at column {e.colno}") from None
-
-
-def encode(rows: list[Row], tokenizer, suffix: str = "") -> list[list[int]]:
-    """Token ids of each prompt: through the chat template where the tokenizer has one, else as plain text."""
-    texts = [row.prompt + suffix for row in rows]
-    if tokenizer.chat_template:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
-                                               add_generation_prompt=True) for t in texts]
-    return [tokenizer(t, add_special_tokens=not tokenizer.chat_template)["input_ids"] for t in texts]
-
-
-def prompt_number(uid: int, n: int, seed: int) -> int:
-    """Which of n prompts is the uid-th to be handed out: every epoch is a permutation of its own, by seed."""
-    epoch, i = divmod(uid, n)
-    order = PERMUTATIONS.get((n, seed, epoch))
-    if order is None:
-        order = list(range(n))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        PERMUTATIONS.clear()               # one epoch at a time is all that is ever asked for
-        PERMUTATIONS[n, seed, epoch] = order
-    return order[i]
-
-
-PERMUTATIONS: dict[tuple[int, int, int], list[int]] = {}
-
-
-# -- grading ------------------------------------------------------------------------------------------------------
-
-def grade_final(text: str, answer: str) -> bool:
-    """Is the final answer of `text` that of `answer` (itself, or a worked solution)? Numbers compare as numbers."""
-    want = marked_answer(answer) or answer.strip()
-    got = marked_answer(text) or (re.findall(r"-?\d[\d,]*(?:\.\d+)?", text) or [text.strip()])[-1]
-    return got != "" and (got == want or as_number(got) == as_number(want) is not None)
-
-
-def marked_answer(text: str) -> str:
-    """What the last \\boxed{...} holds, else what follows the last ####, else nothing."""
-    if boxed := re.findall(r"\\boxed\{((?:[^{}]|\{[^{}]*\})*)\}", text):
-        return boxed[-1].strip()
-    return (text.rsplit("####", 1)[1].strip().splitlines() or [""])[0].strip() if "####" in text else ""
-
-
-def as_number(text: str) -> float | None:
-    try:
-        return float(text.replace(",", "").replace("$", "").rstrip(".% "))
-    except ValueError:
-        return None
+    held_out = [r for r in held_out if r.answer][:eval_n]
+    seen = {r.prompt for r in held_out}
+    kept = [r for r in train if r.prompt not in seen]
+    if not kept:
+        raise ValueError(f"{name}: every prompt is evaluated on, none is left to train on (another --eval-task, or a "
+                         f"lower --eval-n)")
+    return Task(kept, held_out, MathGrader())
 
 
 # -- the toy: a task small enough to learn on a laptop, with models that are ordinary Hugging Face folders ----------

@@ -63,15 +63,20 @@ def load_model(folder: str, device: str, dtype: torch.dtype):
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
 
 
-def stop_ids(folder: str) -> list[int]:
-    """The tokens that end a response: those of the generation config, and the tokenizer's own."""
+def stop_ids(*folders: str) -> list[int]:
+    """The tokens that end a response: those of the generation configs, and the tokenizers' own.
+
+    Of student and teacher: a word that ends the teacher's responses and not the student's would go on for ever.
+    """
     from transformers import AutoTokenizer, GenerationConfig
-    try:
-        eos = GenerationConfig.from_pretrained(folder).eos_token_id
-    except OSError:                                      # a folder without one
-        eos = None
-    eos = eos if isinstance(eos, list) else [eos]
-    return sorted({i for i in [*eos, AutoTokenizer.from_pretrained(folder).eos_token_id] if i is not None})
+    found = set()
+    for folder in folders:
+        try:
+            eos = GenerationConfig.from_pretrained(folder).eos_token_id
+        except OSError:                                  # a folder without one
+            eos = None
+        found |= {*(eos if isinstance(eos, list) else [eos]), AutoTokenizer.from_pretrained(folder).eos_token_id}
+    return sorted(found - {None})
 
 
 def sequence_logp(model, tokens: list[int]) -> Tensor:
@@ -208,7 +213,8 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[lis
             if order == "stop":
                 return link.send("stopped")
             if order == "evaluate":
-                link.send("evaluated", answers=teacher.complete(eval_prompts, cfg.max_response, stop_ids(cfg.student)))
+                link.send("evaluated", answers=teacher.complete(eval_prompts, cfg.max_response,
+                                                                stop_ids(cfg.student, cfg.teacher)))
             waiting += body if order == "score" else []
         for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
             with link.span("score"):

@@ -39,13 +39,21 @@ def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
     AutoTokenizer.from_pretrained(f"{flags['out']}/student")
 
 
-def test_sync_has_no_lag_and_is_the_same_run_twice(flags, tmp_path):
+def test_sync_has_no_lag_and_is_the_same_run_twice_however_it_is_evaluated(flags, tmp_path):
     first, second = (flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b"))
+    second |= dict(eval_every=1, eval_k=4, eval_temperature=1.0, log="tensorboard")
     for f in (first, second):
         done = run(f)
         assert done.returncode == 0, done.stderr
     assert all(s["lag_max"] == 0 and s["w_max"] == pytest.approx(1, abs=1e-3) for s in steps(first))
     assert [s["loss"] for s in steps(first)] == [s["loss"] for s in steps(second)]
+    evals = [line for line in lines(second) if line["type"] == "eval"]
+    assert [e["step"] for e in evals] == [0, 1, 2, 3, 4] and {(e["n"], e["k"]) for e in evals} == {(8, 4)}
+    assert all(e["pass_at_k"]["1"] == e["avg_at_k"] == e["accuracy"] <= e["pass_at_k"]["4"] for e in evals)
+    assert "the first prompt, as the models read it" in done.stdout and done.stdout.count("eval at step") == 5
+    out = Path(second["out"])
+    assert (out / "samples.txt").read_text().count("==== step 4, student") == 8 and (out / "tensorboard").is_dir()
+    assert f"| 4 | student | {evals[-1]['accuracy']:.1%} |" in (out / "student" / "README.md").read_text()
 
 
 @pytest.mark.parametrize("engine, rule", [

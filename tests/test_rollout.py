@@ -229,6 +229,20 @@ def test_greedy_answers_are_the_models_own(engine, engines):
         assert answer == want
 
 
+def test_drawn_answers_are_the_same_in_both_engines_and_training_draws_go_on_as_before(engines):
+    answers, drawn = [], []
+    for made in engines[1].values():
+        made.load(parameters(engines[0]))
+        before = run(made, budget=6)
+        answers.append(made.complete(PROMPTS, 8, 3, 1.0))
+        drawn.append((before, run(made, budget=6)))
+    assert all(a == answers[0] for a in answers) and len(answers[0]) == 3 * len(PROMPTS)
+    assert len({tuple(a) for a in answers[0]}) > len(PROMPTS), "k answers to a prompt are k draws"
+    for before, after in drawn:
+        assert all(torch.equal(before[key][1], after[key][1]) for key in before)
+        assert all(before[key][0].tolist()[:6] not in answers[0][3 * key:3 * key + 3] for key in before)
+
+
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     """A push that returns normally and generates from the old output head is what the probe is for."""

@@ -33,13 +33,6 @@ def test_the_toys_tokenizer_reads_and_writes_every_symbol():
     assert len(ids) == len(text) == len(set(ids)) and tokenizer.decode(ids) == text
 
 
-def test_every_epoch_hands_out_every_prompt_once_in_an_order_of_its_own():
-    epochs = [[tasks.prompt_number(uid, 7, seed=3) for uid in range(e * 7, e * 7 + 7)] for e in range(3)]
-    assert all(sorted(e) == list(range(7)) for e in epochs) and epochs[0] != epochs[1]
-    assert epochs[0] == [tasks.prompt_number(uid, 7, seed=3) for uid in range(7)], "the order is a function of the seed"
-    assert epochs[0] != [tasks.prompt_number(uid, 7, seed=4) for uid in range(7)]
-
-
 def write(path, lines):
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
     return str(path)
@@ -57,23 +50,17 @@ def test_rows_without_an_answer_are_trained_on_and_not_graded(tmp_path):
     assert task.train and task.eval == []
 
 
-@pytest.mark.parametrize("lines, complaint", [
-    ([{"prompt": "a"}, "{not json"], ":2: not JSON"),
-    ([{"prompt": "a"}, {"text": "b"}], ":2: no text under --prompt-key 'prompt' .there is: text"),
-    ([{"prompt": 3}], ":1: no text"),
-    (["[1, 2]"], ":1: no text"),
-    ([], "holds no rows"),
-])
-def test_a_bad_file_is_refused_with_its_line(tmp_path, lines, complaint):
-    with pytest.raises(ValueError, match=complaint):
-        tasks.load_task(write(tmp_path / "t.jsonl", lines))
+def test_what_is_evaluated_on_is_not_trained_on(tmp_path):
+    train = write(tmp_path / "t.jsonl", [{"prompt": f"q{i}", "answer": "1"} for i in range(10)])
+    held = write(tmp_path / "e.jsonl", [{"prompt": f"q{i}", "answer": "1"} for i in range(8, 12)])
+    task = tasks.load_task(train, eval_name=held)
+    assert [r.prompt for r in task.train] == [f"q{i}" for i in range(8)] and len(task.eval) == 4
+    with pytest.raises(ValueError, match="none is left to train on"):
+        tasks.load_task(train, eval_name=train)
 
 
-@pytest.mark.parametrize("text, answer, right", [
-    ("so it is 72", "#### 72", True), ("#### 72", "48/2 = 24\n#### 72", True), ("#### 72.0", "72", True),
-    (r"thus \boxed{72}", "72", True), (r"\boxed{\frac{1}{2}}", r"\frac{1}{2}", True), ("$1,234", "1234", True),
-    ("the answer is 71", "72", False), ("", "72", False), ("72 or 73", "72", False), ("####", "72", False),
-    ("-5", "5", False), ("no number", "", False),
-])
-def test_final_answers_are_compared_as_numbers_or_text(text, answer, right):
-    assert tasks.grade_final(text, answer) is right
+def test_the_filter_is_for_the_rows_that_are_trained_on(tmp_path):
+    train = write(tmp_path / "t.jsonl", [{"prompt": f"q{i}", "level": i, "answer": "1"} for i in range(10)])
+    held = write(tmp_path / "e.jsonl", [{"prompt": "e", "answer": "1"}])
+    task = tasks.load_task(train, eval_name=held, filter="level>=4 and level!=9")
+    assert [r.prompt for r in task.train] == ["q4", "q5", "q6", "q7", "q8"] and [r.prompt for r in task.eval] == ["e"]

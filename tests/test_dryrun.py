@@ -1,0 +1,118 @@
+"""--dry-run of every shipped config, against what it printed when a person last read it.
+
+To renew tests/snapshots: HF_HUB_OFFLINE=1 python -m tests.test_dryrun, and read the difference.
+"""
+import contextlib
+import io
+import re
+from dataclasses import asdict, replace
+
+import pytest
+import transformers
+
+import dryrun
+from asyncopd import Config, main
+from tests.conftest import ROOT
+
+SNAPSHOTS = ROOT / "tests" / "snapshots"
+SHIPPED = sorted(path.stem for path in (ROOT / "configs").glob("*.yaml"))
+RUNS = [(name, gpus) for name in SHIPPED for gpus in ({"toy": [0], "gsm8k": [1, 3]}.get(name, [8]))]
+
+
+def said(name: str, gpus: int) -> str:
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out):
+        assert main([f"--config={ROOT}/configs/{name}.yaml", f"--gpus={gpus}", "--dry-run"]) == 0
+    return out.getvalue()
+
+
+@pytest.fixture(autouse=True)
+def no_cache(monkeypatch):
+    """As on a laptop that has never seen these models."""
+    def absent(name, **how):
+        raise OSError("not here")
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    dryrun.model.cache_clear()
+
+
+@pytest.mark.parametrize("name, gpus", RUNS)
+def test_a_dry_run_says_what_it_said(name, gpus):
+    assert said(name, gpus) == (SNAPSHOTS / f"{name}-{gpus}.txt").read_text()
+
+
+def test_there_is_no_snapshot_without_a_config():
+    assert {p.stem for p in SNAPSHOTS.glob("*.txt")} == {f"{name}-{gpus}" for name, gpus in RUNS}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_config_says_what_it_needs_and_how_to_run_it(name):
+    text = (ROOT / "configs" / f"{name}.yaml").read_text()
+    head = text[:text.index("\n", text.rindex("\n#") + 1)]
+    commands = re.findall(r"python asyncopd\.py ([^\n]*)", head)
+    assert commands and all(len(line) <= 120 for line in text.splitlines())
+    for command in commands:
+        Config.from_cli([*command.replace("configs/", f"{ROOT}/configs/").split(), "--dry-run"])
+    assert name == "toy" or ("no result of this file has been measured" in head and "# Needs:" in head)
+
+
+@pytest.mark.parametrize("size", ["1.7b", "4b"])
+@pytest.mark.parametrize("twin, what", [("sync", dict(schedule="sync", max_ahead=0)), ("step_off", dict(
+    schedule="step-off", max_ahead=2)), ("forward", dict(kl="forward", estimator="forward_topk", top_k=16))])
+def test_a_twin_differs_from_its_base_in_what_its_name_says(size, twin, what):
+    base, other = (asdict(replace(Config.from_cli([f"--config={ROOT}/configs/{name}.yaml", "--dry-run"]), out=""))
+                   for name in (f"deepmath_{size}", f"deepmath_{size}_{twin}"))
+    assert other == base | what
+
+
+def test_eight_gpus_and_nothing_else_named_is_the_papers_setting():
+    cfg = Config.from_cli(["--gpus=8", "--kl=reverse", "--mc-samples=4", "--dry-run"])
+    assert (cfg.student, cfg.teacher) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
+    assert (cfg.batch, cfg.minibatches, cfg.lr, cfg.max_prompt, cfg.max_response) == (256, 4, 3e-6, 2048, 16384)
+    assert (cfg.rollouts, cfg.teachers, cfg.learners) == (4, 1, 3) and cfg.filter == "difficulty>=6"
+    assert cfg.prompt_suffix.endswith("put your final answer within \\boxed{}.")
+    assert "Qwen2.5-0.5B" in Config.from_cli(["--gpus=1", "--dry-run"]).student
+    for toy in (["--gpus=0"], ["--gpus=8", "--task=toy", "--dry-run"], []):
+        assert Config.from_cli(toy).task == "toy"
+
+
+@pytest.mark.parametrize("name, gpus, gb, fits", [
+    ("gsm8k", 1, 40, True), ("gsm8k", 1, 24, False), ("gsm8k", 3, 24, True), ("deepmath_4b", 8, 80, True),
+    ("deepmath_1.7b", 8, 48, False)])
+def test_what_does_not_fit_is_exit_code_2(name, gpus, gb, fits, monkeypatch, capsys):
+    monkeypatch.setitem(dryrun.GPU, "gb", float(gb))
+    code = main([f"--config={ROOT}/configs/{name}.yaml", f"--gpus={gpus}", "--dry-run"])
+    err = capsys.readouterr().err
+    assert code == (0 if fits else 2) and len(err.splitlines()) == 1 - fits
+    assert fits or f"where {gb}.0 are free" in err
+
+
+@pytest.mark.parametrize("flags, named", [(["--steps=0"], "--steps 0"), (["--task=t.jsonl"], "--student"), ([
+    "--gpus=8", "--task=t.jsonl", "--student=nobody/none", "--teacher=nobody/none"], "nobody/none")])
+def test_a_dry_run_of_what_cannot_be_is_exit_code_2(flags, named, capsys):
+    assert main([*flags, "--dry-run"]) == 2 and named in capsys.readouterr().err
+
+
+def test_a_file_may_change_another_but_not_itself(tmp_path):
+    (tmp_path / "a.yaml").write_text("config: b.yaml\nsteps: 3\n")
+    (tmp_path / "b.yaml").write_text("task: toy\nsteps: 5\nlr: 0.5\n")
+    cfg = Config.from_cli([f"--config={tmp_path}/a.yaml", "--gpus=0"])
+    assert (cfg.steps, cfg.lr) == (3, 0.5)
+    (tmp_path / "b.yaml").write_text("config: a.yaml\n")
+    with pytest.raises(ValueError, match="names itself"):
+        Config.from_cli([f"--config={tmp_path}/a.yaml", "--gpus=0"])
+
+
+@pytest.mark.parametrize("name, total, active", [
+    ("Qwen/Qwen2.5-0.5B-Instruct", 0.49, 0.49), ("Qwen/Qwen2.5-1.5B-Instruct", 1.54, 1.54),
+    ("Qwen/Qwen3-1.7B", 1.7, 1.7), ("Qwen/Qwen3-4B", 4.0, 4.0), ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.5, 3.3)])
+def test_parameters_are_those_that_the_models_cards_state(name, total, active):
+    shape, met, source = dryrun.model("student", name)
+    assert shape.P / 1e9 == pytest.approx(total, abs=0.06) and met / 1e9 == pytest.approx(active, abs=0.06)
+    assert source == "configs/shapes.json" and shape.V == 151_936
+
+
+if __name__ == "__main__":
+    SNAPSHOTS.mkdir(exist_ok=True)
+    for name, gpus in RUNS:
+        (SNAPSHOTS / f"{name}-{gpus}.txt").write_text(said(name, gpus))

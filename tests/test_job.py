@@ -1,0 +1,59 @@
+"""What is checked of models and texts before a process starts."""
+import json
+
+import pytest
+import torch
+from transformers import GenerationConfig
+
+import tasks
+from job import prepare
+from learner import Learner
+from teacher import stop_ids
+
+
+def save(folder, *, vocab=32, ends=(1,), seed=5):
+    tokenizer = tasks.toy_tokenizer()
+    model = tasks.small_model(tokenizer, layers=1, hidden=64, seed=seed, vocab=vocab)
+    model.generation_config.eos_token_id = list(ends)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_rows_beyond_the_words_are_padding_and_said(config, tmp_path):
+    cfg, job = prepare(config(teacher=save(tmp_path / "wide", vocab=40)))
+    assert job.notes == ("17 words in 32 rows of the student and 40 of the teacher: the others are padding",)
+    assert prepare(config())[1].notes == ()
+
+
+@pytest.mark.parametrize("role", ["student", "teacher"])
+def test_a_head_with_fewer_rows_than_words_is_refused(config, tmp_path, role):
+    with pytest.raises(ValueError, match=f"--{role} .*: its head has 16 rows for 17 words"):
+        prepare(config(**{role: save(tmp_path / "narrow", vocab=16)}))
+
+
+def test_a_response_ends_where_either_model_would_end_it_and_so_does_the_saved_students(config, tmp_path, models):
+    cfg, job = prepare(config(teacher=save(tmp_path / "two", ends=(1, 16))))
+    assert stop_ids(cfg.student) == [1] and stop_ids(cfg.student, cfg.teacher) == [1, 16]
+    assert "a response ends with any of ['<eos>', ';']" in job.notes[0]
+    Learner(cfg, "cpu", torch.float32).save(tmp_path / "saved")
+    assert GenerationConfig.from_pretrained(tmp_path / "saved").eos_token_id == [1, 16]
+    assert job.grade([[[3, 4, 16, 1]]])[0] == [["01"]], "what ends a response is no part of its answer"
+
+
+def test_the_first_prompt_is_the_one_that_is_handed_out_first_as_the_models_read_it(config, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}", "answer": "1"}) for i in range(30)))
+    cfg, job = prepare(config(task=str(path), prompt_template="0{prompt}", prompt_suffix="=", seed=3))
+    from prompts import prompt_number
+    assert job.first_prompt == f"0{prompt_number(0, 27, seed=3)}=" and len(job.prompts) == 27
+
+
+def test_long_prompts_are_left_out_and_counted_or_refused(config, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": "1" * (5 + 20 * (i == 0))}) for i in range(30)))
+    cfg, job = prepare(config(task=str(path)))
+    assert len(job.prompts) == 26 and job.notes == (
+        "1 of 27 prompts are empty or longer than --max-prompt 16: left out",)
+    with pytest.raises(ValueError, match="--long-prompts refuse: 1 of 27"):
+        prepare(config(task=str(path), long_prompts="refuse"))
