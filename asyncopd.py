@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import os
 import shutil
 import signal
 import sys
@@ -155,7 +156,7 @@ def read_flags(path: str, within: tuple[str, ...] = ()) -> list[str]:
         return []
     try:
         written = yaml.safe_load(Path(path).read_text())
-    except (OSError, yaml.YAMLError) as e:
+    except (OSError, ValueError, yaml.YAMLError) as e:
         refuse(f"--config {path}: {' '.join(str(e).split())}")
     if not isinstance(written, dict):
         refuse(f"--config {path}: not a mapping of flags")
@@ -254,8 +255,8 @@ def main(argv: list[str]) -> int:
                 return 0
             resume = check_out(cfg)
             cfg, job = prepare(cfg)
-        except ValueError as e:
-            print(f"asyncopd: {e}", file=sys.stderr)
+        except (ValueError, OSError) as e:
+            print(f"asyncopd: {' '.join(str(e).split())}", file=sys.stderr)
             return 2
         run = Run(cfg, job, plan(cfg))
         resume or empty(Path(cfg.out))
@@ -264,6 +265,7 @@ def main(argv: list[str]) -> int:
         run.finish()
         return 0
     except RuntimeError as e:
+        run.close()                              # and the bar with it, so that this is the last line
         print(f"asyncopd: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -281,8 +283,9 @@ def main(argv: list[str]) -> int:
 def check_out(cfg: Config) -> Path | None:
     """Refuse a folder that cannot be written to; the checkpoint to go on from, with --resume."""
     out = Path(cfg.out)
-    if out.exists() and not out.is_dir():
-        refuse(f"--out {cfg.out}: a file, not a folder")
+    there = next(p for p in (out, *out.absolute().parents) if p.exists())
+    there.is_dir() or refuse(f"--out {cfg.out}: {there} is a file, not a folder")
+    os.access(there, os.W_OK) or refuse(f"--out {cfg.out}: {there} is not to be written to")
     if cfg.resume:
         folder, faults = checkpoint.newest(out / "checkpoints")
         folder or refuse(f"--resume: no whole checkpoint in {out}/checkpoints ({'; '.join(faults) or 'none at all'})")

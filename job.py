@@ -6,6 +6,7 @@ Tests: tests/test_cli.py
 """
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -55,10 +56,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, filter=cfg.filter,
                            eval_name=cfg.eval_task, eval_n=cfg.eval_n)
     for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
-        try:
-            AutoConfig.from_pretrained(name)
-        except (OSError, ValueError) as e:
-            refuse(f"{flag} {name}: neither a model folder nor on the hub ({str(e).splitlines()[0]})")
+        check_model(flag, name)
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
     notes = check_tokenizers(cfg, tokenizer, [row.prompt for row in task.train[:8]])
     how = dict(template=cfg.prompt_template, suffix=cfg.prompt_suffix, thinking=cfg.thinking)
@@ -89,12 +87,50 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     plan.check(needs, free)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
+    check_disk(cfg, sum(p.numel() for p in model.parameters()))
     return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher))), Job(
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
         hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free),
         notes=tuple(notes), first_prompt=tokenizer.decode(prompts[prompt_number(0, len(prompts), cfg.seed)]))
+
+
+def check_model(flag: str, name: str) -> None:
+    """Refuse what is no model: no configuration, no tokenizer, or in a folder no whole safetensors."""
+    from safetensors import SafetensorError, safe_open
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
+    except Exception as e:                               # each loader has its own ways to fail on a damaged file
+        refuse(f"{flag} {name}: neither a model folder nor on the hub ({type(e).__name__}: {first_line(e)})")
+    words = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+    if Path(name).is_dir() and not any((Path(name) / file).exists() for file in words):
+        refuse(f"{flag} {name}: holds no tokenizer (none of {', '.join(words)})")
+    files = sorted(Path(name).glob("*.safetensors"))
+    if Path(name).is_dir() and not files:
+        refuse(f"{flag} {name}: holds no .safetensors (a pickle is not read: save_pretrained converts it)")
+    for file in files:
+        try:
+            safe_open(file, "pt").keys()
+        except (OSError, SafetensorError) as e:
+            refuse(f"{flag} {file}: damaged ({first_line(e)})")
+
+
+def check_disk(cfg: Config, parameters: int) -> None:
+    """Refuse a disk that cannot hold the student and, where they are asked for, its checkpoints and one more."""
+    half, kept = cfg.gpus > 0, min(cfg.keep or cfg.steps, cfg.steps // cfg.save_every) + 1 if cfg.save_every else 0
+    student = parameters * (2 if half else 4)
+    need = student + kept * (student + parameters * (12 if half else 8))       # AdamW's moments, float32 masters
+    there = next(p for p in (Path(cfg.out), *Path(cfg.out).absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    need < free or refuse(f"--out {cfg.out}: {need / 1e9:,.1f} GB for the student and {kept} checkpoints (--keep), "
+                          f"where {free / 1e9:,.1f} are free")
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0]
 
 
 def refuse_slow_teacher(cfg: Config) -> None:

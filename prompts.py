@@ -53,13 +53,15 @@ def records(name: str, keys: list[str]) -> Iterator[tuple[int, object]]:
         return
     if not Path(name).is_file():
         raise ValueError(f"{name}: no such file (a task is toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
-    with open(name, encoding="utf-8") as f:
+    with open(name, "rb") as f:
         for n, line in enumerate(f, 1):
             if line.strip():
                 try:
-                    record = json.loads(line)
+                    record = json.loads(line.decode())
                 except json.JSONDecodeError as e:
                     raise ValueError(f"{name}:{n}: not JSON: {e.msg} at column {e.colno}") from None
+                except UnicodeDecodeError as e:
+                    raise ValueError(f"{name}:{n}: not UTF-8: {e.reason} at byte {e.start}") from None
                 yield n, record
 
 

@@ -34,6 +34,8 @@ class Task:
 def load_task(name: str, *, prompt_key="prompt", answer_key="answer", filter="", eval_name="", eval_n=200) -> Task:
     """The task called `name`, of the rows that pass the filter; `eval_name` is read as it is. Raises ValueError."""
     if name == "toy":
+        if filter:
+            raise ValueError(f"--filter {filter!r}: the toy's rows have no keys to filter by")
         return toy_task(eval_n)
     train = read_rows(name, prompt_key, answer_key, filter)
     if eval_name:

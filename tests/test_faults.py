@@ -97,11 +97,11 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
 @pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
 def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
     """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
-    flags |= dict(steps=60, stall_s=5)
+    flags |= dict(steps=60, stall_s=20)
     process, first = start_and_wait_for(flags, step=3)
     os.kill(first[victim], signal.SIGSTOP)
     err = finished(process, flags, code)
-    assert f"{victim} has not moved for 5 s" in err and not alive(first.values())
+    assert f"{victim} has not moved for 20 s" in err and not alive(first.values())
     assert [e["worker"] for e in events(flags, "restarted")] == ([victim] if code == 0 else [])
 
 
@@ -124,7 +124,8 @@ def test_a_second_interrupt_ends_at_once(flags):
 
 
 def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, models, tmp_path):
-    """The teacher knows every word but one, which stands in one prompt of forty."""
+    """The teacher knows every word but one, which stands in one prompt of forty. It does not read the answers' words,
+    as they are of one token."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
     teacher.base_model.embed_tokens.weight.data[2] = float("nan")         # <unk>
@@ -132,7 +133,7 @@ def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, mode
     AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "1+?=" if i == 17 else f"{i}+1="}) for i in range(40)))
-    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=2)
+    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=2, max_response=1)
     err = finished(started(flags), flags)
     skipped = events(flags, "skipped")
     import tasks
@@ -150,7 +151,7 @@ def test_too_many_skips_end_the_run_with_the_last_good_checkpoint_named(flags, m
     AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
     flags |= dict(steps=20, teacher=str(tmp_path / "teacher"), save_every=2)
     err = finished(started(flags), flags, code=1)
-    assert "3 updates in a row" in err and "step-2" in err.splitlines()[-1]
+    assert "3 updates in a row" in err and "step-2" in err.strip().splitlines()[-1]
 
 
 def test_a_full_disk_costs_a_checkpoint_and_not_the_run(flags):

@@ -1,0 +1,175 @@
+"""What cannot be is refused in one line that names the value, with exit code 2, before anything is created."""
+import json
+import os
+import shutil
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import asyncopd
+from tests.conftest import ROOT, save_tiny
+
+CASES = [      # (flags, what the line must name). {w} is a folder with the files below
+    # flags
+    ("--stepz=3", "--stepz=3"), ("--steps=three", "three"), ("--steps=2.5", "2.5"), ("--steps=0", "--steps 0"),
+    ("--steps=", "--steps"), ("--step=3", "--step=3"), ("positional", "positional"), ("--lr=-1", "--lr -1"),
+    ("--lr=fast", "fast"), ("--kl=sideways", "sideways"), ("--estimator=magic", "magic"), ("--top-p=0", "--top-p 0"),
+    ("--top-p=1.5", "--top-p 1.5"), ("--max-ahead=-1", "--max-ahead -1"), ("--mc-samples=0", "--mc-samples 0"),
+    ("--batch=2 --minibatches=3", "--minibatches 3"), ("--temperature=0", "--temperature 0"), ("--beta=2", "--beta 2"),
+    ("--eval-every=-1", "--eval-every -1"), ("--engine=sglang", "sglang"), ("--gpu-share=3", "--gpu-share 3"),
+    ("--max-ahead=9 --max-lag=4", "--max-lag 4"), ("--overdue=forget", "forget"), ("--schedule=later", "later"),
+    ("--clip=0", "--clip 0"), ("--keep=-1", "--keep -1"), ("--stall-s=0", "--stall-s 0"),
+    ("--max-skips=0", "--max-skips 0"), ("--max-restarts=-2", "--max-restarts -2"), ("--chunk=-5", "--chunk -5"),
+    ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
+    # machines
+    ("--gpus=99", "--gpus 99"), ("--gpus=all", "all"), ("--teacher-gpus=2", "--teacher-gpus 2"),
+    ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),
+    # files of flags
+    ("--config={w}/absent.yaml", "absent.yaml"), ("--config={w}", "--config"), ("--config={w}/list.yaml", "list.yaml"),
+    ("--config={w}/broken.yaml", "broken.yaml"), ("--config={w}/unknown.yaml", "--stepz=3"),
+    ("--config={w}/empty.yaml", "empty.yaml"), ("--config={w}/null.yaml", "steps has no value"),
+    ("--config={w}/binary.jsonl", "binary.jsonl"),
+    # models
+    ("--student={w}/absent", "{w}/absent"), ("--teacher={w}/absent", "{w}/absent"),
+    ("--student={w}/list.yaml", "list.yaml"), ("--student={w}/noconfig", "noconfig"),
+    ("--teacher={w}/badconfig", "badconfig"), ("--student={w}/noweights", "noweights"),
+    ("--student={w}/pickle", ".safetensors"), ("--teacher={w}/cut", "model.safetensors"),
+    ("--student={w}/notokenizer", "notokenizer"), ("--teacher={w}/otherwords", "vocabulary"),
+    ("--max-prompt=400 --max-response=400", "512"), ("--task={w}/good.jsonl", "--student and --teacher"),
+    # prompts
+    ("--task={w}/absent.jsonl {m}", "absent.jsonl"), ("--task={w}/empty.jsonl {m}", "empty.jsonl"),
+    ("--task={w}/malformed.jsonl {m}", "malformed.jsonl:3"), ("--task={w}/missing.jsonl {m}", "missing.jsonl:2"),
+    ("--task={w}/numbers.jsonl {m}", "numbers.jsonl:1"), ("--task={w}/good.jsonl --prompt-key=q {m}", "'q'"),
+    ("--task={w}/binary.jsonl {m}", "binary.jsonl"), ("--task={w}/lists.jsonl {m}", "lists.jsonl:1"),
+    ("--task={w}/good.jsonl --max-prompt=1 {m}", "--max-prompt 1"),
+    ("--task={w}/good.jsonl --max-prompt=5 --long-prompts=refuse {m}", "--long-prompts refuse: 1 of 3"),
+    ("--task={w}/good.jsonl --eval-task={w}/absent.jsonl {m}", "absent.jsonl"),
+    ("--task={w}/broken.parquet {m}", "broken.parquet"), ("--task={w} {m}", "{w}"),
+    ("--prompt-template=plain", "plain"), ("--filter=level>>3", "level>>3"),
+    # where it writes
+    ("--out={w}/list.yaml", "list.yaml"), ("--out={w}/list.yaml/run", "list.yaml"), ("--out={w}/thesis", "--overwrite"),
+    ("--out={w}/thesis --overwrite", "log.jsonl"), ("--out=/proc/run", "/proc"),
+    # going on
+    ("--resume --out=", "--out"), ("--resume --out={w}/nowhere", "nowhere/log.jsonl"),
+    ("--resume --out={w}/thesis", "thesis/log.jsonl"), ("--resume --out={w}/stub", "stub/log.jsonl"),
+]
+
+
+@pytest.fixture(scope="module")
+def world(models, tmp_path_factory):
+    w = tmp_path_factory.mktemp("world")
+    for name, text in {"list.yaml": "- steps\n", "broken.yaml": "steps: [3\n", "unknown.yaml": "stepz: 3\n",
+                       "empty.yaml": "", "null.yaml": "steps:\n", "empty.jsonl": "\n\n",
+                       "malformed.jsonl": '{"prompt": "1"}\n\n{"prompt": "2"\n', "numbers.jsonl": '{"prompt": 7}\n',
+                       "missing.jsonl": '{"prompt": "1"}\n{"answer": "2"}\n', "lists.jsonl": "[1]\n",
+                       "good.jsonl": '{"prompt": "1+1="}\n{"prompt": "2+2="}\n{"prompt": "222+222="}\n',
+                       "broken.parquet": "PAR1"}.items():
+        (w / name).write_text(text)
+    (w / "binary.jsonl").write_bytes(bytes(range(256)))
+    for name in ("noconfig", "badconfig", "noweights", "pickle", "cut", "notokenizer", "otherwords"):
+        shutil.copytree(models["student"], w / name)
+    (w / "noconfig" / "config.json").unlink()
+    (w / "badconfig" / "config.json").write_text('{"model_type": "qwen3", ')
+    (w / "noweights" / "model.safetensors").unlink()
+    (w / "pickle" / "model.safetensors").unlink()
+    torch.save({"a": torch.zeros(2)}, w / "pickle" / "pytorch_model.bin")
+    data = (w / "cut" / "model.safetensors").read_bytes()
+    (w / "cut" / "model.safetensors").write_bytes(data[:len(data) // 2])
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (w / "notokenizer" / name).unlink()
+    import tasks
+    tokenizer = tasks.toy_tokenizer()
+    tokenizer.add_tokens(["ten"])
+    tokenizer.save_pretrained(w / "otherwords")
+    (w / "thesis").mkdir()
+    (w / "thesis" / "thesis.tex").write_text("mine")
+    (w / "stub").mkdir()
+    (w / "stub" / "log.jsonl").write_text('{"type": "ru')
+    return w
+
+
+def listing(folder) -> list[str]:
+    return sorted(str(p) for p in folder.rglob("*"))
+
+
+@pytest.mark.parametrize("flags, named", CASES)
+def test_it_is_refused(flags, named, world, models, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(asyncopd, "Run", lambda *_: pytest.fail("the run was begun"))
+    both = f"--student={models['student']} --teacher={models['teacher']}"
+    given = [f.format(w=world, m=both) for f in flags.split(" ")]
+    if "{m}" in flags or "good.jsonl" not in flags:
+        given = ["--task=toy", *both.split(), *[g for f in given for g in f.split(" ")]]
+    before, shared = listing(world), set(os.listdir("/dev/shm"))
+    code = asyncopd.main(["--gpus=0", "--engine=hf", "--max-prompt=16", "--max-response=16", "--out=run", *given])
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and len(err.splitlines()) == 1 and err.startswith("asyncopd: "), err
+    assert named.format(w=world) in err, err
+    assert len(err) < 500, "a line that a person reads"
+    assert listing(tmp_path) == [] and listing(world) == before and set(os.listdir("/dev/shm")) <= shared
+
+
+def test_there_are_enough_of_them():
+    assert len({flags for flags, _ in CASES}) >= 50
+
+
+def refused(capsys, *flags) -> str:
+    capsys.readouterr()
+    code = asyncopd.main(["--gpus=0", "--engine=hf", "--task=toy", *flags])
+    err = capsys.readouterr().err.strip()
+    assert code == 2 and len(err.splitlines()) == 1, err
+    return err
+
+
+def test_a_full_disk_and_too_little_shared_memory(models, tmp_path, monkeypatch, capsys):
+    flags = (f"--student={models['student']}", f"--teacher={models['teacher']}", f"--out={tmp_path}/run",
+             "--max-prompt=16", "--max-response=16")
+    usage = shutil.disk_usage
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(p) if "shm" in str(p) else SimpleNamespace(free=9_999))
+    assert "GB for the student" in refused(capsys, *flags) and listing(tmp_path) == []
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1_000 if "shm" in str(p) else 1e12))
+    assert "on shm" in refused(capsys, *flags) and listing(tmp_path) == []
+
+
+def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_path, capsys):
+    folder = tmp_path / "run"
+    (folder / "checkpoints" / "step-4").mkdir(parents=True)
+    (folder / "checkpoints" / "step-4" / "state.json").write_text("{")
+    config = dict(task="toy", student=models["student"], teacher=models["teacher"], seed=3, gpus=0, engine="hf")
+    from dataclasses import asdict
+    cfg = asyncopd.Config.from_cli([f"--{k}={v}" for k, v in config.items()])
+    (folder / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(cfg)}) + "\n")
+    assert "step-4: state.json is damaged" in refused(capsys, "--resume", f"--out={folder}")
+    for flag, value in (("seed", 4), ("batch", 3), ("student", models["tied"]), ("schedule", "sync")):
+        assert f"--{flag} {value}: --resume cannot change" in refused(capsys, "--resume", f"--out={folder}",
+                                                                      f"--{flag}={value}")
+
+
+def test_the_command_itself_says_so_too(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--stepz=3"], cwd=tmp_path,
+                          capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2 and done.stderr == "asyncopd: unrecognized arguments: --stepz=3\n", done.stderr
+    assert listing(tmp_path) == []
+
+
+@pytest.mark.parametrize("rows", [40, 20])
+def test_a_tokenizer_with_more_words_than_the_head_has_rows(rows, models, tmp_path, capsys):
+    """Rows beyond the words are padding and allowed; words beyond the rows are not."""
+    import tasks
+    folder = tmp_path / "teacher"
+    save_tiny(folder, seed=3)
+    tokenizer = tasks.toy_tokenizer()
+    tasks.small_model(tokenizer, layers=1, hidden=64, seed=3, vocab=rows).save_pretrained(folder)
+    more = tasks.toy_tokenizer()
+    more.add_tokens([f"w{i}" for i in range(25 - len(more))])
+    student = tmp_path / "student"
+    shutil.copytree(models["student"], student)
+    for f in (folder, student):
+        more.save_pretrained(f)
+    flags = (f"--student={student}", f"--teacher={folder}", "--max-prompt=16", "--max-response=16",
+             f"--out={tmp_path}/run", "--long-prompts=refuse", "--max-prompt=1")
+    err = refused(capsys, *flags)
+    assert ("its head has 20 rows for 25 words" in err) == (rows == 20), err
