@@ -59,6 +59,8 @@ class Config:
     prompt_template: str = knob("{prompt}", "text with a place for the prompt")
     prompt_suffix: str = knob("", "text put after every prompt")
     thinking: bool     = knob(False, "enable_thinking of the student's chat template")
+    long_prompts: str  = knob("skip", "prompts longer than --max-prompt: skip (counted), refuse",
+                              choices=("skip", "refuse"))
     eval_task: str     = knob("", "rows to evaluate on, named like --task (default: held out from it)")
     # staleness
     schedule: str      = knob("async", "sync: lag 0, no overlap; step-off: batch j wholly drawn under version "
@@ -117,8 +119,6 @@ class Config:
     max_restarts: int  = knob(3, "times that rollout and teacher workers are started anew, in all, before the run ends")
     stall_s: float     = knob(900.0, "seconds without a sign of life after which a worker counts as dead")
     max_skips: int     = knob(3, "updates in a row that may be skipped for not being finite before the run ends")
-    long_prompts: str  = knob("skip", "prompts longer than --max-prompt: skip (counted), refuse",
-                              choices=("skip", "refuse"))
 
     @classmethod
     def from_cli(cls, argv: list[str]) -> Config:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -95,8 +96,11 @@ def estimate(cfg: Config, student: Shape, teacher: Shape, active: int, needs: li
     seconds = {"generate": cfg.batch * R / (cfg.rollouts * running / step),
                "score": forward(teacher, active) / cfg.teachers,
                "learn": (3 + cfg.gradient_checkpointing) * forward(student, student.P) / cfg.learners}
-    worst, in_turn = max(seconds, key=seconds.get), cfg.gpus == 1 or cfg.schedule == "sync"
-    whole = sum(seconds.values()) if in_turn else seconds[worst]
+    role, busy = {"rollout": "generate", "teacher": "score", "learner": "learn"}, defaultdict(float)
+    for worker, device in plan.plan(cfg).items():
+        busy[device] += seconds[role[worker.rstrip("0123456789")]]
+    worst, in_turn = max(seconds, key=seconds.get), cfg.schedule == "sync" or len(busy) == 1
+    whole = sum(seconds.values()) if in_turn else max(busy.values())       # roles on one device take turns
     return "\n".join([
         f"expected bottleneck: an estimate, for responses of {R:,.0f} tokens after prompts of {Q:,.0f}, on GPUs with "
         f"{GPU['flops'] / 1e12:,.0f} TFLOP/s",

@@ -87,6 +87,14 @@ def test_what_does_not_fit_is_exit_code_2(name, gpus, gb, fits, monkeypatch, cap
     assert fits or f"where {gb}.0 are free" in err
 
 
+@pytest.mark.parametrize("gpus, seconds", [(1, sum), (2, lambda s: max(s[0], s[1] + s[2])), (3, max)])
+def test_roles_on_one_gpu_take_turns(gpus, seconds):
+    """Two GPUs: one generates, the other scores and learns."""
+    out = said("gsm8k", gpus)
+    roles = [float(x) for x in re.search(r"generate  score  learn\n +(\S+) +(\S+) +(\S+)", out).groups()]
+    assert float(re.search(r"(\S+) s a batch", out)[1]) == pytest.approx(seconds(roles), abs=0.1)
+
+
 @pytest.mark.parametrize("flags, named", [(["--steps=0"], "--steps 0"), (["--task=t.jsonl"], "--student"), ([
     "--gpus=8", "--task=t.jsonl", "--student=nobody/none", "--teacher=nobody/none"], "nobody/none")])
 def test_a_dry_run_of_what_cannot_be_is_exit_code_2(flags, named, capsys):

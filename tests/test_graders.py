@@ -11,7 +11,7 @@ import time
 import pytest
 
 import graders
-from graders import MathGrader, marked_answer, summary
+from graders import Grading, MathGrader, marked_answer, summary
 
 SYMBOLIC = importlib.util.find_spec("math_verify") is not None
 
@@ -161,6 +161,20 @@ def test_without_math_verify_text_and_numbers_still_count():
     grader.symbolic = False
     assert grader(boxed("0.50"), "1/2") and grader(boxed(r"\sqrt 2"), r"\sqrt 2")
     assert not grader(boxed("2^2"), "4x") and grader.process is None
+
+
+def test_answers_are_judged_beside_the_run_and_a_grader_that_fails_says_so(monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    go = threading.Event()
+    slow = Grading(lambda answers: go.wait(10) and ([["text"]], [[True]]), [[[1]]], "student", 3)
+    broken = Grading(lambda answers: answers[1], [], "student", 3)
+    assert not slow.done.poll(0.05) and slow.outcome is None, "nobody waited"
+    go.set()
+    assert slow.done.poll(10) and slow.outcome == ([["text"]], [[True]])
+    assert broken.done.poll(10) and broken.outcome is None
+    broken.join()
+    assert failed[0].exc_type is IndexError
 
 
 def test_braces_inside_an_answer_are_kept():
