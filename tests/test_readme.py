@@ -26,6 +26,7 @@ CAPS = {
     "head.py": 200,
     "shards.py": 150,
     "learner.py": 450,
+    "lora.py": 100,
     "estimators.py": 450,
     "checkpoint.py": 200,
     "tasks.py": 250,
