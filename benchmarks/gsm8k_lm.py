@@ -127,8 +127,8 @@ def held_out(cfg, folder: str, rows: list[dict]) -> dict[str, list[float]]:
     number; and the -log p of the written solution, summed, and its length."""
     from transformers import AutoTokenizer
 
+    from prompts import Row, encode
     from rollout import HFEngine
-    from tasks import Row, encode
     from teacher import load_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode([Row(r["question"]) for r in rows], tokenizer)
