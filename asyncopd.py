@@ -80,6 +80,7 @@ class Config:
     warmup: int        = knob(0, "optimizer updates over which the learning rate rises to --lr")
     weight_decay: float = knob(0.01, "AdamW weight decay")
     clip: float        = knob(1.0, "largest gradient norm")
+    lora_rank: int     = knob(0, "train adapters of this rank on every linear layer and nothing else (0: all weights)")
     seed: int          = knob(0, "of prompt order and of every draw")
     max_prompt: int    = knob(2048, "longest prompt, tokens")
     max_response: int  = knob(16384, "longest response, tokens")
@@ -176,7 +177,8 @@ def as_flags(written: dict, path: str) -> list[str]:
 
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
-         "eval_n", "max_prompt", "long_prompts", "seed", "batch", "minibatches", "schedule", "estimator")
+         "eval_n", "max_prompt", "long_prompts", "seed", "batch", "minibatches", "schedule", "estimator",
+         "lora_rank")
 
 
 def recorded(out: str) -> dict:
@@ -195,8 +197,8 @@ def settle(cfg: Config) -> Config:
                  "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
-                 "teachers", "learners", "chunk", "eval_every", "eval_n", "save_every", "keep", "max_restarts",
-                 "eval_temperature"):
+                 "teachers", "learners", "chunk", "lora_rank", "eval_every", "eval_n", "save_every", "keep",
+                 "max_restarts", "eval_temperature"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
@@ -233,6 +235,9 @@ def settle(cfg: Config) -> Config:
         refuse(f"--teacher-engine vllm: {estimator} needs {VLLM_LACKS[support]}, which vLLM does not give "
                f"(--teacher-engine hf does)")
     cfg.log == "" or importlib.util.find_spec(cfg.log) or refuse(f"--log {cfg.log}: pip install {cfg.log}")
+    if cfg.lora_rank:
+        learners == 1 or refuse(f"--lora-rank {cfg.lora_rank}: with one learner, not {learners} (--learners 1)")
+        importlib.util.find_spec("peft") or refuse(f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")

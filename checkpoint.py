@@ -133,7 +133,7 @@ def write_training(folder: Path, model, optimizer, updates: int, masters: bool,
     `collect` gathers what is sharded over several learners, at the one that writes.
     """
     def tensors():
-        for name, p in model.named_parameters():
+        for name, p in trained(model):
             yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
             if masters:
                 yield f"{name}/master", p.detach()
@@ -142,13 +142,18 @@ def write_training(folder: Path, model, optimizer, updates: int, masters: bool,
         save_file({name: x.cpu().contiguous() for name, x in kept.items()}, folder / "train.safetensors")
 
 
+def trained(model) -> list[tuple[str, Tensor]]:
+    """The parameters that learn, by name: under LoRA not the student's own."""
+    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+
+
 def read_training(folder: Path, model, optimizer, part: Callable[[Tensor, Tensor], Tensor]) -> int:
     """Put it back; the number of optimizer updates made. `part` makes a tensor lie as a parameter does."""
     kept: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "train.safetensors").items():
         name, _, what = key.rpartition("/")
         kept.setdefault(name, {})[what] = x
-    for name, p in model.named_parameters():
+    for name, p in trained(model):
         if (master := kept[name].pop("master", None)) is not None:
             p.data.copy_(part(master, p))
         optimizer.state[p] = {what: part(x, p) for what, x in kept[name].items()}

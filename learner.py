@@ -24,9 +24,10 @@ import torch
 from torch import Tensor
 
 from cache import Segment, Slots, Weights
-from checkpoint import UNWRITABLE, read_training, replace, write_training
+from checkpoint import UNWRITABLE, read_training, replace, trained, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
+from lora import Merged, merged_state, save_adapter, with_lora
 from plan import chunk_size, free_gb
 from shards import Ranks, concatenated, recompute
 from teacher import load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
@@ -118,15 +119,18 @@ class Learner:
         self.teacher_head = None
         if self.estimator.support == "full":                 # the rest of the teacher is let go
             self.teacher_head = load_model(cfg.teacher, "cpu", dtype).get_output_embeddings().to(device)
-        self.model = load_model(resume or cfg.student, "cpu", torch.float32)       # in eval mode: dropout would part
-        self.head = self.model.get_output_embeddings()                             # it from mu
+        base = cfg.student if cfg.lora_rank else resume or cfg.student     # a checkpoint has the adapters merged
+        self.model = load_model(base, "cpu", torch.float32)                # in eval mode: dropout would part it from mu
+        if cfg.lora_rank:
+            with_lora(self.model, cfg.lora_rank, cfg.seed)
+        self.head = self.model.get_output_embeddings()
         self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else
                                 torch.cuda.mem_get_info(device)[0] / 1e9)
         if cfg.gradient_checkpointing:
             recompute(self.model)
         self.ranks.shard(self.model, self.device, dtype)
-        self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay,
-                                           fused=self.device.type == "cuda" or None)
+        self.optimizer = torch.optim.AdamW([p for _, p in trained(self.model)], lr=cfg.lr,
+                                           weight_decay=cfg.weight_decay, fused=self.device.type == "cuda" or None)
         self.updates = read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else 0
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
@@ -240,7 +244,7 @@ class Learner:
     @torch.no_grad()
     def publish(self, weights: Weights, version: int) -> float:
         start = time.monotonic()
-        probe, parameters = one_segment(weights.probe), dict(self.model.named_parameters())
+        probe, parameters = one_segment(weights.probe), Merged(self.model)
         logp = head_logp(self.head, self.rows([probe]), probe.tokens[1:, None].to(self.device), chunk=self.chunk,
                          dtype=self.dtype)
         self.ranks.settle(self.model)
@@ -255,18 +259,20 @@ class Learner:
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         self.write(partial)
+        if self.cfg.lora_rank:
+            save_adapter(self.model, self.cfg.student, partial / "adapter")
         if self.ranks.rank == 0:
             replace(partial, folder)
 
     def checkpoint(self, folder: Path) -> None:
         """The learner's part of a checkpoint."""
         self.write(folder)
-        write_training(folder, self.model, self.optimizer, self.updates, masters=self.dtype != torch.float32,
-                       collect=self.ranks.collect)
+        write_training(folder, self.model, self.optimizer, self.updates, collect=self.ranks.collect,
+                       masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0)
 
     def write(self, folder: Path) -> None:
         from transformers import AutoTokenizer
-        state = self.ranks.collect((name, x) for name, x in self.model.state_dict().items())
+        state = self.ranks.collect(merged_state(self.model))
         if self.ranks.rank == 0:
             self.model.generation_config.eos_token_id = stop_ids(self.cfg.student, self.cfg.teacher)     # as trained
             self.model.save_pretrained(folder, state_dict={name: x.to(self.dtype) for name, x in state.items()})

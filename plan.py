@@ -101,6 +101,10 @@ class Shape:
                    I=experts * inner if experts and inner else getattr(c, "intermediate_size", 4 * c.hidden_size),
                    A=heads * width, K=(getattr(c, "num_key_value_heads", None) or heads) * width)
 
+    def adapters(self, rank: int) -> int:
+        """Parameters of --lora-rank: two thin matrices beside each of a layer's seven linear ones."""
+        return rank * self.L * (7 * self.H + 2 * self.A + 2 * self.K + 3 * self.I)
+
     def layer(self, half: bool) -> int:
         """Bytes per token that one layer keeps for the backward pass: exact for Qwen3, a little less without q-norm.
 
@@ -161,12 +165,12 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
     for worker, device in where.items():
         role = worker.rstrip("0123456789")
         if role == "learner":
-            n = cfg.learners
+            n, trained = cfg.learners, student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
             compute = 2 * student.P if half else 0         # bf16 copies that autocast or FSDP makes and backward reads
             if n > 1:                                      # two layers at a time, and embedding and head
                 compute = (2 if half else 4) * (2 * student.P // student.L + 2 * student.V * student.H)
-            parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * student.P / n,
-                         optimizer=8 * student.P / n,
+            parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * trained / n,
+                         optimizer=8 * trained / n,
                          activations=tokens * student.activations(half, cfg.gradient_checkpointing),
                          logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half))
         elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
@@ -209,10 +213,11 @@ def free_gb() -> dict[str, float]:
     return found
 
 
-REMEDY = {"weights": "a smaller model", "gradients": "a smaller student, or more --learners",
-          "optimizer": "a smaller student, or more --learners", "activations": "--gradient-checkpointing, or a lower "
-          "--max-response and --micro-tokens", "logits": "a lower --chunk", "cache": "a lower --max-ahead or --batch, "
-          "--max-running or --gpu-share", "process": "fewer workers"}
+REMEDY = {"weights": "a smaller model", "gradients": "a smaller student, more --learners, or --lora-rank",
+          "optimizer": "a smaller student, more --learners, or --lora-rank",
+          "activations": "--gradient-checkpointing, or a lower --max-response and --micro-tokens",
+          "logits": "a lower --chunk", "cache": "a lower --max-ahead or --batch, --max-running or --gpu-share",
+          "process": "fewer workers"}
 
 
 def check(needs: list[Need], free: dict[str, float]) -> None:

@@ -14,6 +14,7 @@ Last line of `run`: one JSON object with kl_before, kl_after, minutes (of the co
 import argparse
 import hashlib
 import json
+import os
 import random
 import re
 import subprocess
@@ -37,6 +38,7 @@ FLAGS = ["--gpus=0", "--prompt-key=question", "--answer-key=answer", "--steps=10
          "--lr-schedule=cosine", "--warmup=10", "--max-ahead=1", "--max-prompt=200", "--max-response=160",
          "--max-running=128", "--micro-tokens=4096", "--eval-n=50", "--save-every=20", "--keep=0"]
 HELD_OUT = 200                      # problems
+OUT = Path("runs") / "bench-gsm8k-lm"
 
 CHAT = ("{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
         "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
@@ -125,8 +127,8 @@ def held_out(cfg, folder: str, rows: list[dict]) -> dict[str, list[float]]:
     number; and the -log p of the written solution, summed, and its length."""
     from transformers import AutoTokenizer
 
+    from prompts import Row, encode
     from rollout import HFEngine
-    from tasks import Row, encode
     from teacher import load_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode([Row(r["question"]) for r in rows], tokenizer)
@@ -165,17 +167,16 @@ def per_token(sums: dict[str, list[float]], what: str = "kl", by: str = "tokens"
 
 def run(data: Path, more: list[str]) -> None:
     from asyncopd import Config
-    folders = models(HERE.parent / "runs", problems(data / "train.jsonl"))
+    folders = models(OUT.parent, problems(data / "train.jsonl"))
     rows = [r for r in problems(data / "test.jsonl") if len(r["question"]) < 500][:HELD_OUT]
-    out = HERE.parent / "runs" / "bench-gsm8k-lm"
-    command = ["asyncopd.py", f"--task={data / 'train.jsonl'}", f"--eval-task={data / 'test.jsonl'}", f"--out={out}",
+    command = ["asyncopd.py", f"--task={data / 'train.jsonl'}", f"--eval-task={data / 'test.jsonl'}", f"--out={OUT}",
                "--overwrite", f"--student={folders['student']}", f"--teacher={folders['teacher']}", *FLAGS, *more]
     start = time.monotonic()
-    done = subprocess.run([sys.executable, *command], cwd=HERE.parent)
+    done = subprocess.run([sys.executable, *command])
     minutes = (time.monotonic() - start) / 60
     if done.returncode:
         sys.exit(f"exit code {done.returncode}")
-    measure(Config.from_cli(command[1:]), out, rows, minutes)
+    measure(Config.from_cli(command[1:]), OUT, rows, minutes)
 
 
 def measure(cfg, out: Path, rows: list[dict], minutes: float) -> None:
@@ -226,12 +227,13 @@ def figure() -> None:
             label="in training: estimate from each batch")
     mean, low, high = zip(*(per_token(m) for m in measured))
     ax.errorbar([at[m["step"]] for m in measured], mean, [np.subtract(mean, low), np.subtract(high, mean)],
-                color="#d9822b", marker="o", ms=4, lw=1.5, capsize=3,
+                color="#d9822b", marker="o", ms=5, lw=0, elinewidth=1.5, capsize=3,
                 label=f"held-out: exact, {len(measured[0]['kl'])} problems, 95% interval")
     ax.set_ylim(bottom=0)
     ax.set_xlim(left=0)
     ax.set_xlabel("minutes of asynchronous distillation, two CPU cores")
     ax.set_ylabel("KL(p || q) per token, nats")
+    ax.set_title(f"{mean[0]:.2f} to {mean[-1]:.2f} nats on held-out problems of GSM8K", loc="left", fontsize=10)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False)
     fig.tight_layout()
@@ -244,7 +246,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("gsm8k"), help="folder of train.jsonl and test.jsonl")
     args, more = parser.parse_known_args()       # flags of asyncopd.py
     if args.what == "run":
-        run(args.data.resolve(), more)
+        data = Path(os.path.relpath(args.data, HERE.parent))
+        os.chdir(HERE.parent)                    # the record holds paths from there
+        run(data, more)
     figure()
     print(table())
     print(json.dumps(result()))

@@ -9,6 +9,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import gsm8k_lm  # noqa: E402
 import pipeline  # noqa: E402
 import toy  # noqa: E402
 
@@ -22,6 +23,7 @@ BLOCKS = {
     "estimators": estimator_table,
     "lag": lambda: pipeline.table() + "\n\n" + toy.table("lag"),
     "toy": lambda: toy.table("estimators"),
+    "gsm8k": gsm8k_lm.table,
     "pairs": lambda: toy.table("pairs"),
     "metrics": lambda: keys_table(METRICS) + "\n\n" + keys_table(DONE),
 }

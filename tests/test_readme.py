@@ -26,6 +26,7 @@ CAPS = {
     "head.py": 200,
     "shards.py": 150,
     "learner.py": 450,
+    "lora.py": 100,
     "estimators.py": 450,
     "checkpoint.py": 200,
     "tasks.py": 250,
@@ -88,7 +89,7 @@ def test_every_link_and_picture_is_there(target):
 
 def test_every_flag_that_the_readme_names_exists():
     known = {f"--{f.replace('_', '-')}" for f in Config.__dataclass_fields__} | {"--config"}
-    known |= {flag.replace("--", "--no-") for flag in known} | {"--run", "--resume", "--teacher-engine"}
+    known |= {flag.replace("--", "--no-") for flag in known} | {"--run", "--data", "--resume", "--teacher-engine"}
     assert set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) <= known
 
 
