@@ -213,8 +213,11 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[lis
             if order == "stop":
                 return link.send("stopped")
             if order == "evaluate":
-                link.send("evaluated", answers=teacher.complete(eval_prompts, cfg.max_response,
-                                                                stop_ids(cfg.student, cfg.teacher)))
+                answers, stops = [], stop_ids(cfg.student, cfg.teacher)
+                for i in range(0, len(eval_prompts), 64):          # a sign of life in between
+                    answers += teacher.complete(eval_prompts[i:i + 64], cfg.max_response, stops)
+                    link.beat()
+                link.send("evaluated", answers=answers)
             waiting += body if order == "score" else []
         for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
             with link.span("score"):

@@ -21,7 +21,7 @@ CAPS = {
     "rollout.py": 400,
     "engine_vllm.py": 250,
     "cache.py": 350,
-    "teacher.py": 230,
+    "teacher.py": 240,
     "teacher_vllm.py": 120,
     "head.py": 200,
     "shards.py": 150,
