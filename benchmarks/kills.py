@@ -1,14 +1,14 @@
 """
 Kills: runs whose processes are killed at random moments, resumed, and compared with runs that nobody touched.
 
-    python benchmarks/kills.py                  # 100 kills of synchronous runs: the same weights, bit for bit
-    python benchmarks/kills.py --workers 60     # kills of asynchronous runs: every prompt trained once
+    python benchmarks/kills.py                  # synchronous runs, killed and resumed: the same weights, bit for bit
+    python benchmarks/kills.py --async          # asynchronous runs: every prompt trained once
 
 The shipped command and its real processes; only their start is quicker, forked from this process, which has imported
-everything, instead of spawned. Half of the victims of a synchronous run are its parent and its learner, which end it,
-half are workers, which are restarted. Raw rows: kills.jsonl. Last line: one JSON object with `kills`, `resumed`,
-`restarted`, `runs`, and `identical` (runs whose final weights equal those of an undisturbed run) or `lost`, `twice`
-(prompts).
+everything, instead of spawned. Two thirds of the victims are parents and learners, which end the run: it is resumed.
+The others are rollout and teacher workers, which are restarted. It goes on until --cycles
+runs were resumed. Raw rows: kills.jsonl. Last line: one JSON object with `kills`, `resumed`, `restarted`, `runs`, and
+`identical` (runs whose final weights equal those of an undisturbed run) or `lost`, `twice` (prompts and tokens).
 """
 from __future__ import annotations
 
@@ -38,6 +38,7 @@ import checkpoint  # noqa: E402
 import record  # noqa: E402
 import tasks  # noqa: E402
 
+VICTIMS = ["parent", "learner", "parent", "learner", "rollout0", "teacher0"]
 TRIES_S = 60.0            # no start may take longer than this, whatever it waits for
 
 
@@ -112,7 +113,7 @@ def ended(pid: int, within_s: float) -> int | None:
 
 def moment(main: int, flags: dict, rng: random.Random, step: int) -> int | None:
     """Wait for a random moment: one in six in the start, else steps after `step`. Exit code if the run has ended."""
-    steps, pause = rng.randrange(6) * flags["save_every"], rng.uniform(0, 0.1)
+    steps, pause = rng.randrange(6) * flags["save_every"], rng.uniform(0, 0.05)
     limit = time.monotonic() + (TRIES_S if steps else rng.uniform(0, 2))
     while time.monotonic() < limit:
         if (code := ended(main, 0.01)) is not None:
@@ -122,7 +123,7 @@ def moment(main: int, flags: dict, rng: random.Random, step: int) -> int | None:
     return ended(main, pause)
 
 
-def life(flags: dict, rng: random.Random, kill: bool, victims: list[str]) -> tuple[int | None, str]:
+def life(flags: dict, rng: random.Random, kill: bool) -> tuple[int | None, str]:
     """One start, resumed if there is something to resume; (exit code, who was killed)."""
     last = checkpoint.newest(Path(flags["out"]) / "checkpoints")[0]
     main, began = launch(flags, resume=bool(last)), time.monotonic()
@@ -131,7 +132,7 @@ def life(flags: dict, rng: random.Random, kill: bool, victims: list[str]) -> tup
         code = moment(main, flags, rng, int(last.name[5:]) if last else 0)
         if code is not None:
             return code, ""
-        victim = rng.choice(victims)
+        victim = rng.choice(VICTIMS)
         pid = main if victim == "parent" else processes(flags).get(victim)
         if pid and running(pid):
             os.kill(pid, signal.SIGKILL)
@@ -149,11 +150,11 @@ def life(flags: dict, rng: random.Random, kill: bool, victims: list[str]) -> tup
     return code, victim
 
 
-def play(flags: dict, rng: random.Random, kills: int, victims: list[str]) -> dict:
+def play(flags: dict, rng: random.Random, kills: int) -> dict:
     """A run with so many kills, resumed until it is done."""
     who, starts = [], 0
     while True:
-        code, victim = life(flags, rng, len(who) < kills, victims)
+        code, victim = life(flags, rng, len(who) < kills)
         who += [victim] if victim else []
         starts += 1
         assert code in (0, 1, -9), f"exit code {code}: {Path(flags['out'] + '.txt').read_text()[-2000:]}"
@@ -178,8 +179,8 @@ def trained_once(flags: dict) -> tuple[int, int, int]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--kills", type=int, default=100, help="of synchronous runs")
-    parser.add_argument("--workers", type=int, default=0, help="of asynchronous runs instead: so many")
+    parser.add_argument("--cycles", type=int, default=100, help="kills that end a run, each followed by a --resume")
+    parser.add_argument("--async", action="store_true", dest="asynchronous", help="of asynchronous runs")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--per-run", type=int, default=10)
     parser.add_argument("--out", default="", help="JSONL to append to (default: kills.jsonl beside this file)")
@@ -191,21 +192,20 @@ def main() -> None:
     before = set(os.listdir("/dev/shm"))
     flags = dict(task="toy", gpus=0, engine="hf", batch=4, max_prompt=8, max_response=12, lr=1e-3, eval_n=2, warmup=0,
                  save_every=1, max_restarts=1000, **tiny_models(root))
-    total, wanted = 0, args.workers or args.kills
-    while total < wanted:
-        seed, kills = args.seed * 1000 + len(rows), min(args.per_run, wanted - total)
-        if args.workers:
+    while sum(r["resumed"] for r in rows) < args.cycles:
+        seed = args.seed * 1000 + len(rows)
+        if args.asynchronous:
             run = flags | dict(seed=seed, steps=300, save_every=6, max_ahead=2, max_lag=2, out=str(root / f"run{seed}"))
-            row = play(run, rng, kills, ["rollout0", "teacher0", "learner", "parent"])
+            row = play(run, rng, args.per_run)
             prompts, lost, twice = trained_once(run)
             lags = [line["lag_max"] for line in log(run) if line["type"] == "step"]
             row |= {"prompts": prompts, "lost": lost, "twice": twice, "lag_max": max(lags), "steps": len(lags)}
         else:
-            run = flags | dict(seed=seed, steps=25, schedule="sync", out=str(root / f"run{seed}"))
+            run = flags | dict(seed=seed, steps=40, schedule="sync", out=str(root / f"run{seed}"))
             whole = run | dict(out=str(root / f"whole{seed}"))
-            code = life(whole, rng, False, [])[0]
+            code = life(whole, rng, False)[0]
             assert code == 0, f"exit code {code}: {Path(whole['out'] + '.txt').read_text()[-2000:]}"
-            row = play(run, rng, kills, ["parent", "learner", "rollout0", "teacher0"])
+            row = play(run, rng, args.per_run)
             a, b = (load_file(Path(f["out"]) / "student" / "model.safetensors") for f in (whole, run))
             losses = [[line["loss"] for line in log(f) if line["type"] == "step"] for f in (whole, run)]
             row |= {"identical": a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a),
@@ -213,11 +213,10 @@ def main() -> None:
         events = [line["what"] for line in log(run) if line["type"] == "event"]
         row |= {"seed": seed, "resumed": events.count("resumed"), "restarted": events.count("restarted")}
         rows.append(row)
-        total += len(row["killed"])
         print(json.dumps(row), flush=True)
     leaked = sorted(set(os.listdir("/dev/shm")) - before)
     assert not leaked, f"left in /dev/shm: {leaked}"
-    summary = {"kills": total, "runs": len(rows), **{k: sum(r[k] for r in rows) for k in
+    summary = {"kills": sum(len(r["killed"]) for r in rows), "runs": len(rows), **{k: sum(r[k] for r in rows) for k in
                                                     ("resumed", "restarted", "identical", "lost", "twice")
                                                     if k in rows[0]}}
     with open(args.out or HERE / "kills.jsonl", "a") as f:

@@ -67,14 +67,14 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(flags, victim):
     assert not alive(kills.processes(flags).values()) and shared_memory() <= before
 
 
-@pytest.mark.parametrize("how", [["--kills", "12"], ["--workers", "14"]])
+@pytest.mark.parametrize("how", [["--cycles", "10"], ["--cycles", "8", "--async"]])
 def test_killed_at_random_and_resumed(how, tmp_path):
     """Synchronous: the weights are those of an undisturbed run, bit for bit; asynchronous: every prompt once."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), *how, "--seed", "1",
                            "--out", str(tmp_path / "rows.jsonl")], capture_output=True, text=True, timeout=5 * HARD_S)
     assert done.returncode == 0, done.stderr[-3000:]
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["kills"] >= 12 and last["resumed"] > 0 and last["restarted"] > 0
+    assert last["kills"] >= 10 and last["resumed"] >= 8
     assert last.get("identical", last["runs"]) == last["runs"] and last.get("lost", 0) == last.get("twice", 0) == 0
 
 
