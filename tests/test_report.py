@@ -23,7 +23,8 @@ LINES = [
          versions={"torch": "2"}, hardware={"cpu": "a processor", "cores": 2, "gpus": []}),
     dict(type="eval", step=0, who="student", **SAID),
     dict(type="eval", step=9, who="student", **SAID | {"accuracy": 1.0}),
-    dict(type="done", steps=29, tokens_trained=1234, lag_mean=1.5, lag_max=3, wall_s=60.0, kl_before=0.5, kl_after=0.25)]
+    dict(type="done", steps=29, tokens_trained=1234, lag_mean=1.5, lag_max=3, wall_s=60.0,
+         kl_before=0.5, kl_after=0.25)]
 
 
 def test_an_evaluation_is_a_line_of_the_log_samples_in_a_file_and_three_lines_on_the_terminal(tmp_path, capsys):
