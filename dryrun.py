@@ -32,13 +32,15 @@ def show(cfg: Config) -> None:
     named = {"student": cfg.student, "teacher": cfg.teacher}
     known = {role: model(role, name) for role, name in named.items()}
     student, teacher = (known[role][0] for role in named)
-    needs = plan.memory(cfg, student, teacher, GPU["gb"])
-    free = {f"cuda:{i}": GPU["gb"] for i in range(cfg.gpus)}
+    here, last = plan.free_gb(), f"cuda:{cfg.gpus - 1}"
+    gb, whose = (here["gpu"], "this machine's") if last in here else (GPU["gb"], "GPUs assumed to have")
+    needs = plan.memory(cfg, student, teacher, gb)
+    free = {f"cuda:{i}": here[f"cuda:{i}"] if last in here else gb for i in range(cfg.gpus)}
     print("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
     print(table([["", "billion parameters", "per token", "layers", "width", "words", "configuration from"]] + [
         [f"{role}  {name or 'the toy'}", f"{shape.P / 1e9:.4g}", f"{active / 1e9:.4g}", str(shape.L), str(shape.H),
          f"{shape.V:,}", source] for (role, name), (shape, active, source) in zip(named.items(), known.values())]))
-    print("\nwho runs where, and what it takes at most" + (f", GPUs of {GPU['gb']:g} GB" if cfg.gpus else ""))
+    print("\nwho runs where, and what it takes at most" + (f"; {whose} {gb:g} GB" if cfg.gpus else ""))
     print(f"  {plan.why(cfg)}")
     print(table(plan.rows(needs, free)))
     row, slots = ESTIMATORS[cfg.estimator], (cfg.max_ahead + 1) * cfg.batch

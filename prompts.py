@@ -79,6 +79,8 @@ def table(name: str, keys: list[str]):
             columns = wanted(pyarrow.parquet.read_schema(name).names)
             return pyarrow.parquet.read_table(name, columns=columns).to_pylist()
         repo, subset, split = (name[3:].split(":", 2) + ["", ""])[:3]
+        if not repo.strip("/. "):
+            raise ValueError("no data set is named (hf:NAME[:CONFIG][:SPLIT])")
         rows = datasets.load_dataset(repo, subset or None, split=split or "train")
         return rows.select_columns(wanted(rows.column_names))
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
@@ -146,8 +148,12 @@ def encode(rows: list[Row], tokenizer, template: str = "{prompt}", suffix: str =
     """
     texts = [template.replace("{prompt}", row.prompt) + suffix for row in rows]
     if tokenizer.chat_template:
-        texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
-                                               add_generation_prompt=True, enable_thinking=thinking) for t in texts]
+        from jinja2 import TemplateError
+        try:
+            texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
+                                                   add_generation_prompt=True, enable_thinking=thinking) for t in texts]
+        except TemplateError as e:
+            raise ValueError(f"the chat template of --student fails: {e}") from None
     return tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"] if texts else []
 
 

@@ -73,8 +73,8 @@ def model_card(log: Path) -> str:
                  f"| {e['k']} |" for e in evals]
     how = f"temperature {c['eval_temperature']:g}" if c["eval_temperature"] else "greedy"
     where = f"`{c['eval_task']}`" if c["eval_task"] else "rows of the task that were held out"
-    kl = (f"KL per token, {c['kl']}, on the student's own prefixes: {d['kl_before']:.4f} before, {d['kl_after']:.4f} "
-          "after.")
+    kl = (f"KL per token, {c['kl']}, on the student's own prefixes: {d['kl_before']:.4f} in the first ten batches, "
+          f"{d['kl_after']:.4f} in the last ten." if d["steps"] >= 20 else "")
     return "\n".join([
         f"---\n{hub}library_name: transformers\ntags: [on-policy-distillation, asyncopd]\n---",
         f"# {log.parent.name}", "",

@@ -81,10 +81,10 @@ class Run:
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
+        self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
         self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
         self.log.tracker = report.tracker(cfg.log, out, asdict(cfg)) if cfg.log else None
         self.trace = Trace(out / "trace.json", list(where))
-        self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
         for name in where:
             self.hands.append(self.worker(name))
         self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))

@@ -15,6 +15,7 @@ import toy  # noqa: E402
 
 from account import DONE  # noqa: E402
 from estimators import estimator_table  # noqa: E402
+from graders import EVAL  # noqa: E402
 from learner import METRICS  # noqa: E402
 from record import keys_table  # noqa: E402
 
@@ -25,7 +26,7 @@ BLOCKS = {
     "toy": lambda: toy.table("estimators"),
     "gsm8k": gsm8k_lm.table,
     "pairs": lambda: toy.table("pairs"),
-    "metrics": lambda: keys_table(METRICS) + "\n\n" + keys_table(DONE),
+    "metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE)),
 }
 
 

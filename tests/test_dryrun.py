@@ -11,6 +11,7 @@ import pytest
 import transformers
 
 import dryrun
+import plan
 from asyncopd import Config, main
 from tests.conftest import ROOT
 
@@ -33,6 +34,7 @@ def no_cache(monkeypatch):
         raise OSError("not here")
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    monkeypatch.setattr(plan, "free_gb", dict)
     dryrun.model.cache_clear()
 
 
@@ -93,6 +95,13 @@ def test_roles_on_one_gpu_take_turns(gpus, seconds):
     out = said("gsm8k", gpus)
     roles = [float(x) for x in re.search(r"generate  score  learn\n +(\S+) +(\S+) +(\S+)", out).groups()]
     assert float(re.search(r"(\S+) s a batch", out)[1]) == pytest.approx(seconds(roles), abs=0.1)
+
+
+def test_on_a_machine_with_as_many_gpus_theirs_is_the_memory_that_counts(monkeypatch):
+    monkeypatch.setattr(plan, "free_gb", lambda: {"cuda:0": 70.0, "gpu": 96.0})
+    out = said("gsm8k", 1)
+    assert "this machine's 96 GB" in out and out.count(" 70.0") == 3
+    assert "assumed to have 80 GB" in said("gsm8k", 3)
 
 
 @pytest.mark.parametrize("flags, named", [(["--steps=0"], "--steps 0"), (["--task=t.jsonl"], "--student"), ([

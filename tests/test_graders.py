@@ -1,6 +1,7 @@
 """Answers, judged against what a person says of each; texts that mean harm; and the numbers of an evaluation."""
 import importlib.util
 import itertools
+import json
 import os
 import random
 import signal
@@ -12,7 +13,9 @@ import pytest
 
 import graders
 from graders import Grading, MathGrader, marked_answer, summary
+from tests.conftest import ROOT
 
+GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
 SYMBOLIC = importlib.util.find_spec("math_verify") is not None
 
 
@@ -180,6 +183,16 @@ def test_answers_are_judged_beside_the_run_and_a_grader_that_fails_says_so(monke
 def test_braces_inside_an_answer_are_kept():
     assert marked_answer(r"\boxed{\frac{a}{b}} and \boxed{\{1, 2\}}") == r"\{1, 2\}"
     assert marked_answer(r"\boxed{\frac{a}{b}} and \boxed{never closed") == r"\frac{a}{b}"
+
+
+@pytest.mark.skipif(not GSM8K.exists(), reason="GSM8K is not here")
+def test_every_solution_of_gsm8k_is_right_for_its_own_problem_and_not_for_the_next(grade):
+    solutions = [json.loads(line)["answer"] for line in open(GSM8K)]
+    finals = [solution.split("####")[1].strip() for solution in solutions]
+    for say in ("#### {}", "So the answer is \\boxed{{{}}}.", "That leaves ${} in all."):
+        assert all(grade(say.format(final), solution) for final, solution in zip(finals, solutions))
+        assert [grade(say.format(final), solution) for final, solution in zip(finals[1:], solutions)] == [
+            a == b for a, b in zip(finals[1:], finals)]
 
 
 # -- the numbers of an evaluation --------------------------------------------------------------------

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from account import DONE
+from graders import EVAL
 from learner import METRICS
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps
@@ -49,6 +50,7 @@ def test_sync_has_no_lag_and_is_the_same_run_twice_however_it_is_evaluated(flags
     assert [s["loss"] for s in steps(first)] == [s["loss"] for s in steps(second)]
     evals = [line for line in lines(second) if line["type"] == "eval"]
     assert [e["step"] for e in evals] == [0, 1, 2, 3, 4] and {(e["n"], e["k"]) for e in evals} == {(8, 4)}
+    assert all(e.keys() - {"type"} == EVAL.keys() for e in evals)
     assert all(e["pass_at_k"]["1"] == e["avg_at_k"] == e["accuracy"] <= e["pass_at_k"]["4"] for e in evals)
     assert "the first prompt, as the models read it" in done.stdout and done.stdout.count("eval at step") == 5
     out = Path(second["out"])

@@ -90,7 +90,8 @@ def test_parquet_and_a_hub_name_give_the_same_rows(tmp_path, monkeypatch):
     assert read_rows(f"hf:{folder}:default:train[:1]", "question", "meta.answer") == [Row("train0", "0")]
     assert prompts.table(f"hf:{folder}", ["question", "meta.answer"]).column_names == ["question", "meta"]
     for name, complaint in ((f"hf:{folder}::absent", "absent"), (f"hf:{folder}:absent", "absent"),
-                            ("hf:nobody/nothing", "nobody/nothing")):
+                            ("hf:nobody/nothing", "nobody/nothing"), ("hf:", "no data set is named"),
+                            ("hf::main", "no data set is named")):
         with pytest.raises(ValueError, match=complaint):
             read_rows(name, "question", "answer")
     with pytest.raises(ValueError, match=r"no text under --prompt-key 'text' .there is: question, long, meta"):
@@ -132,6 +133,9 @@ def test_prompts_go_through_template_suffix_and_chat_template():
     tokenizer.chat_template = CHAT
     assert decoded(tokenizer, "12", thinking=True) == ["12=,"] and decoded(tokenizer, "12") == ["12=;"]
     assert encode([], tokenizer) == []
+    tokenizer.chat_template = "{{ raise_exception('a system message first') }}"
+    with pytest.raises(ValueError, match="chat template of --student fails: a system message first"):
+        decoded(tokenizer, "12")
 
 
 # -- whether two models read them alike ------------------------------------------------------------

@@ -23,7 +23,8 @@ LINES = [
          versions={"torch": "2"}, hardware={"cpu": "a processor", "cores": 2, "gpus": []}),
     dict(type="eval", step=0, who="student", **SAID),
     dict(type="eval", step=9, who="student", **SAID | {"accuracy": 1.0}),
-    dict(type="done", steps=9, tokens_trained=1234, lag_mean=1.5, lag_max=3, wall_s=60.0, kl_before=0.5, kl_after=0.25)]
+    dict(type="done", steps=29, tokens_trained=1234, lag_mean=1.5, lag_max=3, wall_s=60.0,
+         kl_before=0.5, kl_after=0.25)]
 
 
 def test_an_evaluation_is_a_line_of_the_log_samples_in_a_file_and_three_lines_on_the_terminal(tmp_path, capsys):
@@ -48,14 +49,15 @@ def test_the_card_states_the_runs_facts_and_nothing_else(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(line) for line in LINES))
     card = report.model_card(tmp_path / "log.jsonl")
     for fact in ("base_model: Org/Small\n", "`Org/Large`", "`hf:a/b`, filter `level > 3`", "estimator `reverse_mc`",
-                 "9 batches of 8 responses, 1,234 tokens", "learning rate 3e-06", "seed 4", "mean 1.50, max 3",
+                 "29 batches of 8 responses, 1,234 tokens", "learning rate 3e-06", "seed 4", "mean 1.50, max 3",
                  "60 s on a processor", "asyncopd abc; torch 2", "| 0 | student | 25.0% | 10.0% to 40.0% | 10 | 2 |",
-                 "| 9 | student | 100.0% |", "temperature 1", "0.5000 before, 0.2500 after",
+                 "| 9 | student | 100.0% |", "temperature 1", "0.5000 in the first ten batches, 0.2500 in the last ten",
                  "    python asyncopd.py --task=hf:a/b '--filter=level > 3'"):
         assert fact in card, fact
-    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(x) for x in (LINES[0], LINES[-1])))
+    (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(x) for x in (LINES[0], LINES[-1] | {"steps": 19})))
     card = report.model_card(tmp_path / "log.jsonl")
     assert "It was not evaluated on a task." in card and "%" not in card
+    assert "KL per token" not in card, "the first and the last ten batches overlap"
 
 
 def told(kind, tmp_path, monkeypatch):
