@@ -148,8 +148,8 @@ def rows() -> list[dict]:
 
 def table() -> str:
     """Markdown, from head.jsonl."""
-    lines = ["| width, N | device | all logits | in checkpointed chunks | head.py | seconds, of the faster | extra memory, "
-             "of all logits |", "|---|---|--:|--:|--:|--:|--:|"]
+    lines = ["| width, N | device | all logits | in checkpointed chunks | head.py | seconds, of the faster | extra "
+             "memory, of all logits |", "|---|---|--:|--:|--:|--:|--:|"]
     for r in sorted(rows(), key=lambda r: (r["gpu"], r["H"], r["N"])):
         cells = [f"{statistics.median(r['seconds'][m]):.1f} s, {r['peak'][m] / 1e9:.2f} GB"
                  for m in ("naive", "checkpoint", "ours")]
