@@ -146,6 +146,18 @@ def rows() -> list[dict]:
     return [json.loads(line) for line in ROWS.read_text().splitlines()] if ROWS.exists() else []
 
 
+def table() -> str:
+    """Markdown, from head.jsonl."""
+    lines = ["| width, N | device | all logits | in checkpointed chunks | head.py | seconds, of the faster | extra "
+             "memory, of all logits |", "|---|---|--:|--:|--:|--:|--:|"]
+    for r in sorted(rows(), key=lambda r: (r["gpu"], r["H"], r["N"])):
+        cells = [f"{statistics.median(r['seconds'][m]):.1f} s, {r['peak'][m] / 1e9:.2f} GB"
+                 for m in ("naive", "checkpoint", "ours")]
+        lines.append(f"| {r['H']:,}, {r['N']} | {'GPU, bf16' if r['gpu'] else 'CPU, float32'} | {' | '.join(cells)} | "
+                     f"{r['time_ratio_best']:.2f} | {r['peak_ratio_naive']:.3f} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("shape", nargs="*", type=int, metavar="H N")

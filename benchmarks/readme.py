@@ -11,8 +11,10 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gsm8k_lm  # noqa: E402
 import pipeline  # noqa: E402
+import step  # noqa: E402
 import toy  # noqa: E402
 
+import benchmarks.head  # noqa: E402
 from account import DONE  # noqa: E402
 from estimators import estimator_table  # noqa: E402
 from graders import EVAL  # noqa: E402
@@ -23,6 +25,8 @@ BLOCKS = {
     "results": lambda: toy.table("demo"),
     "estimators": estimator_table,
     "lag": lambda: pipeline.table() + "\n\n" + toy.table("lag"),
+    "head": benchmarks.head.table,
+    "step": step.table,
     "toy": lambda: toy.table("estimators"),
     "gsm8k": gsm8k_lm.table,
     "pairs": lambda: toy.table("pairs"),

@@ -193,6 +193,19 @@ def ratio(found: list[dict], a: str, b: str) -> float:
     return statistics.median(r["seconds"][a] / r["seconds"][b] for r in found)
 
 
+def table() -> str:
+    """Markdown, from step.jsonl."""
+    lines = ["| shape | response tokens/s | before | × | of the model with its head | of the layers alone | rounds |",
+             "|---|--:|--:|--:|--:|--:|--:|"]
+    for shape in ("toy", "0.6B"):
+        if found := rows(shape):
+            tok_s = [statistics.median(r["tokens"] / r["seconds"][m] for r in found) for m in ("ours", "before")]
+            bare = [f"{ratio(found, 'ours', m):.2f}" if m in found[0]["seconds"] else "" for m in ("model", "body")]
+            lines.append(f"| {shape} | {tok_s[0]:,.1f} | {tok_s[1]:,.1f} | {ratio(found, 'before', 'ours'):.2f} | "
+                         f"{bare[0]} | {bare[1]} | {sum(r.get('pairs', 1) for r in found)} |")
+    return "\n".join(lines)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="?", choices=("rounds", "toy", "full"), default="rounds")

@@ -111,3 +111,18 @@ def test_nothing_larger_than_a_chunk_of_logits_is_made(name):
     with Largest() as seen:
         head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=8, dtype=torch.float64)
     assert seen.elements <= max(8 * V, 200 * H) and 8 * V < 200 * V / 10
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype, allowed", [(torch.float32, 1e-4), (torch.bfloat16, 0.03)])
+@pytest.mark.parametrize("name", ["reverse_mc", "reverse_dense"])
+def test_on_a_gpu_too(name, dtype, allowed):
+    head, rows, ids, loss, whole = problem(name, dtype=torch.float32, tokens=300)
+    want, _, (weight,) = plainly(head, rows, ids, loss, whole, 1)
+    head.zero_grad()
+    head.cuda()
+    found, _ = head_backward(head, rows.cuda(), ids.cuda(), lambda at, logp, every: {k: v.cuda() for k, v in loss(
+        at, logp.cpu(), None if every is None else every.cpu()).items()}, whole=whole, count=1, chunk=64, dtype=dtype)
+    for got, wanted in ((found, want), (head.weight.grad, weight)):
+        assert (got.cpu() - wanted).norm() < allowed * wanted.norm()

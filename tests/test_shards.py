@@ -47,7 +47,17 @@ def one_of_two(rank, work, root):
              if line.split()[3] == "0A" and line.split()[9] in sockets()]
     torch.save({name: train(cfg, segments, root / "two" / name, ranks) for name, (cfg, segments) in work.items()}
                | {"ports": ports}, root / f"{rank}.pt")
+    cfg, segments = next(iter(work.values()))
+    torch.save(half_gradient(cfg, segments, ranks), root / f"half{rank}.pt")
     ranks.leave()
+
+
+def half_gradient(cfg, segments, ranks) -> dict:
+    """The gradient in bf16, as on a GPU."""
+    learner = Learner(cfg, "cpu", torch.bfloat16, ranks=ranks)
+    for group in ranks.groups(segments, cfg.micro_tokens):
+        learner.backward(group, sum(map(len, segments)))
+    return ranks.collect((name, p.grad) for name, p in learner.model.named_parameters())
 
 
 def sockets() -> set[str]:
@@ -72,7 +82,8 @@ def trained(folders, tmp_path_factory):       # noqa: F811
     torch.multiprocessing.spawn(one_of_two, (work, root), nprocs=2)
     both = [torch.load(root / f"{rank}.pt") for rank in (0, 1)]
     one = {name: train(cfg, segments, root / "one" / name, Ranks()) for name, (cfg, segments) in work.items()}
-    return {name: (one[name], both[0][name], both[1][name]) for name in CASES}, root, both[0]["ports"]
+    half = half_gradient(*next(iter(work.values())), Ranks()), torch.load(root / "half0.pt")
+    return {name: (one[name], both[0][name], both[1][name]) for name in CASES}, root, both[0]["ports"], half
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -96,12 +107,18 @@ def test_two_learners_train_publish_and_log_as_one(trained, name):
 
 @pytest.mark.parametrize("name", CASES)
 def test_what_two_learners_save_is_whole_and_goes_on_as_from_one(trained, name):
-    (one, two, _), root, _ = trained[0][name], *trained[1:]
+    (one, two, _), root = trained[0][name], trained[1]
     assert two["updates"] == one["updates"] == 3 * CASES[name][1].get("minibatches", 1)
     a, b = (load_model(str(root / x / name / "student"), "cpu", torch.float32) for x in ("one", "two"))
     assert a.config.architectures == b.config.architectures == ["Qwen3ForCausalLM"]
     for x, y in zip(a.parameters(), b.parameters()):
         torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+
+
+def test_in_bf16_two_learners_differ_from_one_by_rounding_and_add_up_in_float32(trained):
+    one, two = trained[3]
+    for name, g in one.items():
+        assert two[name].dtype == torch.float32 and 0 < (two[name] - g).norm() < 0.1 * g.norm(), name
 
 
 def test_learners_listen_on_loopback_alone(trained):
