@@ -63,7 +63,8 @@ def each(device: str) -> list[str]:
 
 def why(cfg: Config) -> str:
     """One line on the split, for the start of a run."""
-    said = f"{cfg.rollouts} to generate, {cfg.teachers} to score, {cfg.learners} to learn"
+    spread = f" on {cfg.teacher_gpus} GPUs each" if cfg.teacher_gpus > 1 else ""
+    said = f"{cfg.rollouts} to generate, {cfg.teachers} to score{spread}, {cfg.learners} to learn"
     if cfg.gpus == 0:
         return f"no GPU: {said}, all on the same cores"
     if cfg.gpus <= 2:
@@ -177,8 +178,10 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
             parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
                          activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I),
                          logits=1024 * teacher.V * (8 + 2 * half))
+            if cfg.teacher_engine == "vllm":
+                parts["cache"] = cache_bytes(cfg, teacher, "vllm", itemsize, gpu_gb)
         else:
-            parts = dict(weights=itemsize * student.P, cache=cache_bytes(cfg, student, itemsize, gpu_gb))
+            parts = dict(weights=itemsize * student.P, cache=cache_bytes(cfg, student, cfg.engine, itemsize, gpu_gb))
             if not half:
                 parts["weights"] *= 2                      # and the copy that it reads of a push
         parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
@@ -188,11 +191,11 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
     return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]
 
 
-def cache_bytes(cfg: Config, student: Shape, itemsize: int, gpu_gb: float) -> float:
-    """Keys and values of a rollout worker. vLLM takes its share of a GPU whatever it needs, at least one response."""
-    longest = (cfg.max_prompt + cfg.max_response) * student.cached(itemsize)
-    if cfg.engine == "vllm":
-        left = cfg.gpu_share * gpu_gb * 1e9 - itemsize * student.P if cfg.gpus else 1e9
+def cache_bytes(cfg: Config, model: Shape, engine: str, itemsize: int, gpu_gb: float) -> float:
+    """Keys and values of an engine. vLLM takes its share of a GPU whatever it needs, at least one response."""
+    longest = (cfg.max_prompt + cfg.max_response) * model.cached(itemsize)
+    if engine == "vllm":
+        left = cfg.gpu_share * gpu_gb * 1e9 - itemsize * model.P if cfg.gpus else 1e9
         return max(longest, left)
     return longest * min(cfg.max_running, -(-(cfg.max_ahead + 1) * cfg.batch // cfg.rollouts))
 

@@ -1,4 +1,6 @@
 """LoRA: what is trained, what is published and saved, and that a run with it learns."""
+from dataclasses import replace
+
 import pytest
 import torch
 from transformers import AutoTokenizer
@@ -67,6 +69,17 @@ def test_a_resumed_learner_takes_the_same_next_step(config, models, tmp_path):
     assert first["loss"] == second["loss"] and resumed.updates == 3
     for (n, a), (_, b) in zip(learner.model.named_parameters(), resumed.model.named_parameters()):
         assert torch.equal(a, b), n
+
+
+def test_gradient_checkpointing_changes_nothing(config, models):
+    """Not even below the first layer, whose input has no gradient: the embedding is frozen."""
+    cfg = config(student=models["student"], lora_rank=3, lr=0.01)
+    plain, again = (Learner(replace(cfg, gradient_checkpointing=x), "cpu", torch.float32) for x in (False, True))
+    for learner in (plain, again):
+        learner.step(ready([5, 1, 7, 3])[1], 0)
+    for (n, a), (_, b) in zip(plain.model.named_parameters(), again.model.named_parameters()):
+        torch.testing.assert_close(a, b, msg=n)
+    assert all(p.abs().max() > 0 for n, p in again.model.named_parameters() if "lora_B" in n), "each has moved from 0"
 
 
 def test_merging_is_done_in_float32(models, tmp_path):

@@ -160,6 +160,10 @@ def test_a_teacher_takes_as_many_gpus_as_it_is_told_and_the_others_move_up():
     cfg = dataclasses.replace(cfg, estimator="reverse_mc", engine="hf")
     parts = {n.device: n.parts["weights"] for n in plan.memory(cfg, shape, shape) if n.worker == "teacher0"}
     assert parts == {"cuda:3": pytest.approx(1.0), "cuda:4": pytest.approx(1.0)}        # 2 GB in bf16
+    assert "2 to score on 2 GPUs each" in plan.why(cfg)
+    vllm = dataclasses.replace(cfg, teacher_engine="vllm", teacher_gpus=1, gpu_share=0.5)
+    held = [n for n in plan.memory(vllm, shape, shape, gpu_gb=80.0) if n.worker == "teacher0"]
+    assert [n.parts["weights"] + n.parts["cache"] for n in held] == [pytest.approx(40.0)], "vLLM takes its share"
 
 
 def test_a_worker_sees_its_own_gpus_only_counted_from_zero():
