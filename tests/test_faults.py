@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from prompts import prompt_number
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps
 
@@ -124,23 +125,24 @@ def test_a_second_interrupt_ends_at_once(flags):
 
 
 def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, models, tmp_path):
-    """The teacher knows every word but one, which stands in one prompt of forty. It does not read the answers' words,
-    as they are of one token."""
+    """The teacher does not know <unk>, which stands in one prompt of 36, and which a student draws once in a while."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
-    teacher.base_model.embed_tokens.weight.data[2] = float("nan")         # <unk>
+    teacher.base_model.embed_tokens.weight.data[2] = float("nan")
     teacher.save_pretrained(tmp_path / "teacher")
     AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "1+?=" if i == 17 else f"{i}+1="}) for i in range(40)))
-    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=2, max_response=1)
+    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=9, max_response=1)
     err = finished(started(flags), flags)
-    skipped = events(flags, "skipped")
-    import tasks
-    assert skipped and "teacher" in skipped[0]["why"] and f"prompts {skipped[0]['uids']}" in err
-    assert {tasks.prompt_number(uid, 40, 0) for e in skipped for uid in e["uids"]} == {17}
+    skipped, trained = events(flags, "skipped"), [uid for s in steps(flags) for uid, _, _ in s["trained"]]
+    named = {uid for e in skipped for uid in e["uids"]}
+    always = {uid for uid in trained if prompt_number(uid, 36, 0) == 17}
+    assert len(always) >= 3 and always <= named, "wherever it is, it is named"
+    assert len(named - always) < len(trained) / 10, "and few others are"
+    assert all("teacher" in e["why"] and f"prompts {e['uids']}" in err for e in skipped)
     assert [s["step"] for s in steps(flags) if s["skipped"]] == [e["step"] for e in skipped]
-    assert all(s["kl"] is None for s in steps(flags) if s["skipped"]), "null, which is JSON, and not NaN"
+    assert all((s["kl"] is None) == bool(s["skipped"]) for s in steps(flags)), "null, which is JSON, and not NaN"
 
 
 def test_too_many_skips_end_the_run_with_the_last_good_checkpoint_named(flags, models, tmp_path):
