@@ -2,7 +2,7 @@
 The audit: every estimator against the dense gradient it stands for, on a stale student.
 
     python benchmarks/audit.py                   # a small softmax, everything enumerated; about half a minute
-    python benchmarks/audit.py --run runs/x      # also at positions of the toy that a run has visited (--save-every 4 --keep 0)
+    python benchmarks/audit.py --run runs/x      # also where a run of the toy has been (--save-every 4 --keep 0)
 
 A position has three distributions over V words: p (the student now), mu (the student that drew, stale), q (the
 teacher). Gradients are with respect to the logits of p. Expectations run over every word that could have been drawn.
@@ -78,7 +78,7 @@ def visited(run: Path, lag: int, M: int) -> Positions:
     cfg = Config(**{f.name: said[f.name] for f in fields(Config) if f.name in said})
     old = run / "student" if lag == 0 else run / "checkpoints" / f"step-{cfg.steps - lag}"
     if not old.exists():
-        raise SystemExit(f"audit: {old} is missing: keep checkpoints {LAGS} versions before the end (--save-every 4 --keep 0)")
+        raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end (--save-every 4 --keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
     tokenizer = tasks.toy_tokenizer()
     prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.prompt_template, cfg.prompt_suffix)
