@@ -23,7 +23,7 @@ from estimators import ESTIMATORS
 if TYPE_CHECKING:
     from asyncopd import Config
 
-CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words; more was not faster
+CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words
 PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}      # interpreter and libraries; on a GPU its context
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "process")
 
@@ -173,7 +173,8 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
             parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * trained / n,
                          optimizer=8 * trained / n,
                          activations=tokens * student.activations(half, cfg.gradient_checkpointing),
-                         logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half))
+                         logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half)
+                         + half * 4 * student.V * student.H)          # the head's weight in bf16, and its gradient
         elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
             parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
                          activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I),
@@ -186,6 +187,9 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
                 parts["weights"] *= 2                      # and the copy that it reads of a push
         parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
         needs += [Need(worker, d, parts) for d in each(device)]
+    if half:      # transformers reads a model into the host's memory first, all workers at the same time
+        whole = itemsize * teacher.P * cfg.teachers * (cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1)
+        needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))
     slots = (cfg.max_ahead + 1) * cfg.batch * (
         cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest)
     return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]

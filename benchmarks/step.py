@@ -203,6 +203,12 @@ def table() -> str:
             bare = [f"{ratio(found, 'ours', m):.2f}" if m in found[0]["seconds"] else "" for m in ("model", "body")]
             lines.append(f"| {shape} | {tok_s[0]:,.1f} | {tok_s[1]:,.1f} | {ratio(found, 'before', 'ours'):.2f} | "
                          f"{bare[0]} | {bare[1]} | {sum(r.get('pairs', 1) for r in found)} |")
+    if found := rows("0.6B full"):
+        r = found[-1]
+        lines += ["", f"Of a whole step at the 0.6B shape ({r['step_s']:.0f} s) the update takes "
+                  f"{r['update_s'] / r['step_s']:.1%} and publishing {r['push_bytes'] / 1e9:.1f} GB "
+                  f"{r['publish_s'] / r['step_s']:.1%}; the process took {r['peak_gb']:.1f} GB where the plan said "
+                  f"{r['plan_gb']:.1f}."]
     return "\n".join(lines)
 
 

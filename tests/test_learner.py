@@ -77,6 +77,19 @@ def test_micro_batches_and_chunks_change_nothing(config, split):
         torch.testing.assert_close(p1[name], p0[name], rtol=0, atol=2e-5)
 
 
+@pytest.mark.parametrize("size", [1, 2])
+def test_the_gradient_is_the_same_in_micro_batches_of_one_and_two_and_all(config, size):
+    _, segments = ready([5, 1, 7, 3])
+    learner = Learner(config(), "cpu", torch.float32)
+    learner.backward(segments, 16)
+    want = gradients(learner.model)
+    learner.optimizer.zero_grad()
+    for i in range(0, 4, size):
+        learner.backward(segments[i:i + size], 16)
+    for name, g in gradients(learner.model).items():
+        assert (g - want[name]).norm() <= 1e-5 * want[name].norm(), name
+
+
 def test_the_normaliser_is_the_number_of_positions_of_the_whole_batch(config):
     _, segments = ready([5, 1, 7, 3])
     learner = Learner(config(), "cpu", torch.float32)

@@ -182,3 +182,15 @@ def test_a_killed_learner_of_two_ends_the_run_by_its_name(flags):
     _, err = process.communicate(timeout=15)
     assert process.returncode == 1 and "learner1" in err and "-9" in err, err
     assert not alive(pids.values())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("gpus", [1, 4])
+def test_three_steps_on_gpus(flags, gpus):
+    """One GPU for all roles; four for a rollout worker, a teacher and two learners."""
+    import torch
+    if torch.cuda.device_count() < gpus:
+        pytest.skip(f"{gpus} GPUs are not here")
+    done = run(flags | dict(gpus=gpus, steps=3, engine="vllm", learners=2 if gpus == 4 else 1, gap_max=1))
+    assert done.returncode == 0, done.stderr
+    assert [s["step"] for s in steps(flags)] == [1, 2, 3] and all(s["push_bytes"] > 0 for s in steps(flags))

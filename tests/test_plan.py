@@ -80,9 +80,12 @@ def test_the_chunk_is_bounded_by_what_is_free_and_by_the_flag():
 
 def test_what_cannot_fit_is_refused_with_the_part_and_the_remedy():
     shape = Shape(**QWEN)
-    with pytest.raises(ValueError, match=r"learner: 207.3 GB on cuda:5, where 80.0 are free.*activations.*--gradient"):
+    with pytest.raises(ValueError, match=r"learner: 208.9 GB on cuda:5, where 80.0 are free.*activations.*--gradient"):
         check(memory(config(8, learners=1), shape, shape, 80), {"cuda:5": 80.0})
-    check(memory(config(8, gradient_checkpointing=True), shape, shape, 80), {f"cuda:{i}": 80.0 for i in range(8)})
+    needs = memory(config(8, gradient_checkpointing=True), shape, shape, 80)
+    check(needs, {f"cuda:{i}": 80.0 for i in range(8)})
+    with pytest.raises(ValueError, match=r"loading, shared: 7\d.* GB on cpu.*loading's weights, 56.3 GB"):
+        check(needs, {"cpu": 64.0})
 
 
 def test_a_plan_that_does_not_fit_ends_before_anything_is_loaded(models, tmp_path):
