@@ -177,6 +177,31 @@ def trained_once(flags: dict) -> tuple[int, int, int]:
     return len(pieces), lost + len(set(range(state.prompts)) - set(pieces) - begun), twice
 
 
+def table() -> str:
+    """Markdown of kills.jsonl and soak.jsonl."""
+    rows = [json.loads(line) for line in (HERE / "kills.jsonl").read_text().splitlines()]
+    out = ["| runs | killed: parents, learners, workers | resumed | workers restarted | what came of it |",
+           "|---|--:|--:|--:|---|"]
+    for kind in ("synchronous", "asynchronous"):
+        part = [r for r in rows if ("identical" in r) == (kind == "synchronous")]
+        dead = [name for r in part for name in r["killed"]]
+        who = [dead.count("parent"), dead.count("learner"), sum(name.endswith("0") for name in dead)]
+        if kind == "synchronous":
+            same = sum(r["identical"] for r in part)
+            came = f"{same} of {len(part)} end with the weights of an undisturbed run, bit for bit"
+        else:
+            prompts, lost, twice = (sum(r[k] for r in part) for k in ("prompts", "lost", "twice"))
+            lag = max(r["lag_max"] for r in part)
+            came = f"{prompts:,} prompts: {lost} lost, {twice} trained twice; lag at most {lag}"
+        out.append(f"| {len(part)} {kind} | {', '.join(map(str, who))} | {sum(r['resumed'] for r in part)} | "
+                   f"{sum(r['restarted'] for r in part)} | {came} |")
+    soak = json.loads((HERE / "soak.jsonl").read_text().splitlines()[-1])
+    return "\n".join(out) + (
+        f"\n\nOver {soak['steps']:,} steps with {soak['checkpoints']} checkpoints: memory of the process that grows "
+        f"fastest {soak['rss_mb_per_1000_steps']:+.1f} MB per 1,000 steps, of {soak['rss_mb']:,} MB in all; open files "
+        f"{soak['files_growth']:+.0f}, shared memory {soak['shm_growth']:+.0f} bytes.")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--cycles", type=int, default=100, help="kills that end a run, each followed by a --resume")

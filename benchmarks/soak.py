@@ -80,12 +80,11 @@ def main() -> None:
                             "files": {n: f for n, (_, f) in now.items()},
                             "shm": (before.f_bfree - shm.f_bfree) * shm.f_frsize})
     assert run.wait() == 0, "the run failed"
-    steps = [s["step"] for s in samples]
     late = [s for s in samples if s["step"] > args.steps / 2]
     second = [s for s in samples if args.steps / 4 < s["step"] <= args.steps / 2]
-    last = [s for s in samples if s["step"] > args.steps * 3 / 4]
-    files = [statistics.median(sum(s["files"].values()) for s in part) for part in (second, last)]
-    shm = [statistics.median(s["shm"] for s in part) for part in (second, last)]
+    fourth = [s for s in samples if s["step"] > args.steps * 3 / 4]
+    files = [statistics.median(sum(s["files"].values()) for s in part) for part in (second, fourth)]
+    shm = [statistics.median(s["shm"] for s in part) for part in (second, fourth)]
     with open(HERE / "soak.jsonl", "w") as f:
         f.write(json.dumps({"argv": argv[1:], **{k: v for k, v in record.provenance({}, {}).items()
                                                  if k in ("commit", "versions", "hardware")}}) + "\n")
@@ -93,11 +92,12 @@ def main() -> None:
     by_process = {name: round(1000 * slope([s["step"] for s in late], [s["rss_mb"][name] for s in late]), 2)
                   for name in pids}
     print(json.dumps(by_process))
-    total = round(sum(samples[-1]["rss_mb"].values()))
-    print(json.dumps({
-        "steps": max(steps), "samples": len(samples), "rss_mb": total,
-        "rss_mb_per_1000_steps": max(by_process.values()), "files_growth": files[1] - files[0],
-        "shm_growth": shm[1] - shm[0]}))
+    last = {"steps": args.steps, "samples": len(samples), "rss_mb": round(sum(samples[-1]["rss_mb"].values())),
+            "rss_mb_per_1000_steps": max(by_process.values()), "files_growth": files[1] - files[0],
+            "shm_growth": shm[1] - shm[0], "checkpoints": args.steps // 50, "evaluations": args.steps // 50 + 1}
+    with open(HERE / "soak.jsonl", "a") as f:
+        f.write(json.dumps(last) + "\n")
+    print(json.dumps(last))
 
 
 if __name__ == "__main__":
