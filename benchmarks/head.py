@@ -88,8 +88,8 @@ class Problem:
     def liger(self):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD
         x, weight = (t.bfloat16() for t in self.teacher)
-        LigerFusedLinearJSD(jsd_beta=0.5)(self.rows.requires_grad_().bfloat16(), self.head.weight.bfloat16(), x,
-                                          weight).backward()
+        LigerFusedLinearJSD(jsd_beta=0.5)(self.rows.requires_grad_().bfloat16(), self.head.weight.bfloat16(), x, weight,
+                                          None).backward()
 
     def gradients(self):
         """Copies of rows' and head's gradients, which are set to zero."""
