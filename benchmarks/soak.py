@@ -70,7 +70,7 @@ def main() -> None:
         if not pids and lines and text.count("\n"):
             pids = {"parent": run.pid} | json.loads(lines[0])["pids"]
         done = text.count('"type": "step"')
-        if done:
+        if 0 < done < args.steps:          # at the end workers go, one after the other
             try:
                 now = {name: read(pid) for name, pid in pids.items()}
             except OSError:                # the run is ending
