@@ -29,7 +29,10 @@ def started(flags) -> subprocess.Popen:
 
 
 def finished(process, flags, code=0) -> str:
-    _, err = process.communicate(timeout=HARD_S)
+    try:
+        _, err = process.communicate(timeout=HARD_S)
+    finally:
+        process.kill()
     assert process.returncode == code, err
     return err
 
