@@ -246,7 +246,7 @@ def main() -> None:
                                                     if k in rows[0]}}
     with open(args.out or HERE / "kills.jsonl", "a") as f:
         for row in rows:
-            f.write(json.dumps({"argv": sys.argv, "commit": record.provenance({}, {})["commit"], **row}) + "\n")
+            f.write(json.dumps({"argv": [a for a in sys.argv if not a.startswith("/")], "commit": record.provenance({}, {})["commit"], **row}) + "\n")
     print(json.dumps(summary))
 
 

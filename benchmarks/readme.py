@@ -10,6 +10,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
 import gsm8k_lm  # noqa: E402
+import kills  # noqa: E402
 import pipeline  # noqa: E402
 import step  # noqa: E402
 import toy  # noqa: E402
@@ -29,6 +30,7 @@ BLOCKS = {
     "step": step.table,
     "toy": lambda: toy.table("estimators"),
     "gsm8k": gsm8k_lm.table,
+    "faults": kills.table,
     "pairs": lambda: toy.table("pairs"),
     "metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE)),
 }

@@ -86,7 +86,7 @@ def main() -> None:
     files = [statistics.median(sum(s["files"].values()) for s in part) for part in (second, fourth)]
     shm = [statistics.median(s["shm"] for s in part) for part in (second, fourth)]
     with open(HERE / "soak.jsonl", "w") as f:
-        f.write(json.dumps({"argv": argv[1:], **{k: v for k, v in record.provenance({}, {}).items()
+        f.write(json.dumps({"argv": sys.argv, **{k: v for k, v in record.provenance({}, {}).items()
                                                  if k in ("commit", "versions", "hardware")}}) + "\n")
         f.writelines(json.dumps(s) + "\n" for s in samples)
     by_process = {name: round(1000 * slope([s["step"] for s in late], [s["rss_mb"][name] for s in late]), 2)
