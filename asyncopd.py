@@ -30,7 +30,7 @@ import dryrun
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
-from run import Run
+from run import EAR, Run
 from teacher import VLLM_LACKS
 
 # -- flags -----------------------------------------------------------------------------------------
@@ -177,17 +177,18 @@ def as_flags(written: dict, path: str) -> list[str]:
 
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
-         "eval_n", "max_prompt", "long_prompts", "seed", "batch", "minibatches", "schedule", "estimator",
-         "lora_rank")
+         "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
+         "estimator", "lora_rank")
 
 
 def recorded(out: str) -> dict:
-    """The configuration of the run in a folder: the first line of its log."""
+    """The configuration of the run in a folder, as it was last started."""
     out or refuse("--resume needs --out, the folder of the run that is to go on")
     try:
-        with open(Path(out) / "log.jsonl", encoding="utf-8") as f:
-            return json.loads(f.readline())["config"]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+        lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        starts = [lines[0], *(line for line in lines[1:] if line.startswith('{"type": "run"'))]
+        return json.loads(starts[-1])["config"]          # of the last start: it may have been given other flags
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         refuse(f"--resume: {out}/log.jsonl does not begin as a run's log does ({type(e).__name__}: {e})")
 
 
@@ -269,16 +270,18 @@ def main(argv: list[str]) -> int:
         run.loop()
         run.finish()
         return 0
-    except RuntimeError as e:
-        run.close()                              # and the bar with it, so that this is the last line
+    except (RuntimeError, OSError) as e:
+        run and run.close()                      # and the bar with it, so that this is the last line
         print(f"asyncopd: {e}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         try:
             saved = run.interrupted(within_s=10) if run else ""
-        except (RuntimeError, KeyboardInterrupt) as e:           # the learner is gone too, or it is told a second time
-            saved = f"{run.saved} ({e or 'at once'})" if run.saved else ""
-        print(f"asyncopd: interrupted{f', --resume goes on from {saved}' if saved else ''}", file=sys.stderr)
+        except (RuntimeError, OSError, KeyboardInterrupt):       # the learner is gone too, or it is told a second time
+            saved = run.saved
+        run and run.close()
+        print(f"asyncopd: interrupted, {f'--resume goes on from {saved}' if saved else 'nothing is saved'}",
+              file=sys.stderr)
         return 130
     finally:
         if run:
@@ -315,5 +318,6 @@ def empty(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for name in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(name, EAR)
     sys.exit(main(sys.argv[1:]))

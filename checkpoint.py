@@ -127,17 +127,18 @@ def read(folder: Path) -> State:
 # -- the learner's part ----------------------------------------------------------------------------
 
 def write_training(folder: Path, model, optimizer, updates: int, masters: bool,
-                   collect: Callable[..., dict[str, Tensor]] = dict) -> None:
+                   collect: Callable[..., dict[str, Tensor]] = dict, rank: int = 0) -> None:
     """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not.
 
-    `collect` gathers what is sharded over several learners, at the one that writes.
+    `collect` gathers what is sharded over several learners, at the one that writes, rank 0.
     """
     def tensors():
         for name, p in trained(model):
             yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
             if masters:
                 yield f"{name}/master", p.detach()
-    if kept := collect(tensors()):
+    kept = collect(tensors())
+    if rank == 0:
         kept["updates"] = torch.tensor(updates)
         save_file({name: x.cpu().contiguous() for name, x in kept.items()}, folder / "train.safetensors")
 
@@ -154,7 +155,9 @@ def read_training(folder: Path, model, optimizer, part: Callable[[Tensor, Tensor
         name, _, what = key.rpartition("/")
         kept.setdefault(name, {})[what] = x
     for name, p in trained(model):
-        if (master := kept[name].pop("master", None)) is not None:
+        mine = kept.get(name, {})                          # none: it has not had a gradient yet
+        if (master := mine.pop("master", None)) is not None:
             p.data.copy_(part(master, p))
-        optimizer.state[p] = {what: part(x, p) for what, x in kept[name].items()}
+        if mine:
+            optimizer.state[p] = {what: part(x, p) for what, x in mine.items()}
     return int(kept[""]["updates"])

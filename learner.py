@@ -267,9 +267,15 @@ class Learner:
 
     def checkpoint(self, folder: Path) -> None:
         """The learner's part of a checkpoint."""
-        self.write(folder)
+        fault = None
+        try:
+            self.write(folder)
+        except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
+            fault = e
         write_training(folder, self.model, self.optimizer, self.updates, collect=self.ranks.collect,
-                       masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0)
+                       masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
+        if fault:
+            raise fault
 
     def write(self, folder: Path) -> None:
         from transformers import AutoTokenizer

@@ -112,15 +112,19 @@ class Worker:
                 self.answer()
             if self.in_flight:
                 self.load(None)
-        while self.waiting and not (self.running and self.behind(self.waiting[0][0])):
+        while self.waiting and not (self.running and self.behind(self.due(self.waiting[0][0]))):
             version, s = self.waiting.popleft()
-            self.load(version)
+            self.load(self.due(version))
             self.start(s)
         with self.link.span("generate"):
             finished = self.engine.step()
         if finished:
             self.flush(finished)
             self.link.send("generated", slots=finished, finished=True, tokens=self.tokens)
+
+    def due(self, version: int | None) -> int | None:
+        """Exactly that version while it is still there; after a restart it may not be, and the newest has to do."""
+        return None if version is not None and self.weights.clock[0] >= version + 2 else version
 
     def behind(self, version: int | None) -> bool:
         return self.version != (self.weights.version if version is None else version)

@@ -8,8 +8,8 @@ out: moving a dead worker's tickets to its siblings. Tests: tests/test_pipeline.
 """
 from __future__ import annotations
 
+import contextlib
 import shutil
-import signal
 import time
 from collections import defaultdict
 from collections.abc import Iterator
@@ -39,7 +39,24 @@ if TYPE_CHECKING:
 
     from asyncopd import Config
 
-INTERRUPTS = {signal.SIGINT, signal.SIGTERM}
+
+class Ear:
+    """The handler of SIGINT and SIGTERM: they are heard while the parent waits, never in the middle of a message or of
+    a decision. Masking them would not do: a signal goes to any thread that has it open, and Python hands it on."""
+    listening, told = True, False
+
+    def __call__(self, *_) -> None:
+        self.told = True
+        if self.listening:
+            self.hear()
+
+    def hear(self) -> None:
+        if self.told:
+            self.told = False
+            raise KeyboardInterrupt
+
+
+EAR = Ear()
 
 
 class Run:
@@ -94,6 +111,8 @@ class Run:
         if not resume:
             for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
                 self.evaluate(hand)
+        elif cfg.eval_every and self.ledger.version % cfg.eval_every == 0:
+            self.evaluate(self.role("rollout")[0])       # what was asked of it then may have been lost
         self.hear_evaluations()
         self.account.start()
 
@@ -192,11 +211,12 @@ class Run:
     def reports(self) -> Iterator[tuple[Hand, str, dict]]:
         """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
         now, by_pipe = time.monotonic(), {h.pipe: h for h in self.hands if not h.stopped}
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, INTERRUPTS)       # only here may an interrupt come: never in the
-        try:                                                        # middle of a message or of a decision
+        EAR.listening = True
+        try:
+            EAR.hear()
             ready = wait([*by_pipe, *self.gradings], timeout=1.0)
         finally:
-            signal.pthread_sigmask(signal.SIG_BLOCK, INTERRUPTS)
+            EAR.listening = False
         for pipe in ready:
             if pipe in self.gradings:
                 self.judged(self.gradings.pop(pipe))
@@ -237,6 +257,9 @@ class Run:
         handed_over = set(self.ledger.at["generated"])
         held = self.ledger.holder_died(hand.name)
         self.account.gone(hand.name, sum(int(self.slots.length[t.slot]) for t in held if t.slot in handed_over))
+        for t in held:
+            if t.stage == "rollout":
+                self.slots.length[t.slot] = 0            # from its beginning
         new = self.worker(hand.name)
         new.ready = True                                 # it was once: what it is sent waits in its pipe
         self.hands[self.hands.index(hand)] = new
@@ -303,7 +326,7 @@ class Run:
             prompts = [uids[slot] for slot in s["slots"]]
             self.log.warn(f"step {step}: an update was skipped, prompts {prompts}: {s['why']}",
                           what="skipped", step=step, uids=prompts, why=s["why"])
-        self.skips = self.skips + len(skipped) if skipped else 0
+        self.skips = self.skips + len(skipped) if len(skipped) == min(self.cfg.minibatches, len(uids)) else 0
         if self.skips >= self.cfg.max_skips:
             raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--max-skips "
                                f"{self.cfg.max_skips}); the last good checkpoint is {self.saved or 'none'}")
@@ -375,6 +398,7 @@ class Run:
         self.tell("learner", "export", f"{self.cfg.out}/student")
         self.hear_evaluations()
         self.evaluate(self.role("rollout")[0])
+        self.hear_evaluations()                          # the learner is still there to be interrupted
         self.stop()
         totals = self.account.totals(sum(int(self.slots.length[s]) for s in self.ledger.tickets),
                                      self.trace.busy(self.account.began, self.account.last_step))
@@ -394,15 +418,15 @@ class Run:
 
     def close(self) -> None:
         """No process is left, and the record is whole, whatever happened."""
-        if self.log:
-            self.trace.close()
-            self.log.close()
-            self.log = None
         for hand in self.hands:
             hand.process.join(5 if hand.stopped else 0)
             hand.process.kill()
         for hand in self.hands:
             hand.process.join()
+        for part in (self.trace, self.log):
+            with contextlib.suppress(OSError):           # a full disk
+                part and part.close()
+        self.trace = self.log = None
         (Path(self.cfg.out) / ".learners").unlink(missing_ok=True)
         for partial in self.saving:
             shutil.rmtree(partial, ignore_errors=True)

@@ -11,6 +11,8 @@ import multiprocessing
 import os
 import select
 import signal
+import socket
+import struct
 import sys
 import time
 import traceback
@@ -90,6 +92,8 @@ def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, d
     """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
     if sys.platform == "linux":                          # a killed parent takes its workers along, busy or not
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != multiprocessing.parent_process().pid:
+            os._exit(1)                                  # it was killed before that
     signal.signal(signal.SIGINT, signal.SIG_IGN)         # these are for the parent, which stops us in order
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -131,6 +135,8 @@ class Hand:
         self.why = ""                                    # why it died or was killed, where that is known
         self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
         self.pipe, theirs = spawn.Pipe()
+        with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:      # a message may stop in its middle, too
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(cfg.stall_s) + 1, 0))
         self.process = spawn.Process(target=guarded, name=name, daemon=True,
                                      args=(name, theirs, self.pulse, f"{cfg.out}/{name}.log", cfg, device, args))
         self.process.start()

@@ -244,9 +244,9 @@ def main() -> None:
     summary = {"kills": sum(len(r["killed"]) for r in rows), "runs": len(rows), **{k: sum(r[k] for r in rows) for k in
                                                     ("resumed", "restarted", "identical", "lost", "twice")
                                                     if k in rows[0]}}
+    said = {"argv": [a for a in sys.argv if not a.startswith("/")], "commit": record.provenance({}, {})["commit"]}
     with open(args.out or HERE / "kills.jsonl", "a") as f:
-        for row in rows:
-            f.write(json.dumps({"argv": [a for a in sys.argv if not a.startswith("/")], "commit": record.provenance({}, {})["commit"], **row}) + "\n")
+        f.writelines(json.dumps(said | row) + "\n" for row in rows)
     print(json.dumps(summary))
 
 

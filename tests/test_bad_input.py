@@ -143,6 +143,9 @@ def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_p
     cfg = asyncopd.Config.from_cli([f"--{k}={v}" for k, v in config.items()])
     (folder / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(cfg)}) + "\n")
     assert "step-4: state.json is damaged" in refused(capsys, "--resume", f"--out={folder}")
+    with open(folder / "log.jsonl", "a") as f:             # resumed once, with more steps
+        f.write('{"type": "step"}\n' + json.dumps({"type": "run", "config": asdict(cfg) | {"steps": 777}}) + "\n")
+    assert asyncopd.Config.from_cli(["--resume", f"--out={folder}"]).steps == 777
     for flag, value in (("seed", 4), ("batch", 3), ("student", models["tied"]), ("schedule", "sync")):
         assert f"--{flag} {value}: --resume cannot change" in refused(capsys, "--resume", f"--out={folder}",
                                                                       f"--{flag}={value}")

@@ -42,6 +42,13 @@ def test_what_is_read_is_what_was_written(learner, config, tmp_path):
     assert other.updates == learner.updates == 3
 
 
+def test_before_the_first_update_there_is_nothing_of_the_optimizer_to_keep(config, tmp_path):
+    learner = Learner(config(), "cpu", torch.float32)
+    other = Learner(config(), "cpu", torch.float32, str(write(tmp_path, learner, 1)))
+    _, segments = ready([2, 6])
+    assert learner.step(segments, 1) == other.step(segments, 1) and other.updates == 1
+
+
 def test_bf16_weights_come_with_float32_masters(config, tmp_path):
     learner = Learner(config(), "cpu", torch.bfloat16)
     learner.step(ready([5, 2])[1], version=0)

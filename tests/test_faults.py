@@ -175,6 +175,12 @@ def test_a_full_disk_costs_a_checkpoint_and_not_the_run(flags):
     assert "no checkpoint at step" in finished(process, flags, code=130)
 
 
+def test_a_disk_too_full_for_the_log_ends_the_run_and_leaves_nothing(flags):
+    process, first = start_and_wait_for(flags | dict(steps=100_000), step=3)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
+    assert "File too large" in finished(process, flags, code=1) and not alive(first.values())
+
+
 def test_a_rollout_worker_with_vllm_is_restarted(flags):
     pytest.importorskip("vllm")
     flags |= dict(steps=60, engine="vllm", save_every=20)

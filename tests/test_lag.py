@@ -72,6 +72,7 @@ class Pipeline:
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.weights = SimpleNamespace(version=0, probe=[1, 2])
+        self.weights.clock = [0, 0]
         self.weights.read = lambda version: (self.weights.version if version is None else version, {}, torch.zeros(1))
         self.start = lambda: Worker(cfg, Link(), self.slots, self.weights, Engine(length_of))
         self.again = lambda: Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
