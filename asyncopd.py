@@ -27,6 +27,7 @@ import yaml
 
 import checkpoint
 import dryrun
+import record
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
@@ -294,6 +295,8 @@ def check_out(cfg: Config) -> Path | None:
     there = next(p for p in (out, *out.absolute().parents) if p.exists())
     there.is_dir() or refuse(f"--out {cfg.out}: {there} is a file, not a folder")
     os.access(there, os.W_OK) or refuse(f"--out {cfg.out}: {there} is not to be written to")
+    if (out / "log.jsonl").exists():
+        record.Log.taken(out) and refuse(f"--out {cfg.out}: a run is at work there")
     if cfg.resume:
         folder, faults = checkpoint.newest(out / "checkpoints")
         folder or refuse(f"--resume: no whole checkpoint in {out}/checkpoints ({'; '.join(faults) or 'none at all'})")

@@ -7,6 +7,7 @@ lines are: run (provenance), eval, event, done. For people: report.py. Tests: te
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -26,9 +27,20 @@ class Log:
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)      # `taken`: the kernel lets go of it with the process
         self.samples, self.tracker = folder / "samples.txt", None      # tracker: see report.py
         self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
                         mininterval=0.2 if sys.stderr.isatty() else 10.0)
+
+    @staticmethod
+    def taken(folder: Path) -> bool:
+        """Is a run writing this log?"""
+        with open(folder / "log.jsonl", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+        return False
 
     def write(self, type: str, **record) -> None:
         """One line. A number that is not finite is written as null: JSON has no other word for it."""

@@ -7,10 +7,13 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from account import Account
 from prompts import prompt_number
+from run import Run
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps
 
@@ -86,6 +89,10 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
     before = shared_memory()
     flags |= dict(steps=40, save_every=4)
     process, first = start_and_wait_for(flags | dict(steps=100_000), step=6)
+    for flag in ("--resume", "--overwrite"):
+        again = [*command(dict(out=flags["out"])), flag]
+        second = subprocess.run(again, capture_output=True, text=True, timeout=HARD_S)
+        assert second.returncode == 2 and "a run is at work there" in second.stderr, second.stderr
     os.kill(first["learner"], signal.SIGKILL)
     err = finished(process, flags, code=1)
     assert "learner" in err and "-9" in err and not alive(first.values())
@@ -179,6 +186,17 @@ def test_a_disk_too_full_for_the_log_ends_the_run_and_leaves_nothing(flags):
     process, first = start_and_wait_for(flags | dict(steps=100_000), step=3)
     resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (10_000, resource.RLIM_INFINITY))
     assert "File too large" in finished(process, flags, code=1) and not alive(first.values())
+
+
+def test_a_student_with_nothing_left_to_say_is_spoken_of_once(flags, capsys):
+    account, said = Account(), []
+    for entropy in [2.0] * 10 + [0.015] * 10:
+        account.enter(dict(tokens=1, lag_mean=0, lag_max=0, kl=1.0, entropy=entropy))
+    run = SimpleNamespace(cfg=SimpleNamespace(max_skips=3, minibatches=1), account=account, skips=0, saved="",
+                          collapsed=False, log=SimpleNamespace(warn=lambda text, **event: said.append(text)))
+    Run.watch(run, 20, [], {0: 0})
+    Run.watch(run, 21, [], {0: 0})
+    assert said == ["step 20: the student's entropy has collapsed from 2 to 0.015 nats"]
 
 
 def test_a_rollout_worker_with_vllm_is_restarted(flags):
