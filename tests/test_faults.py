@@ -108,11 +108,11 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
 @pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
 def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
     """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
-    flags |= dict(steps=60, stall_s=20)
+    flags |= dict(steps=60, stall_s=40)
     process, first = start_and_wait_for(flags, step=3)
     os.kill(first[victim], signal.SIGSTOP)
     err = finished(process, flags, code)
-    assert f"{victim} has not moved for 20 s" in err and not alive(first.values())
+    assert f"{victim} has not moved for 40 s" in err and not alive(first.values())
     assert [e["worker"] for e in events(flags, "restarted")] == ([victim] if code == 0 else [])
 
 
