@@ -54,7 +54,7 @@ def tiny_models(root: Path) -> dict[str, str]:
 
 
 def launch(flags: dict, resume: bool) -> int:
-    """The command in a forked process; its id. It becomes a session of its own, as a terminal would give it."""
+    """The command in a forked process; its id."""
     argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()] + ["--resume" if resume else "--overwrite"]
     pid = os.fork()
     if pid:
