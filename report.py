@@ -116,16 +116,16 @@ class Board:
 class Site:
     """Weights & Biases, and trackio, which has the same three functions."""
 
-    def __init__(self, library, folder: Path, config: dict):
-        self.library, self.step = library, 0
-        library.init(project="asyncopd", name=folder.resolve().name, config=config)
+    def __init__(self, module, folder: Path, config: dict):
+        self.module, self.step = module, 0
+        module.init(project="asyncopd", name=folder.resolve().name, config=config)
 
     def write(self, step: int, found: dict[str, float]) -> None:
         self.step = max(self.step, step)     # an evaluation comes after later steps, and steps may not go back
-        self.library.log(found, step=self.step)
+        self.module.log(found, step=self.step)
 
     def close(self) -> None:
-        self.library.finish()
+        self.module.finish()
 
 
 def tracker(name: str, folder: Path, config: dict):

@@ -65,9 +65,8 @@ def launch(flags: dict, resume: bool) -> int:
     code = 1
     try:
         code = asyncopd.main(argv)
-    except Exception:
-        traceback.print_exc()
     finally:
+        sys.exc_info()[0] and traceback.print_exc()
         os._exit(code)
 
 
