@@ -46,7 +46,7 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "lag_min": "freshest token of the batch: learner version before the step - version that drew the token",
     "lag_mean": "the same, mean over tokens",
     "lag_max": "the same, oldest token",
-    "tokens": "response tokens trained in this step",
+    "tokens": "response tokens of this step's batch, those of skipped updates included",
     "sequences": "responses, or segments of responses, in this step",
     "context": "tokens generated and trained earlier, read again as context of a segment after a cut",
     "w_max": "largest importance weight p / mu of an emitted token",
@@ -66,7 +66,7 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "gen_tok_s": "response tokens generated since the last step line / seconds since then",
     "train_tok_s": "tokens / seconds of this step, publishing included",
     "wait_s": "seconds the learner waited for this batch",
-    "wall_s": "seconds since the first ticket",
+    "wall_s": "seconds since the first ticket, over all resumptions",
 }
 
 
