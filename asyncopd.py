@@ -50,6 +50,22 @@ class Config:
     tail: bool         = knob(True, "forward_topk counts the words outside of the top k, as one")
     is_weight: bool    = knob(True, "reverse_topk_pg weighs by p / mu")
     beta: float        = knob(0.5, "jsd_dense: 0 is the forward KL, 1 the reverse KL")
+    # other papers: oprd.py, effopd.py, rock.py
+    oprd_weight: float = knob(0.0, "add so many times OPRD, the distance between hidden states, to the divergence "
+                              "(--estimator oprd is OPRD alone)")
+    oprd_rank: int     = knob(0, "project the teacher's hidden states to this rank before they are cached (0: whole)")
+    oprd_layers: str   = knob("all", "of the student, that OPRD compares", choices=("all", "even", "odd", "last"))
+    oprd_positions: str = knob("last", "of a response, that OPRD compares: the last or first --oprd-tokens, or all",
+                               choices=("last", "first", "all"))
+    oprd_tokens: int   = knob(2000, "see --oprd-positions")
+    oprd_bridge: bool  = knob(False, "compare unit vectors of a fitted projection: for a teacher of another width or "
+                              "origin")
+    oprd_head: bool    = knob(True, "begin with a copy of the teacher's LM head where the shapes agree")
+    effopd: str        = knob("", "after steps 1, 2, 4, 8, .. try longer steps in the same direction, and keep what "
+                              "this gate finds better", choices=("", "kl", "accuracy"))
+    effopd_max: int    = knob(5, "most tries of each")
+    rock: str          = knob("", "LAMBDA,K[,EVERY]: weigh the K token types of persistent high loss by LAMBDA (0: "
+                              "bypass them), chosen anew after EVERY steps")
     # models and prompts
     student: str       = knob("", "folder or hub name of the model to train")
     teacher: str       = knob("", "folder or hub name of the model to learn from")
@@ -179,7 +195,7 @@ def as_flags(written: dict, path: str) -> list[str]:
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
          "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
-         "estimator", "lora_rank")
+         "estimator", "lora_rank", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd", "rock")
 
 
 def recorded(out: str) -> dict:

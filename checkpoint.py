@@ -126,20 +126,22 @@ def read(folder: Path) -> State:
 
 # -- the learner's part ----------------------------------------------------------------------------
 
-def write_training(folder: Path, model, optimizer, updates: int, masters: bool,
+def write_training(folder: Path, model, optimizer, updates: int, masters: bool, extra: dict[str, Tensor],
                    collect: Callable[..., dict[str, Tensor]] = dict, rank: int = 0) -> None:
     """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not.
 
-    `collect` gathers what is sharded over several learners, at the one that writes, rank 0.
+    `extra`: what else the learner remembers, by names of its own. `collect` gathers what is sharded over several
+    learners, at the one that writes, rank 0.
     """
     def tensors():
         for name, p in trained(model):
             yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
             if masters:
                 yield f"{name}/master", p.detach()
+        yield from ((f"/{name}", x) for name, x in extra.items())
     kept = collect(tensors())
     if rank == 0:
-        kept["updates"] = torch.tensor(updates)
+        kept["/updates"] = torch.tensor(updates)
         save_file({name: x.cpu().contiguous() for name, x in kept.items()}, folder / "train.safetensors")
 
 
@@ -148,11 +150,12 @@ def trained(model) -> list[tuple[str, Tensor]]:
     return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
 
 
-def read_training(folder: Path, model, optimizer, part: Callable[[Tensor, Tensor], Tensor]) -> int:
-    """Put it back; the number of optimizer updates made. `part` makes a tensor lie as a parameter does."""
+def read_training(folder: Path, model, optimizer,
+                  part: Callable[[Tensor, Tensor], Tensor]) -> tuple[int, dict[str, Tensor]]:
+    """Put it back; the number of optimizer updates made, and `extra`. `part` makes a tensor lie as a parameter does."""
     kept: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "train.safetensors").items():
-        name, _, what = key.rpartition("/")
+        name, _, what = key.partition("/")
         kept.setdefault(name, {})[what] = x
     for name, p in trained(model):
         mine = kept.get(name, {})                          # none: it has not had a gradient yet
@@ -160,4 +163,5 @@ def read_training(folder: Path, model, optimizer, part: Callable[[Tensor, Tensor
             p.data.copy_(part(master, p))
         if mine:
             optimizer.state[p] = {what: part(x, p) for what, x in mine.items()}
-    return int(kept[""]["updates"])
+    extra = kept[""]
+    return int(extra.pop("updates")), extra

@@ -131,7 +131,8 @@ class Learner:
         self.ranks.shard(self.model, self.device, dtype)
         self.optimizer = torch.optim.AdamW([p for _, p in trained(self.model)], lr=cfg.lr,
                                            weight_decay=cfg.weight_decay, fused=self.device.type == "cuda" or None)
-        self.updates = read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else 0
+        self.updates, extra = (read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else
+                               (0, {}))
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed.
@@ -173,7 +174,7 @@ class Learner:
         return summarize(self.ranks.all(concatenated(measured))) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
-            "grad_norm": norm.item(), "lr": lr, "skipped": skipped}
+            "grad_norm": norm.item(), "lr": lr, "skipped": skipped, "events": []}
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
@@ -272,7 +273,7 @@ class Learner:
             self.write(folder)
         except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
             fault = e
-        write_training(folder, self.model, self.optimizer, self.updates, collect=self.ranks.collect,
+        write_training(folder, self.model, self.optimizer, self.updates, extra={}, collect=self.ranks.collect,
                        masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
         if fault:
             raise fault

@@ -300,7 +300,7 @@ class Run:
         self.log.evaluation(grading.step, grading.who, said, list(zip(self.job.eval_rows, texts, right)))
 
     def step_done(self, metrics: dict, trained: list[Ticket]) -> None:
-        cfg, now, skipped = self.cfg, time.monotonic(), metrics.pop("skipped")
+        cfg, now, skipped, events = self.cfg, time.monotonic(), metrics.pop("skipped"), metrics.pop("events")
         metrics |= self.account.step(metrics, now) | {
             "push_s": max(p["seconds"] for p in self.pushed.values()), "skipped": len(skipped),
             "trained": [[t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]),
@@ -313,6 +313,8 @@ class Run:
         self.trace.curve("lag", now, {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")})
         self.trace.curve("tokens per second", now, {k: metrics[f"{k}_tok_s"] for k in ("gen", "train")})
         self.log.step(metrics)
+        for event in events:
+            self.log.write("event", step=metrics["step"], **event)
         self.watch(metrics["step"], skipped, {t.slot: t.uid for t in trained})
         step = metrics["step"]
         if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:

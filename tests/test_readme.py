@@ -13,10 +13,10 @@ from timeline import Trace
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPS = {
-    "asyncopd.py": 350,
+    "asyncopd.py": 400,
     "job.py": 200,
     "plan.py": 250,
-    "run.py": 440,
+    "run.py": 480,
     "workers.py": 160,
     "rollout.py": 400,
     "engine_vllm.py": 250,
@@ -27,7 +27,7 @@ CAPS = {
     "shards.py": 150,
     "learner.py": 450,
     "lora.py": 100,
-    "estimators.py": 450,
+    "estimators.py": 490,
     "checkpoint.py": 200,
     "tasks.py": 250,
     "prompts.py": 220,
