@@ -141,12 +141,18 @@ class Config:
     @classmethod
     def from_cli(cls, argv: list[str]) -> Config:
         """default < file < flag. A file is turned into flags and read by the same parser."""
-        parser = argparse.ArgumentParser("asyncopd", allow_abbrev=False, description=__doc__.split("\n\n")[0])
+        parser = argparse.ArgumentParser("asyncopd", "%(prog)s [flags]", allow_abbrev=False,
+                                         description=__doc__.split("\n\n")[0])
         parser.error = lambda message: refuse(message)
         parser.add_argument("--config", default="", metavar="FILE", help="YAML file of the flags below")
+        group = parser
         for f, kind in zip(fields(cls), get_type_hints(cls).values()):
+            group = parser.add_argument_group(GROUPS[f.name]) if f.name in GROUPS else group
             how = dict(action=argparse.BooleanOptionalAction) if kind is bool else dict(type=kind)
-            parser.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how, **f.metadata)
+            if kind is not bool and len(f.metadata.get("choices", ())) not in range(1, 6):
+                how["metavar"] = {int: "N", float: "X", str: "NAME"}[kind]
+            about = f.metadata["help"] + ("" if f.default == "" else f" [{f.default}]")
+            group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how | f.metadata | {"help": about})
         given = parser.parse_args(argv)
         path = given.config or default_file(given)
         before = recorded(given.out) if given.resume else {}
@@ -157,6 +163,10 @@ class Config:
             getattr(cfg, name) == before[name] or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --resume "
                                                          f"cannot change the {before[name]} of the run in {cfg.out}")
         return cfg
+
+
+GROUPS = {"kl": "objective", "oprd_weight": "other papers", "student": "models and prompts", "schedule": "staleness",
+          "steps": "training", "gpus": "machines", "dry_run": "record", "save_every": "survival"}      # by first flag
 
 
 def default_file(given: argparse.Namespace) -> str:

@@ -1,8 +1,10 @@
 """Flags, files of flags, and what is refused: exit code 2, one line that names the value."""
 
+from dataclasses import fields
+
 import pytest
 
-from asyncopd import Config, plan
+from asyncopd import GROUPS, Config, plan
 from tests.conftest import ROOT
 
 
@@ -58,3 +60,12 @@ def test_an_unknown_key_in_a_file_is_refused(tmp_path):
     path.write_text("stepz: 3\n")
     with pytest.raises(ValueError, match="--stepz=3"):
         cli(f"--config={path}")
+
+
+def test_help_has_every_flag_in_a_group_with_its_default(capsys):
+    with pytest.raises(SystemExit):
+        Config.from_cli(["--help"])
+    said = capsys.readouterr().out
+    assert all(f"--{f.name.replace('_', '-')}" in said for f in fields(Config)) and "[16384]" in said
+    assert [x for x in GROUPS.values() if f"\n{x}:\n" not in said] == []
+    assert set(GROUPS) <= {f.name for f in fields(Config)} and "options:\n  -h" in said
