@@ -67,7 +67,7 @@ def test_vllm_scores_as_transformers_does(teachers, name, support):
     assert torch.equal(got.logq.isnan(), want.logq.isnan()) and known.max() - known.min() > 2
     torch.testing.assert_close(got.logq, want.logq, rtol=0, atol=1e-4, equal_nan=True)
     assert torch.equal(got.ids, want.ids) and got.ids.max() < 32
-    assert not bypass or got.logq[0, :, 0].isnan().sum() > 2, "rows that nobody has use for"
+    assert not bypass or got.logq[0, :, 0].isnan().any(), "rows that nobody has use for"
 
 
 def test_greedy_answers_are_the_same_and_end_where_they_are_told(teachers):
