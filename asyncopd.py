@@ -28,6 +28,7 @@ import yaml
 import checkpoint
 import dryrun
 import record
+import rock
 from estimators import DEFAULT, ESTIMATORS
 from job import ROOT, prepare, refuse
 from plan import plan, split
@@ -66,6 +67,8 @@ class Config:
     effopd_max: int    = knob(5, "most tries of each")
     rock: str          = knob("", "LAMBDA,K[,EVERY]: weigh the K token types of persistent high loss by LAMBDA (0: "
                               "bypass them), chosen anew after EVERY steps")
+    rock_set: str      = knob("", "token ids or words: these types in the place of chosen ones, from the start, by the "
+                              "LAMBDA of --rock")
     # models and prompts
     student: str       = knob("", "folder or hub name of the model to train")
     teacher: str       = knob("", "folder or hub name of the model to learn from")
@@ -205,7 +208,8 @@ def as_flags(written: dict, path: str) -> list[str]:
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
          "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
-         "estimator", "lora_rank", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd", "rock")
+         "estimator", "lora_rank", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd", "rock",
+         "rock_set")
 
 
 def recorded(out: str) -> dict:
@@ -234,6 +238,9 @@ def settle(cfg: Config) -> Config:
     "{prompt}" in cfg.prompt_template or refuse(f"--prompt-template {cfg.prompt_template!r}: without a {{prompt}}")
     cfg.eval_k == 1 or cfg.eval_temperature or refuse(f"--eval-k {cfg.eval_k}: greedy answers are all the same "
                                                       "(--eval-temperature 1 draws them)")
+    if cfg.rock or cfg.rock_set:
+        cfg.rock or refuse(f"--rock-set {cfg.rock_set}: by what weight? (--rock LAMBDA,K)")
+        rock.parse(cfg.rock)
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rock import Bypass
+
 
 class Incurable(RuntimeError):
     """A failure that another process would meet again: no reason to start one."""
@@ -33,6 +35,8 @@ class Segment:
     tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
     ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
     hidden  [n, H]  the teacher's last state that predicts the token; H = 0 where the estimator does not need it
+    kept  [n]  bool, where rocks are bypassed (rock.py): ids, logmu, logq and hidden have a row for each token that is
+    kept, m <= n in all, and none for the others; None: all are kept
     """
     slot: int
     tokens: Tensor
@@ -43,6 +47,7 @@ class Segment:
     logmu: Tensor
     logq: Tensor
     hidden: Tensor = torch.empty(0, 0)
+    kept: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.version)
@@ -54,17 +59,19 @@ class Slots:
     tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
     uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
     the version of the first new one (while there is none, of its holder's weights). logq is nan until scored.
+    kept [S, T] says which new tokens `bypass` let be stored: row j of the others is that of the j-th kept one.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
-                 dtype: torch.dtype = torch.float32):
-        S, T, C = slots, max_response, columns
+                 dtype: torch.dtype = torch.float32, bypass: Bypass | None = None):
+        S, T, C, self.bypass = slots, max_response, columns, bypass
         self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
         self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
         self.logmu = torch.zeros(S, T, C).share_memory_()
         self.logq = torch.full((S, T, C), torch.nan).share_memory_()
         self.hidden = torch.zeros(S, T, hidden, dtype=dtype).share_memory_()
         self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
+        self.kept = torch.zeros(S, T if bypass else 0, dtype=torch.bool).share_memory_()
         self.uid, self.prompt, self.start, self.length, self.born = (
             torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(5))
 
@@ -73,7 +80,7 @@ class Slots:
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in vars(self).values())
+        return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))
 
     def open(self, s: int, uid: int, context: list[int] | Tensor, prompt: int, version: int) -> None:
         """A new ticket in slot s: `context` is the prompt of `prompt` tokens, and what was generated before a cut."""
@@ -86,17 +93,27 @@ class Slots:
         k, D = ids.shape
         assert tokens.shape == (k,) and logmu.shape == (k, D) and D <= self.ids.shape[2], (tokens.shape, ids.shape)
         n, at = int(self.length[s]), int(self.start[s] + self.length[s])
-        self.tokens[s, at:at + k] = tokens
-        self.ids[s, n:n + k, :D], self.logmu[s, n:n + k, :D] = ids, logmu
-        self.logq[s, n:n + k], self.version[s, n:n + k] = torch.nan, version
+        self.tokens[s, at:at + k], self.version[s, n:n + k] = tokens, version
+        m = self.stored(s)
+        if self.bypass:
+            self.kept[s, n:n + k] = kept = self.bypass.kept(tokens, int(self.uid[s]), at - int(self.prompt[s]))
+            ids, logmu = ids[kept], logmu[kept]
+        rows = slice(m, m + len(ids))
+        self.ids[s, rows, :D], self.logmu[s, rows, :D], self.logq[s, rows] = ids, logmu, torch.nan
         if n == 0:
             self.born[s] = version
         self.length[s] = n + k
 
+    def stored(self, s: int) -> int:
+        """Rows of ids, logmu, logq and hidden that are in use: those of the new tokens that are kept."""
+        n = int(self.length[s])
+        return int(self.kept[s, :n].sum()) if self.bypass else n
+
     def read(self, s: int) -> Segment:
-        start, n = int(self.start[s]), int(self.length[s])
+        start, n, m = int(self.start[s]), int(self.length[s]), self.stored(s)
         return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
-                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n], self.hidden[s, :n])
+                       self.ids[s, :m], self.logmu[s, :m], self.logq[s, :m], self.hidden[s, :m],
+                       self.kept[s, :n] if self.bypass else None)
 
 
 # -- the ledger: which tickets a batch takes -------------------------------------------------------

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import plan
+import rock
 import tasks
 from estimators import ESTIMATORS
 from prompts import Row, encode, prompt_number, same_specials, same_words
@@ -58,6 +59,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
         check_model(flag, name)
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+    cfg.rock_set and rock.fixed(cfg.rock_set, tokenizer.get_vocab())
     notes = check_tokenizers(cfg, tokenizer, [row.prompt for row in task.train[:8]])
     how = dict(template=cfg.prompt_template, suffix=cfg.prompt_suffix, thinking=cfg.thinking)
     prompts = [p for p in encode(task.train, tokenizer, **how) if 0 < len(p) <= cfg.max_prompt]

@@ -29,8 +29,9 @@ from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from lora import Merged, merged_state, save_adapter, with_lora
 from plan import chunk_size, free_gb
+from rock import Rocks
 from shards import Ranks, concatenated, recompute
-from teacher import load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
+from teacher import kept_rows, load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -49,6 +50,9 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "tokens": "response tokens of this step's batch, those of skipped updates included",
     "sequences": "responses, or segments of responses, in this step",
     "context": "tokens generated and trained earlier, read again as context of a segment after a cut",
+    "stored": "share of the batch's positions whose scores were cached: below 1 where --rock bypasses some, and then "
+              "what is measured, as kl, is measured on the others",
+    "rock": "share of the batch's positions that predict a rock (--rock), which count LAMBDA times in the loss",
     "w_max": "largest importance weight p / mu of an emitted token",
     "w_p99": "99th percentile of the same",
     "ess": "effective sample size of these weights: (sum w)^2 / sum w^2 / n, 1 = on-policy",
@@ -76,6 +80,7 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
     ranks = Ranks(rank, cfg.learners, f"{cfg.out}/.learners")
     learner = Learner(cfg, device, dtype, resume, ranks)
     learner.publish(weights, version)
+    learner.rocks and rank == 0 and learner.rocks.publish(slots)
     link.send("ready")
     idle_since = time.monotonic()
     while True:
@@ -101,6 +106,7 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
                 version += 1
                 with link.span("publish"):
                     publish_s = learner.publish(weights, version)
+                    learner.rocks and rank == 0 and learner.rocks.publish(slots)
                 seconds = time.monotonic() - start
                 link.send("trained" if rank == 0 else "trained along", metrics=metrics | {
                     "step": version, "version": version, "publish_s": publish_s, "push_bytes": weights.flat[0].nbytes,
@@ -133,6 +139,7 @@ class Learner:
                                            weight_decay=cfg.weight_decay, fused=self.device.type == "cuda" or None)
         self.updates, extra = (read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else
                                (0, {}))
+        self.rocks = Rocks(cfg, self.head.weight.shape[0], extra) if cfg.rock else None
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed.
@@ -171,10 +178,20 @@ class Learner:
         lags = torch.cat([version - s.version for s in segments]).float()
         if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
             raise RuntimeError(f"a token of lag {int(lags.max())} was trained, --max-lag {self.cfg.max_lag} broken")
-        return summarize(self.ranks.all(concatenated(measured))) | {
+        return self.of_all(segments, self.ranks.all(concatenated(measured)), version) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
-            "grad_norm": norm.item(), "lr": lr, "skipped": skipped, "events": []}
+            "grad_norm": norm.item(), "lr": lr, "skipped": skipped}
+
+    def of_all(self, segments: list[Segment], measured: list[dict[str, Tensor]], version: int) -> dict:
+        """The step's numbers, per position of the batch where a bypassed one counts as well; what becomes of rocks."""
+        found, tokens = summarize(measured), sum(map(len, segments))
+        stored, rock, events = sum(len(s.ids) for s in segments) / tokens, 0.0, []
+        if self.rocks:
+            rock, events = self.rocks.share(segments), self.rocks.see(segments, measured, version)
+            events and self.ranks.rank == 0 and self.rocks.write()
+        return found | {"loss": found["loss"] * stored, "tokens": tokens, "stored": stored, "rock": rock,
+                        "events": events}
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
@@ -190,7 +207,7 @@ class Learner:
         segments = [by_slot[slot] for part in order for slot in part]
         columns = [self.estimator.scored(x.to(self.device)) for x in
                    (torch.cat(logp), self.cached(segments, "logq"), self.cached(segments, "logmu"))]
-        found = {name: x.expand(len(columns[0]), -1).split([len(s) for s in segments])
+        found = {name: x.expand(len(columns[0]), -1).split([len(s.ids) for s in segments])
                  for name, x in self.estimator.batch(*columns).items()}
         return {s.slot: {name: parts[i] for name, parts in found.items()} for i, s in enumerate(segments)}
 
@@ -198,7 +215,7 @@ class Learner:
         """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
         rows = self.rows(group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
-        known = {name: torch.cat([self.known[s.slot][name][:len(s)] for s in group])
+        known = {name: torch.cat([self.known[s.slot][name][:len(s.ids)] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
 
         def loss(at: slice, logp: Tensor, every: Tensor | None) -> dict[str, Tensor]:
@@ -224,15 +241,17 @@ class Learner:
                 every_q = teacher_logq(self.teacher_head, slot["hidden"], every.shape[1])
             loss = self.loss(every, every_q, every_q, **known)
             kl = DENSE[self.cfg.kl](every.detach(), every_q, every_q)
+        if self.rocks:
+            loss = loss * self.rocks.weight(ids[:, 0])
         w = importance_weight(drawn[0], drawn[2])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
         return {"loss": loss, "kl": kl, "w": w[:, 0], "entropy": -(w * drawn[0]).mean(-1),
-                "duplicates": 1 - distinct / n}
+                "duplicates": 1 - distinct / n, "y": ids[:, 0]}
 
     def rows(self, group: list[Segment]) -> Tensor:
-        """The student's hidden states [M, H] that predict the new tokens."""
+        """The student's hidden states [M, H] that predict the new tokens whose scores are cached."""
         with self.compute():
-            return response_rows(self.model.last_hidden(pad(group, self.device)[0]), group)
+            return kept_rows(response_rows(self.model.last_hidden(pad(group, self.device)[0]), group), group)
 
     def cached(self, group: list[Segment], name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in group]).to(self.device)
@@ -273,7 +292,8 @@ class Learner:
             self.write(folder)
         except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
             fault = e
-        write_training(folder, self.model, self.optimizer, self.updates, extra={}, collect=self.ranks.collect,
+        extra = self.rocks.state() if self.rocks else {}
+        write_training(folder, self.model, self.optimizer, self.updates, extra=extra, collect=self.ranks.collect,
                        masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
         if fault:
             raise fault
@@ -297,7 +317,7 @@ def rate(update: int, cfg: Config) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup)))
 
 
-MEASURED = ("loss", "kl", "w", "entropy", "duplicates")          # per token, by head_backward
+MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y")     # per cached token, by head_backward
 NAN = {"logmu": "the engine sampled from nan", "logq": "the teacher has not scored it, or scored nan",
        "hidden": "the teacher's last state is nan"}
 
@@ -313,7 +333,9 @@ def unusable(segments: list[Segment]) -> dict | None:
 
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:
     """Per-token measurements of all micro-batches -> the step's numbers (METRICS)."""
-    x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0]}
+    x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0] if name != "y"}
+    if not len(x["w"]):                                  # every position was bypassed
+        x = {name: torch.tensor([torch.nan]) for name in x}
     w = x.pop("w")
     return {name: v.mean().item() for name, v in x.items()} | {
         "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(math.ceil(0.99 * len(w))).values.item(),

@@ -31,6 +31,8 @@ from graders import Grading, summary
 from job import Job
 from learner import METRICS
 from prompts import prompt_number
+from rock import Bypass, parse
+from teacher import vocab_size
 from timeline import Trace
 from workers import Hand
 
@@ -66,9 +68,10 @@ class Run:
         estimator, dtype = ESTIMATORS[cfg.estimator], torch.bfloat16 if cfg.gpus else torch.float32
         self.cfg, self.job, self.where, self.quiet = cfg, job, where, quiet
         self.slot_bytes = estimator.bytes(cfg.mc_samples, cfg.top_k, job.hidden * dtype.itemsize)
+        bypass = Bypass(vocab_size(cfg.student), cfg.seed) if cfg.rock and not parse(cfg.rock).weight else None
         self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                            estimator.columns(cfg.mc_samples, cfg.top_k),
-                           job.hidden if estimator.support == "full" else 0, dtype)
+                           job.hidden if estimator.support == "full" else 0, dtype, bypass)
         self.weights = Weights(job.layout, job.probe, dtype)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.log: record.Log | None = None

@@ -42,6 +42,13 @@ def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
     return torch.cat([hidden[b, s.start - 1:s.start - 1 + len(s)] for b, s in enumerate(segments)])
 
 
+def kept_rows(rows: Tensor, segments: list[Segment]) -> Tensor:
+    """Of a row per new token, [M, ..], those of the tokens whose scores are cached: the order of their cached rows."""
+    if segments[0].kept is None:                         # then they all are, of every segment
+        return rows
+    return rows[torch.cat([s.kept for s in segments]).to(rows.device)]
+
+
 def by_length(segments: list[Segment], token_budget: int) -> Iterator[list[Segment]]:
     """Micro-batches of similar length, at most token_budget padded tokens each (or one segment, if longer)."""
     group: list[Segment] = []
@@ -109,11 +116,11 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     """Write the teacher's log-probs, float32, into logq, and what else `support` asks of the teacher."""
     (tokens, mask), head = pad(segments, model.device), model.get_output_embeddings()
     rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
-    rows = rows.to(head.weight.device)                   # of several
+    rows = kept_rows(rows.to(head.weight.device), segments)                # of several devices
     ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
     if support == "teacher_mc":      # numbers of its own for every token: another stream than that of the rollout
-        u = torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1]).random(
-            (len(s), ids.shape[1] - 1))) for s in segments]).to(rows.device)
+        u = kept_rows(torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1])
+                      .random((len(s), ids.shape[1] - 1))) for s in segments]), segments).to(rows.device)
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
         part = slice(i, i + chunk)
@@ -124,11 +131,12 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
             ids[part, 1:] = draw(every, u[part])[0]
         logq[part] = every.gather(-1, ids[part])
     for s in segments:
-        slots.ids[s.slot, :len(s)] = ids[at:at + len(s)].int().cpu()
-        slots.logq[s.slot, :len(s)] = logq[at:at + len(s)].cpu()
+        m = len(s.ids)
+        slots.ids[s.slot, :m] = ids[at:at + m].int().cpu()
+        slots.logq[s.slot, :m] = logq[at:at + m].cpu()
         if support == "full":
-            slots.hidden[s.slot, :len(s)] = rows[at:at + len(s)].cpu()
-        at += len(s)
+            slots.hidden[s.slot, :m] = rows[at:at + m].cpu()
+        at += m
 
 
 def vocab_size(folder: str) -> int:

@@ -29,7 +29,7 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from cache import Segment, Slots  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
-from teacher import vocab_size  # noqa: E402
+from teacher import kept_rows, vocab_size  # noqa: E402
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -51,7 +51,7 @@ class VLLMTeacher:
                                  [self.question(s) for s in segments], use_tqdm=False)
         for s, out in zip(segments, outs):
             ids, logq = self.answer(s, out)
-            slots.ids[s.slot, :len(s)], slots.logq[s.slot, :len(s)] = ids.int(), logq
+            slots.ids[s.slot, :len(ids)], slots.logq[s.slot, :len(ids)] = ids.int(), logq
 
     def question(self, s: Segment) -> SamplingParams:
         """What to ask of a segment's sequence. A prompt's log-probs at index t are those of its token t, given what
@@ -61,22 +61,24 @@ class VLLMTeacher:
             best = s.ids.shape[1] - 1 + max(0, self.rows - self.vocab)
             return SamplingParams(prompt_logprobs=best, flat_logprobs=True, **common)
         if self.on_gpu:
-            ids = s.ids.masked_fill(s.ids >= self.rows, -1).numpy()                   # -1 scores -inf
-            return SamplingParams(prompt_logprob_token_ids=ids, prompt_logprob_start=s.start - 1, **common)
+            ids = s.ids.masked_fill(s.ids >= self.rows, -1)                           # -1 scores -inf
+            if s.kept is not None:                                                    # vLLM wants a row per token
+                ids = torch.full((len(s), ids.shape[1]), -1, dtype=ids.dtype).masked_scatter_(s.kept[:, None], ids)
+            return SamplingParams(prompt_logprob_token_ids=ids.numpy(), prompt_logprob_start=s.start - 1, **common)
         return SamplingParams(prompt_logprobs=0 if self.support == "sampled" else -1, flat_logprobs=True, **common)
 
     def answer(self, s: Segment, out) -> tuple[Tensor, Tensor]:
-        """Ids [n, C] and their log-probs from what vLLM returned for `question`."""
+        """Ids [m, C] of the cached rows and their log-probs from what vLLM returned for `question`."""
         if self.on_gpu and self.support != "teacher_topk":
-            return s.ids, torch.from_numpy(out.prompt_token_id_logprobs)
+            return s.ids, kept_rows(torch.from_numpy(out.prompt_token_id_logprobs), [s])
         flat = out.prompt_logprobs               # per token of the prompt but the first: itself, then the best words
         a = flat.start_indices[s.start]
-        words, logq = (torch.from_numpy(np.array(x[a:], dtype=kind).reshape(len(s), -1)) for x, kind in
+        words, logq = (kept_rows(torch.from_numpy(np.array(x[a:], dtype=kind).reshape(len(s), -1)), [s]) for x, kind in
                        ((flat.token_ids, np.int64), (flat.logprobs, np.float32)))
         if self.support == "teacher_topk":
             known = (words < self.vocab).sort(dim=1, descending=True, stable=True).indices[:, :s.ids.shape[1]]
             return words.gather(1, known), logq.gather(1, known)
-        every = torch.full((len(s), max(self.rows, self.vocab)), -torch.inf).scatter_(1, words, logq)
+        every = torch.full((len(words), max(self.rows, self.vocab)), -torch.inf).scatter_(1, words, logq)
         return s.ids, every.gather(1, s.ids.long())
 
     def complete(self, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:

@@ -24,6 +24,11 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--clip=0", "--clip 0"), ("--keep=-1", "--keep -1"), ("--stall-s=0", "--stall-s 0"),
     ("--max-skips=0", "--max-skips 0"), ("--max-restarts=-2", "--max-restarts -2"), ("--chunk=-5", "--chunk -5"),
     ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
+    ("--rock=0.3", "--rock 0.3"), ("--rock=1,2", "--rock 1,2"), ("--rock=-0.1,2", "--rock -0.1,2"),
+    ("--rock=nan,2", "--rock nan,2"), ("--rock=0,0", "--rock 0,0"), ("--rock=0,2,0", "--rock 0,2,0"),
+    ("--rock=0,2,20,1", "--rock 0,2,20,1"), ("--rock=all", "--rock all"), ("--rock-set=+", "--rock-set +"),
+    ("--rock=0,2 --rock-set=+,teen", "'teen'"), ("--rock=0,2 --rock-set=99", "'99'"),
+    ("--rock=0,2 --rock-set=+,", "''"),
     # machines
     ("--gpus=99", "--gpus 99"), ("--gpus=all", "all"), ("--teacher-gpus=2", "--teacher-gpus 2"),
     ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),

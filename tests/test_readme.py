@@ -27,6 +27,7 @@ CAPS = {
     "shards.py": 150,
     "learner.py": 450,
     "lora.py": 100,
+    "rock.py": 200,
     "estimators.py": 490,
     "checkpoint.py": 200,
     "tasks.py": 250,

@@ -12,6 +12,7 @@ from asyncopd import Config
 from cache import Slots
 from estimators import ESTIMATORS, draw
 from job import prepare
+from rock import Bypass
 from teacher import TEACHERS, HFTeacher, Watch, load_model, score
 from tests.conftest import save_tiny
 from tests.runs import command, lines, steps
@@ -37,10 +38,10 @@ def teachers(tmp_path_factory):
     return made
 
 
-def drawn(support: str) -> Slots:
+def drawn(support: str, bypass: Bypass | None = None) -> Slots:
     """Segments of several lengths, one of them the rest of a cut response; columns as the student draws them."""
     row = next(e for e in ESTIMATORS.values() if e.support == support)
-    slots, g = Slots(4, 8, T, row.columns(N, K)), torch.Generator().manual_seed(0)
+    slots, g = Slots(4, 8, T, row.columns(N, K), bypass=bypass), torch.Generator().manual_seed(0)
     for s, (prompt, before, n) in enumerate([(3, 0, T), (1, 0, 1), (8, 0, 5), (4, 6, 6)]):
         slots.open(s, s, torch.randint(3, 17, (prompt + before,), generator=g), prompt, 0)
         ids = torch.randint(0, 32, (n, row.drawn(N) + row.top(K)), generator=g)
@@ -50,18 +51,23 @@ def drawn(support: str) -> Slots:
 
 
 @pytest.mark.parametrize("support", ["sampled", "candidates", "student_topk", "teacher_topk"])
-@pytest.mark.parametrize("name", ["untied", "tied", "wide", "narrow"])
+@pytest.mark.parametrize("name", ["untied", "tied", "wide", "narrow", "untied, rocks bypassed"])
 def test_vllm_scores_as_transformers_does(teachers, name, support):
     """To 1e-4, with as many, more and fewer rows in the teacher's head than in the student's."""
+    name, bypass = name.split(",")[0], Bypass(32, 0) if "," in name else None
+    if bypass:
+        bypass.chosen[3:10] = True
     cfg, vllm = teachers[name]
     cfg = dataclasses.replace(cfg, estimator=next(e for e, row in ESTIMATORS.items() if row.support == support))
     vllm.support, hf = support, HFTeacher(cfg, DEVICE, torch.float32)
-    got, want = drawn(support), drawn(support)
+    got, want = drawn(support, bypass), drawn(support, bypass)
     for teacher, slots in ((vllm, got), (hf, want)):
         teacher.score([slots.read(s) for s in range(4)], slots)
-    assert torch.equal(got.logq.isnan(), want.logq.isnan()) and want.logq[0].max() - want.logq[0].min() > 3
+    known = want.logq[0][want.logq[0].isfinite()]
+    assert torch.equal(got.logq.isnan(), want.logq.isnan()) and known.max() - known.min() > 2
     torch.testing.assert_close(got.logq, want.logq, rtol=0, atol=1e-4, equal_nan=True)
     assert torch.equal(got.ids, want.ids) and got.ids.max() < 32
+    assert not bypass or got.logq[0, :, 0].isnan().any(), "rows that nobody has use for"
 
 
 def test_greedy_answers_are_the_same_and_end_where_they_are_told(teachers):
@@ -82,6 +88,13 @@ def test_a_gpu_is_asked_for_a_row_per_new_token_and_for_no_word_beyond_its_head(
             ids = torch.from_numpy(asked.prompt_logprob_token_ids)
             assert len(ids) == len(s.tokens) - 1 - asked.prompt_logprob_start == len(s)
             assert torch.equal(ids, torch.where(s.ids < 24, s.ids, -1)) and asked.prompt_logprob_start == s.start - 1
+        bypass = Bypass(32, 0)
+        bypass.chosen[3:10] = True
+        slots = drawn("candidates", bypass)
+        for s in (slots.read(s) for s in range(4)):
+            ids = torch.from_numpy(vllm.question(s).prompt_logprob_token_ids)
+            assert len(ids) == len(s) and torch.equal(ids[s.kept], torch.where(s.ids < 24, s.ids, -1))
+            assert (ids[~s.kept] == -1).all(), "nothing is asked of what is bypassed"
     finally:
         vllm.on_gpu = torch.cuda.is_available()
 

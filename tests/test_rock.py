@@ -1,0 +1,371 @@
+"""Rock Tokens: the mask, the denominator, the bypass, the choice and its versions; runs that bypass or are resumed."""
+# ruff: noqa: F811
+import json
+import os
+import signal
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cache import Segment, Slots
+from estimators import ESTIMATORS
+from learner import Learner, summarize
+from rock import AUDITED, COUNT, Bypass, Rocks, audited, choose, parse
+from rollout import HFEngine
+from shards import Ranks
+from teacher import Watch, kept_rows, load_model, score
+from tests.runs import command, lines, run, start_and_wait_for, steps
+from tests.test_supports import HIDDEN, VOCAB, T, config, gradient
+from tests.test_supports import models as folders  # noqa: F401
+
+ROCKS = list(range(0, VOCAB, 2))       # half of the words of models that know nothing
+
+
+def drawn(cfg, folders, responses=5) -> list[tuple]:
+    """(prompt, tokens, ids, logmu) of responses of the stale student."""
+    engine = HFEngine(type(cfg)(**vars(cfg) | {"student": str(folders / "stale")}), "cpu", torch.float32)
+    engine.ends, prompts, out = set(), [[3 + (s + i) % 10 for i in range(2 + s)] for s in range(responses)], {}
+    for s, prompt in enumerate(prompts):
+        engine.add(s, prompt, T - s % 3, uid=s, position=0)
+    while engine.rows or engine.new:
+        out |= engine.take(engine.step())
+    return [(prompts[s], *out[s]) for s in range(responses)]
+
+
+def scored(cfg, responses: list[tuple], bypass: Bypass | None = None) -> tuple[Slots, list[Segment]]:
+    """Slots as they reach the learner; every response is handed over in two pieces."""
+    row = ESTIMATORS[cfg.estimator]
+    slots = Slots(len(responses), cfg.max_prompt, T, row.columns(cfg.mc_samples, cfg.top_k),
+                  HIDDEN if row.support == "full" else 0, bypass=bypass)
+    for s, (prompt, *parts) in enumerate(responses):
+        slots.open(s, 10 + s, prompt, len(prompt), 0)
+        for piece in (slice(0, 2), slice(2, None)):
+            slots.append(s, *(x[piece] for x in parts), 0)
+    score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(len(responses))], slots,
+          row.support, VOCAB, seed=cfg.seed)
+    return slots, [slots.read(s) for s in range(len(responses))]
+
+
+def bypassing(cfg, rocks=ROCKS) -> Bypass:
+    bypass = Bypass(VOCAB, cfg.seed)
+    bypass.chosen[rocks] = True
+    return bypass
+
+
+def rocky(folders, estimator="reverse_mc", rocks=ROCKS, weight=0.0, **more):
+    given = dict(task="toy", rock=f"{weight},3", rock_set=",".join(map(str, rocks)))
+    return config(folders, estimator, **given | more)
+
+
+@pytest.fixture(autouse=True)
+def every_row_is_a_word(monkeypatch):
+    """The tiny models draw rows that the tokenizer has no word for; --rock-set refuses these."""
+    import rock
+    monkeypatch.setattr(rock, "fixed", lambda text, vocab: [int(x) for x in text.split(",")])
+
+
+# -- mask and denominator ----------------------------------------------------------------------------
+
+def weighed(folders, cfg, segments, weight) -> torch.Tensor:
+    """The gradient, a sequence at a time, as the paper writes it; weight(segment, t) of the loss at y_t."""
+    model, total = load_model(cfg.student, "cpu", torch.float32), 0.0
+    for s in segments:
+        logp = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1).gather(-1, s.ids.long())
+        w = (logp - s.logmu).detach().exp()
+        losses = -(w * (s.logq - logp).detach() * logp).mean(-1)
+        total = total + sum(weight(s, t) * losses[t] for t in range(len(s)))
+    (total / sum(map(len, segments))).backward()
+    return torch.cat([p.grad.flatten() for p in model.parameters()])
+
+
+def test_the_weight_is_that_of_the_predicted_token_and_the_denominator_stays(folders):
+    cfg = rocky(folders, weight=0.3)
+    _, segments = scored(cfg, drawn(cfg, folders))
+    got, measured = gradient(Learner(cfg, "cpu", torch.float32), segments)
+
+    def by_token(shift):
+        def weight(s, t):
+            at = min(max(s.start + t + shift, 0), len(s.tokens) - 1)
+            return 0.3 if int(s.tokens[at]) in ROCKS else 1.0
+        return weight
+    want = weighed(folders, cfg, segments, by_token(0))
+    close = 1e-5 * want.abs().max().item()
+    assert torch.allclose(got, want, atol=close), (got - want).abs().max()
+    for shift in (-1, 1):
+        assert not torch.allclose(got, weighed(folders, cfg, segments, by_token(shift)), atol=100 * close), "off by one"
+    mass = sum(by_token(0)(s, t) for s in segments for t in range(len(s))) / sum(map(len, segments))
+    assert mass < 0.9 and not torch.allclose(got, want / mass, atol=100 * close), "renormalised"
+    plain = summarize([Learner(config(folders, "reverse_mc"), "cpu", torch.float32).backward(segments, 1)])
+    assert measured["kl"] == pytest.approx(plain["kl"]) and measured["loss"] != pytest.approx(plain["loss"])
+
+
+@pytest.mark.parametrize("name", [name for name in ESTIMATORS if name != "m2po"])      # whose margins the stored set
+def test_a_bypass_is_a_weight_of_zero(folders, name):
+    """The same gradient whether rocks are stored and weighed 0, or 95% of them are nowhere."""
+    cfg = rocky(folders, name)
+    responses = drawn(cfg, folders)
+    want, _ = gradient(Learner(cfg, "cpu", torch.float32), scored(cfg, responses)[1])
+    _, segments = scored(cfg, responses, bypassing(cfg))
+    assert sum(len(s.ids) for s in segments) < 0.8 * sum(map(len, segments))
+    for size in (None, 1):
+        got, _ = gradient(Learner(cfg, "cpu", torch.float32), segments, size)
+        assert (got - want).norm() <= 1e-6 * want.norm(), (got - want).norm() / want.norm()
+    unweighed, _ = gradient(Learner(config(folders, name), "cpu", torch.float32), scored(cfg, responses)[1])
+    assert not torch.allclose(unweighed, want, atol=1e-3 * want.abs().max().item())
+
+
+def test_a_step_counts_what_was_bypassed(folders):
+    cfg = rocky(folders, minibatches=2)
+    responses = drawn(cfg, folders)
+    (_, all_of_it), (_, segments) = scored(cfg, responses), scored(cfg, responses, bypassing(cfg))
+    one, other = (Learner(cfg, "cpu", torch.float32) for _ in range(2))
+    full, short = one.step(all_of_it, 0), other.step(segments, 0)
+    n, stored = sum(map(len, segments)), sum(len(s.ids) for s in segments)
+    rocks = sum(int(y) in ROCKS for s in segments for y in s.tokens[s.start:])
+    assert short["tokens"] == full["tokens"] == n and (full["stored"], short["stored"]) == (1.0, stored / n)
+    assert short["rock"] == full["rock"] == pytest.approx(rocks / n) and short["loss"] == pytest.approx(full["loss"])
+    assert n - stored >= 0.8 * rocks and not short["skipped"]
+    for a, b in zip(one.model.parameters(), other.model.parameters()):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["reverse_mc", "m2po", "decoupled_ppo", "forward_topk", "forward_mc", "reverse_dense"])
+def test_a_response_or_a_batch_of_which_nothing_is_stored_breaks_nothing(folders, name, monkeypatch):
+    cfg = rocky(folders, name, rocks=range(VOCAB))
+    monkeypatch.setattr("rock.AUDITED", 0.0)
+    responses = drawn(cfg, folders)
+    slots, segments = scored(cfg, responses, bypass := bypassing(cfg, range(VOCAB)))
+    assert [len(s.ids) for s in segments] == [0] * 5 and Watch(cfg).see(segments) == ""
+    learner = Learner(cfg, "cpu", torch.float32)
+    metrics = learner.step(segments, 0)
+    assert not metrics["skipped"] and metrics["stored"] == 0 and metrics["tokens"] == sum(map(len, segments))
+    bypass.chosen[:] = False
+    slots.open(2, 12, responses[2][0], len(responses[2][0]), 0)
+    slots.append(2, *responses[2][1:], 0)
+    score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(5)], slots,
+          ESTIMATORS[name].support, VOCAB)
+    metrics = learner.step([slots.read(s) for s in range(5)], 1)
+    assert not metrics["skipped"] and torch.tensor(metrics["kl"]).isfinite() and 0 < metrics["stored"] < 1
+
+
+# -- what is stored ----------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("name", ["reverse_mc", "forward_topk", "reverse_topk", "reverse_dense"])
+def test_a_slot_holds_a_row_per_kept_token_in_their_order(folders, name):
+    cfg = rocky(folders, name)
+    responses = drawn(cfg, folders)
+    (_, want), (_, got) = scored(cfg, responses), scored(cfg, responses, bypassing(cfg))
+    for a, b in zip(want, got):
+        assert torch.equal(a.tokens, b.tokens) and len(a) == len(b) and a.kept is None
+        y = a.tokens[a.start:]
+        assert torch.equal(b.kept, ~torch.isin(y, torch.tensor(ROCKS)) | audited(cfg.seed, 10 + b.slot, 0, len(b)))
+        for x in ("ids", "logmu", "logq", "hidden"):
+            assert torch.equal(kept_rows(getattr(a, x), [b]), getattr(b, x)), x
+    held = sum(getattr(s, x).nbytes for s in got for x in ("ids", "logmu", "logq", "hidden"))
+    each = ESTIMATORS[name].bytes(cfg.mc_samples, cfg.top_k, 4 * HIDDEN)
+    assert held == each * sum(int(s.kept.sum()) for s in got) < 0.8 * each * sum(map(len, got))
+
+
+def test_without_rocks_nothing_is_indexed_or_copied(folders):
+    cfg = config(folders, "reverse_mc")
+    slots, segments = scored(cfg, drawn(cfg, folders))
+    rows = torch.zeros(3, 2)
+    assert kept_rows(rows, segments) is rows and slots.kept.numel() == 0
+    assert Learner(cfg, "cpu", torch.float32).rocks is None
+    assert all(s.kept is None and s.ids.data_ptr() == slots.ids[s.slot].data_ptr() for s in segments)
+
+
+def test_the_rest_of_a_cut_response_is_kept_as_the_whole_would_have_been(folders):
+    cfg, g = rocky(folders), torch.Generator().manual_seed(0)
+    y = torch.randint(3, VOCAB, (200,), generator=g)
+    whole, parts = (Slots(2, 300, 200, 1, bypass=bypassing(cfg)) for _ in range(2))
+    whole.open(0, 7, [3, 4, 5], 3, 0)
+    whole.append(0, y, y[:, None], torch.zeros(200, 1), 0)
+    parts.open(0, 7, [3, 4, 5], 3, 0)
+    parts.append(0, y[:60], y[:60, None], torch.zeros(60, 1), 0)
+    parts.open(1, 7, parts.read(0).tokens, 3, 4)
+    for piece in (slice(60, 61), slice(61, 61), slice(61, 200)):
+        parts.append(1, y[piece], y[piece, None], torch.zeros(len(y[piece]), 1), 4)
+    first, rest, all_of_it = parts.read(0), parts.read(1), whole.read(0)
+    assert torch.equal(torch.cat([first.kept, rest.kept]), all_of_it.kept) and rest.start == 63
+    assert torch.equal(torch.cat([first.ids, rest.ids]), all_of_it.ids)
+    assert 0 < sum(int(x) in ROCKS for x in all_of_it.ids) < 0.2 * sum(int(x) in ROCKS for x in y), "audited ones"
+    parts.length[1] = 0                                  # its worker died
+    parts.append(1, y[60:], y[60:, None], torch.zeros(140, 1), 5)
+    assert torch.equal(parts.read(1).ids, rest.ids)
+
+
+def test_five_per_cent_are_audited_and_always_the_same_ones():
+    found = torch.stack([audited(0, uid, 0, 1000) for uid in range(200)])
+    assert found.float().mean() == pytest.approx(AUDITED, abs=0.002)
+    assert found.float().mean(0).std() < 0.03, "at every position alike"
+    assert torch.equal(audited(0, 5, 300, 80), found[5, 300:380])
+    assert not torch.equal(audited(1, 5, 0, 1000), found[5]) and not torch.equal(found[6], found[5])
+
+
+# -- the choice --------------------------------------------------------------------------------------
+
+#        n    m  mean early
+STATS = [(100, 100, 2.0, 2.0),         # 0 rock, R = 200
+         (400, 400, 1.0, 1.2),         # 1 rock, R = 400
+         (900, COUNT - 1, 3.0, 3.0),   # 2 too few measurements
+         (900, 900, 2.5, 4.0),         # 3 falls
+         (900, 900, 0.5, 0.5),         # 4 the median: not above it
+         (900, 900, 0.1, 0.1), (900, 900, 0.1, 0.1), (900, 900, 0.1, 0.1),
+         (900, 900, 2.5, torch.nan),   # 8 no early mean: whether it stays is not known
+         (0, 0, torch.nan, torch.nan),
+         (320, COUNT, 0.9, 1.0),       # 10 rock, R = 288: of a bypassed type n counts all
+         (900, 900, 0.1, 0.1)]
+
+
+def chosen(k, **changes) -> list[int]:
+    """By changes of STATS, {type: row}."""
+    rows = [changes.get(f"t{i}", row) for i, row in enumerate(STATS)]
+    return choose(*torch.tensor(rows, dtype=torch.float64).T, k).nonzero()[:, 0].tolist()
+
+
+def test_every_clause_of_the_rule_decides_something():
+    assert chosen(9) == [0, 1, 10]
+    assert [chosen(k) for k in (1, 2)] == [[1], [1, 10]], "the largest shares of the loss, not the largest means"
+    assert 2 in chosen(9, t2=(900, COUNT, 3.0, 3.0))
+    assert 3 in chosen(9, t3=(900, 900, 2.5, 3.1))
+    assert 4 in chosen(9, t4=(900, 900, 0.5, 0.5), t1=(400, 400, 0.3, 0.3))
+    assert 8 in chosen(9, t8=(900, 900, 2.5, 2.5))
+    assert choose(*torch.zeros(4, 3, dtype=torch.float64), 2).sum() == 0, "nothing was measured"
+
+
+def rocks(cfg, kept=()) -> Rocks:
+    return Rocks(cfg, VOCAB, dict(kept))
+
+
+def batch(tokens, kl, measured=None) -> tuple[list[Segment], list[dict]]:
+    """A train batch of one response and what two learners measured of it."""
+    y = torch.tensor(tokens)
+    s = Segment(0, torch.cat([torch.tensor([3, 4]), y]), 2, 2, torch.zeros(len(y)), *[y[:, None]] * 3)
+    at = torch.arange(len(y)) if measured is None else torch.tensor(measured)
+    found = {"y": y[at], "kl": torch.tensor(kl)[at]}
+    return [s], [{k: x[i::2] for k, x in found.items()} for i in (0, 1)]
+
+
+def test_windows_hold_successive_versions_and_are_never_mixed(folders, tmp_path):
+    r = rocks(config(folders, "reverse_mc", rock="0.5,1,2", out=str(tmp_path)))
+    style, rest = [5] * 20, [6] * 20 + [7] * 20
+    assert r.see(*batch(style + rest, [2.0] * 20 + [1.0] * 40), 3) == []
+    event, = r.see(*batch(rest, [1.0] * 40), 4)
+    assert event == {"what": "rock", "versions": [3, 4], "types": 0, "ids": []}, "the early window chooses nothing"
+    assert r.early[5] == 2.0 and r.early[6] == 1.0 and r.early[8].isnan()
+    assert r.n.sum() == r.m.sum() == r.total.sum() == 0 and r.versions == []
+    r.see(*batch(style + rest, [1.9] * 20 + [0.5] * 40), 5)
+    assert (r.n[5], r.m[6], r.total[7]) == (20, 20, 10) and r.versions == [5]
+    with pytest.raises(AssertionError, match="version 5 after those of"):
+        r.see(*batch(style, [2.0] * 20), 5)
+    event, = r.see(*batch(style + rest, [1.9] * 20 + [0.5] * 40), 6)
+    assert event["versions"] == [5, 6] and event["ids"] == [5] and r.early[5] == 2.0, "the first mean stays"
+    assert torch.equal(r.weight(torch.tensor([5, 6])), torch.tensor([0.5, 1.0]))
+    r.write()
+    said = json.loads((tmp_path / "rocks.json").read_text())
+    about, = said["types"]
+    assert said["versions"] == [5, 6] and said["rule"]["weight"] == 0.5 and about["example"] == "01" + "2" * 5
+    assert about | {"example": 0} == {"id": 5, "word": "2", "count": 40, "measured": 40, "mean": pytest.approx(1.9),
+                                      "early": 2.0, "entered": pytest.approx(1.9), "weight": 0.5, "example": 0,
+                                      "share": pytest.approx(76 / 116)}
+
+
+def test_a_bypassed_type_is_judged_by_its_audit_and_leaves_when_that_says_so(folders, tmp_path):
+    cfg = config(folders, "reverse_mc", rock="0,1,1", out=str(tmp_path))
+    style, rest = [5] * 400, [6] * 20 + [7] * 20
+    for audits, mean, stays in ((20, 1.9, True), (20, 1.0, False), (10, 1.9, False)):
+        r, everything = rocks(cfg), list(range(440))
+        r.see(*batch(style + rest, [2.0] * 400 + [1.0] * 40), 0)
+        assert r.see(*batch(style + rest, [1.8] * 400 + [0.2] * 40), 1)[0]["ids"] == [5]
+        assert r.entered[5] == pytest.approx(1.8)
+        r = rocks(cfg, r.state())                        # as it goes on after a resumption
+        kl = [mean] * 400 + [0.2] * 40
+        event, = r.see(*batch(style + rest, kl, everything[:audits] + everything[400:]), 2)
+        assert event["ids"] == [5] * stays
+        r.write()
+        about, = json.loads((tmp_path / "rocks.json").read_text())["types"]
+        assert (about["count"], about["measured"], about["weight"]) == (400, audits, 0.0 if stays else 1.0)
+        assert about["mean"] == pytest.approx(mean) and (about["entered"] == pytest.approx(1.8) if stays else
+                                                         about["entered"] is None)
+
+
+def test_an_update_that_was_not_made_is_not_measured(folders):
+    r = rocks(config(folders, "reverse_mc", rock="0,1,9"))
+    r.see(*batch([5, 6], [1.0, torch.nan]), 0)
+    assert r.n[[5, 6]].tolist() == [1, 1] and r.m[[5, 6]].tolist() == [1, 0] and r.total.isfinite().all()
+
+
+def test_a_fixed_set_is_measured_and_not_replaced(folders):
+    r = rocks(rocky(folders, rocks=[9], rock="0.5,2,1"))
+    for version in range(3):
+        event, = r.see(*batch([5] * 20 + [6] * 20, [2.0] * 20 + [1.0] * 20), version)
+        assert event["ids"] == [9]
+    assert parse("0.5,2") .every == 20
+
+
+# -- runs --------------------------------------------------------------------------------------------
+
+def one_of_two(rank, cfg, segments, folder):
+    torch.set_num_threads(1)
+    ranks = Ranks(rank, 2, f"{folder}/meeting")
+    learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
+    found = [learner.step(segments, version) for version in range(3)]
+    torch.save((found, learner.rocks.state(), Path(cfg.out, "rocks.json").exists()), f"{folder}/{rank}.pt")
+    ranks.leave()
+
+
+def test_two_learners_come_to_the_set_of_one(folders, tmp_path):
+    (tmp_path / "run").mkdir()
+    cfg = config(folders, "reverse_mc", rock="0,3,1", micro_tokens=20, out=str(tmp_path / "run"), learners=2)
+    responses = drawn(cfg, folders, responses=6) * 30
+    _, segments = scored(cfg, responses)
+    torch.multiprocessing.spawn(one_of_two, (cfg, segments, str(tmp_path)), nprocs=2)
+    (a, of_a, _), (b, of_b, _) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
+    assert a == b and of_a["rock/chosen"].sum() == 3 and all(torch.equal(of_a[k].nan_to_num(), of_b[k].nan_to_num())
+                                                             for k in of_a)
+    one = Learner(cfg, "cpu", torch.float32)
+    alone = [one.step(segments, version) for version in range(3)]
+    assert [m["events"] for m in alone] == [m["events"] for m in a] and alone[2]["rock"] == a[2]["rock"] > 0
+
+
+@pytest.mark.parametrize("engine, teacher", [("hf", "hf"), ("vllm", "vllm")])
+def test_a_run_bypasses_from_its_first_token(flags, engine, teacher):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    done = run(flags | dict(steps=12, engine=engine, teacher_engine=teacher, rock="0,2,4", rock_set="4,+,9,10,11",
+                            max_ahead=2, max_lag=2, rollouts=2))
+    assert done.returncode == 0, done.stderr
+    log, last = steps(flags), lines(flags)[-1]
+    tokens = sum(s["tokens"] for s in log)
+    rocks, stored = (sum(s[k] * s["tokens"] for s in log) / tokens for k in ("rock", "stored"))
+    assert stored == pytest.approx(1 - (1 - AUDITED) * rocks, abs=0.02) and rocks > 0.05
+    assert last["tokens_trained"] == tokens and not any(s["skipped"] for s in log)
+    assert last["tokens_generated"] == tokens + last["tokens_in_flight"] and max(s["lag_max"] for s in log) <= 2
+    said = [x for x in lines(flags) if x.get("what") == "rock"]
+    assert [x["versions"] for x in said] == [[0, 3], [4, 7], [8, 11]] and [x["step"] for x in said] == [4, 8, 12]
+    types = json.loads((Path(flags["out"]) / "rocks.json").read_text())["types"]
+    assert [t["word"] for t in types] == ["1", "6", "7", "8", "+"] and said[0]["ids"] == [4, 9, 10, 11, 13]
+    assert 0 < sum(t["measured"] for t in types) < 0.15 * sum(t["count"] for t in types), "the audited ones"
+
+
+def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path):
+    flags |= dict(schedule="sync", steps=21, rock="0,3,4", save_every=3, batch=16)
+    whole = flags | dict(out=str(tmp_path / "whole"))
+    assert run(whole).returncode == 0
+    process, _ = start_and_wait_for(flags, step=10)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    done = subprocess.run([*command(dict(out=flags["out"])), "--resume"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    a, b = (load_file(f"{f['out']}/student/model.safetensors") for f in (whole, flags))
+    assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+    for key in ("loss", "rock", "stored"):
+        assert [s[key] for s in steps(whole)] == [s[key] for s in steps(flags)]
+    assert (Path(whole["out"]) / "rocks.json").read_text() == (Path(flags["out"]) / "rocks.json").read_text()
+    chosen = [e["ids"] for e in lines(whole) if e.get("what") == "rock"]
+    assert len(chosen) == 5 and all(chosen[1:]) and steps(whole)[-1]["stored"] < 0.99, "it did bypass what it chose"
+    assert os.path.exists(f"{flags['out']}/student")
