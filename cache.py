@@ -33,6 +33,7 @@ class Segment:
     tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
     ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
     hidden  [n, H]  the teacher's last state that predicts the token; H = 0 where the estimator does not need it
+    states  [m, W]  the teacher's states of several layers, of those tokens that oprd.py compares
     """
     slot: int
     tokens: Tensor
@@ -43,6 +44,7 @@ class Segment:
     logmu: Tensor
     logq: Tensor
     hidden: Tensor = torch.empty(0, 0)
+    states: Tensor = torch.empty(0, 0)
 
     def __len__(self) -> int:
         return len(self.version)
@@ -52,21 +54,23 @@ class Slots:
     """The slab. A slot belongs to one process at a time; its number is the permission to touch it.
 
     tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
+    states [S, P, W], bfloat16, of which the first `compared` [S] are of this ticket
     uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
     the version of the first new one (while there is none, of its holder's weights). logq is nan until scored.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
-                 dtype: torch.dtype = torch.float32):
+                 dtype: torch.dtype = torch.float32, *, states: tuple[int, int] = (0, 0)):
         S, T, C = slots, max_response, columns
         self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
         self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
         self.logmu = torch.zeros(S, T, C).share_memory_()
         self.logq = torch.full((S, T, C), torch.nan).share_memory_()
         self.hidden = torch.zeros(S, T, hidden, dtype=dtype).share_memory_()
+        self.states = torch.zeros(S, *states, dtype=torch.bfloat16).share_memory_()
         self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
-        self.uid, self.prompt, self.start, self.length, self.born = (
-            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(5))
+        self.uid, self.prompt, self.start, self.length, self.born, self.compared = (
+            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(6))
 
     def __len__(self) -> int:
         return len(self.start)
@@ -96,7 +100,8 @@ class Slots:
     def read(self, s: int) -> Segment:
         start, n = int(self.start[s]), int(self.length[s])
         return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
-                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n], self.hidden[s, :n])
+                       self.ids[s, :n], self.logmu[s, :n], self.logq[s, :n], self.hidden[s, :n],
+                       self.states[s, :int(self.compared[s])])
 
 
 # -- the ledger: which tickets a batch takes -------------------------------------------------------
