@@ -128,7 +128,7 @@ class Learner:
             with_lora(self.model, cfg.lora_rank, cfg.seed)
         self.head = self.model.get_output_embeddings()
         self.side = oprd.Side(cfg, "student", device) if cfg.oprd_weight else None
-        if not resume and oprd.gives_head(cfg):              # before version 0 is published
+        if self.side and not resume and oprd.gives_head(cfg):              # and so does version 0
             theirs = self.teacher_head or load_model(cfg.teacher, "cpu", dtype).get_output_embeddings()
             self.head.load_state_dict(theirs.state_dict())
         self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else

@@ -9,9 +9,8 @@ round(i (T - 1) / (S - 1)). The target follows from the tokens and from a frozen
 weight, whatever the lag. The LM head gets no gradient: it is a copy of the teacher's (--oprd-head), or needs a KL.
 
 The teacher must be of the student's origin: a continuation of it, whose directions mean the same. `fit` measures that
-on rollouts of the initial student, before the run, so that no slot has to wait for it; and with --oprd-rank it finds
-what the teacher's states are projected to before they are cached, 2 * rank bytes per layer and token instead of 2 * d:
-
+on rollouts of the initial student, before the run, so that no slot waits for it; and with --oprd-rank it finds what the
+teacher's states are projected to before they are cached, 2 * rank bytes per layer and token instead of 2 * d:
     same origin   x = P'(h - m) on both sides: mean m and top eigenvectors P of the teacher's states (rank d: raw)
     --oprd-bridge another width or origin: the teacher's x as above, the student's by least squares onto it; both are
                   compared as unit vectors, |x_student - x_teacher|^2 / rank
@@ -88,10 +87,10 @@ class Side:
 
     def record(self, states: list[Tensor], segments: list[Segment], slots: Slots) -> None:
         """The teacher: write what the slots of these segments hold, from [m, d] of every pair."""
-        shown = torch.cat([self.show(i, x).bfloat16().cpu() for i, x in enumerate(states)], 1)
-        counts = [len(range(len(s))[compared(self.cfg, s)]) for s in segments]
-        for s, x in zip(segments, shown.split(counts)):
-            slots.states[s.slot, :len(x)], slots.compared[s.slot] = x, len(x)
+        shown, at = torch.cat([self.show(i, x).bfloat16().cpu() for i, x in enumerate(states)], 1), 0
+        for s in segments:
+            n = slots.compared[s.slot] = len(range(len(s))[compared(self.cfg, s)])
+            slots.states[s.slot, :n], at = shown[at:at + n], at + n
 
     def distance(self, states: list[Tensor], cached: Tensor) -> Tensor:
         """The student: the loss at a position [m], from [m, d] of every pair and what the teacher has recorded."""
@@ -109,11 +108,9 @@ class Side:
 def settle(cfg: Config, row: Estimator) -> Config:
     """Refuse flags that cannot be; put in what the others mean by them."""
     weight = cfg.oprd_weight if row.head else cfg.oprd_weight or 1.0
-    for f in fields(cfg) if not weight else ():
-        flag, value = f.name.replace("_", "-"), getattr(cfg, f.name)
-        flag = f"--no-{flag}" if value is False else f"--{flag}" if value is True else f"--{flag} {value}"
-        (value == f.default or not f.name.startswith("oprd_")) or refuse(
-            f"{flag}: without OPRD (--oprd-weight 1, or --estimator oprd)")
+    for f in fields(cfg):
+        weight or not f.name.startswith("oprd_") or getattr(cfg, f.name) == f.default or refuse(
+            f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: without OPRD (--oprd-weight 1, --estimator oprd)")
     weight == 0 or cfg.teacher_engine == "hf" or refuse(
         f"--teacher-engine vllm: {f'--oprd-weight {weight:g}' if row.head else row.fn.__name__} needs the teacher's "
         "hidden states, which vLLM does not give (--teacher-engine hf does)")
@@ -138,10 +135,9 @@ def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) 
     from teacher import by_length, load_model
     engine, teacher = rollout.HFEngine(cfg, device, dtype), load_model(cfg.teacher, device, dtype)
     asked = [prompts[prompt_number(i, len(prompts), cfg.seed)] for i in range(ROLLOUTS[cfg.oprd_bridge])]
-    segments = []
-    for prompt, answer in zip(asked, engine.complete(asked, min(LONGEST, cfg.max_response), temperature=1.0)):
-        blank = torch.empty(len(answer), 0)
-        segments.append(Segment(-1, torch.tensor(prompt + answer), len(prompt), len(prompt), *[blank] * 4))
+    answers = engine.complete(asked, min(LONGEST, cfg.max_response), temperature=1.0)
+    segments = [Segment(-1, torch.tensor(x + y), len(x), len(x), *[torch.empty(len(y), 0)] * 4)
+                for x, y in zip(asked, answers)]
     layers = pairs(cfg.oprd_layers, *(text_config(name).num_hidden_layers for name in (cfg.student, cfg.teacher)))
     sums, found = [Sums() for _ in layers], defaultdict(list)
     for group in by_length(segments, cfg.micro_tokens):
@@ -149,8 +145,7 @@ def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) 
         for x, (i, j) in zip(sums, layers):
             x.add(ours[i], theirs[j], cfg.oprd_bridge)
     for x, (i, j) in zip(sums, layers):
-        cosine = x.cosine / x.n
-        cosine >= ALIKE or cfg.oprd_bridge or refuse(
+        (cosine := x.cosine / x.n) >= ALIKE or cfg.oprd_bridge or refuse(
             f"--teacher {cfg.teacher}: of another origin than the student: at its layer {i} and the teacher's {j} the "
             f"mean cosine of their states is {cosine:.2f}, below {ALIKE} (--oprd-bridge)")
         for name, value in x.solve(cfg.oprd_rank, cfg.oprd_bridge).items():
@@ -175,12 +170,11 @@ class Sums:
         """What is in FILE, of this pair: means [d] and bases [d, rank] of both sides."""
         d, mean = self.width, self.total / self.n
         covariance = self.products / self.n - torch.outer(mean, mean)
-        basis = torch.linalg.eigh(covariance[-d:, -d:]).eigenvectors.flip(1)[:, :rank]
-        ours = basis
+        ours = basis = torch.linalg.eigh(covariance[-d:, -d:]).eigenvectors.flip(1)[:, :rank]
         if bridge:                           # least squares, with intercept, onto what the teacher shows
             ours = torch.linalg.pinv(covariance[:-d, :-d], hermitian=True) @ covariance[:-d, -d:] @ basis
         return {"cosine": torch.as_tensor(self.cosine / self.n), "teacher.mean": mean[-d:], "teacher.basis": basis,
-                "student.mean": mean[:-d] if bridge else mean, "student.basis": ours}
+                "student.mean": mean[:len(ours)], "student.basis": ours}
 
 
 def states(model, group: list[Segment]) -> list[Tensor]:
@@ -192,9 +186,9 @@ def states(model, group: list[Segment]) -> list[Tensor]:
 
 
 def gives_head(cfg: Config) -> bool:
-    """Does the student begin with the teacher's LM head?"""
+    """Does the student begin with the teacher's LM head? With a tied one it would get the embedding as well."""
     a, b = ((c.vocab_size, c.hidden_size, c.tie_word_embeddings) for c in map(text_config, (cfg.student, cfg.teacher)))
-    return cfg.oprd_weight > 0 and cfg.oprd_head and not cfg.lora_rank and a == b
+    return cfg.oprd_head and cfg.lora_rank == 0 and a == b
 
 
 def text_config(folder: str):
