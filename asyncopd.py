@@ -27,6 +27,7 @@ import yaml
 
 import checkpoint
 import dryrun
+import oprd
 import record
 import rock
 from estimators import DEFAULT, ESTIMATORS
@@ -34,6 +35,7 @@ from job import ROOT, prepare, refuse
 from plan import plan, split
 from run import EAR, Run
 from teacher import VLLM_LACKS
+from workers import alone
 
 # -- flags -----------------------------------------------------------------------------------------
 
@@ -208,8 +210,8 @@ def as_flags(written: dict, path: str) -> list[str]:
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
          "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
-         "estimator", "lora_rank", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd", "rock",
-         "rock_set")
+         "estimator", "lora_rank", "oprd_weight", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd",
+         "rock", "rock_set")
 
 
 def recorded(out: str) -> dict:
@@ -226,11 +228,12 @@ def recorded(out: str) -> dict:
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
-                 "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k"):
+                 "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k",
+                 "oprd_tokens"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
                  "teachers", "learners", "chunk", "lora_rank", "eval_every", "eval_n", "save_every", "keep",
-                 "max_restarts", "eval_temperature"):
+                 "max_restarts", "eval_temperature", "oprd_weight", "oprd_rank"):
         getattr(cfg, name) >= 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must not be negative")
     0 <= cfg.beta <= 1 or refuse(f"--beta {cfg.beta}: must be between 0 and 1")
     cfg.gpu_share <= 1 or refuse(f"--gpu-share {cfg.gpu_share}: more than the whole")
@@ -269,6 +272,7 @@ def settle(cfg: Config) -> Config:
     if cfg.teacher_engine == "vllm" and support in VLLM_LACKS:
         refuse(f"--teacher-engine vllm: {estimator} needs {VLLM_LACKS[support]}, which vLLM does not give "
                f"(--teacher-engine hf does)")
+    cfg = oprd.settle(cfg, ESTIMATORS[estimator])
     cfg.log == "" or importlib.util.find_spec(cfg.log) or refuse(f"--log {cfg.log}: pip install {cfg.log}")
     if cfg.lora_rank:
         learners == 1 or refuse(f"--lora-rank {cfg.lora_rank}: with one learner, not {learners} (--learners 1)")
@@ -295,11 +299,16 @@ def main(argv: list[str]) -> int:
                 return 0
             resume = check_out(cfg)
             cfg, job = prepare(cfg)
+            fitted = b""
+            if cfg.oprd_weight and not resume:
+                with EAR.open():
+                    fitted = alone(oprd.fit, cfg, job.prompts, plan(cfg)["teacher0"])
         except (ValueError, OSError) as e:
             print(f"asyncopd: {' '.join(str(e).split())}", file=sys.stderr)
             return 2
         run = Run(cfg, job, plan(cfg))
         resume or empty(Path(cfg.out))
+        fitted and (Path(cfg.out) / oprd.FILE).write_bytes(fitted)
         run.start(resume)
         run.loop()
         run.finish()

@@ -35,6 +35,7 @@ class Segment:
     tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
     ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
     hidden  [n, H]  the teacher's last state that predicts the token; H = 0 where the estimator does not need it
+    states  [m, W]  the teacher's states of several layers, of those tokens that oprd.py compares
     kept  [n]  bool, where rocks are bypassed (rock.py): ids, logmu, logq and hidden have a row for each token that is
     kept, m <= n in all, and none for the others; None: all are kept
     """
@@ -47,6 +48,7 @@ class Segment:
     logmu: Tensor
     logq: Tensor
     hidden: Tensor = torch.empty(0, 0)
+    states: Tensor = torch.empty(0, 0)
     kept: Tensor | None = None
 
     def __len__(self) -> int:
@@ -57,23 +59,25 @@ class Slots:
     """The slab. A slot belongs to one process at a time; its number is the permission to touch it.
 
     tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
+    states [S, P, W], bfloat16, of which the first `compared` [S] are of this ticket
     uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
     the version of the first new one (while there is none, of its holder's weights). logq is nan until scored.
     kept [S, T] says which new tokens `bypass` let be stored: row j of the others is that of the j-th kept one.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
-                 dtype: torch.dtype = torch.float32, bypass: Bypass | None = None):
+                 dtype: torch.dtype = torch.float32, *, states: tuple[int, int] = (0, 0), bypass: Bypass | None = None):
         S, T, C, self.bypass = slots, max_response, columns, bypass
         self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
         self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
         self.logmu = torch.zeros(S, T, C).share_memory_()
         self.logq = torch.full((S, T, C), torch.nan).share_memory_()
         self.hidden = torch.zeros(S, T, hidden, dtype=dtype).share_memory_()
+        self.states = torch.zeros(S, *states, dtype=torch.bfloat16).share_memory_()
         self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
         self.kept = torch.zeros(S, T if bypass else 0, dtype=torch.bool).share_memory_()
-        self.uid, self.prompt, self.start, self.length, self.born = (
-            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(5))
+        self.uid, self.prompt, self.start, self.length, self.born, self.compared = (
+            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(6))
 
     def __len__(self) -> int:
         return len(self.start)
@@ -113,7 +117,7 @@ class Slots:
         start, n, m = int(self.start[s]), int(self.length[s]), self.stored(s)
         return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
                        self.ids[s, :m], self.logmu[s, :m], self.logq[s, :m], self.hidden[s, :m],
-                       self.kept[s, :n] if self.bypass else None)
+                       self.states[s, :int(self.compared[s])], self.kept[s, :n] if self.bypass else None)
 
 
 # -- the ledger: which tickets a batch takes -------------------------------------------------------

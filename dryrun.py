@@ -13,6 +13,7 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import oprd
 import plan
 from estimators import ESTIMATORS
 from job import ROOT, refuse
@@ -32,6 +33,7 @@ def show(cfg: Config) -> None:
     named = {"student": cfg.student, "teacher": cfg.teacher}
     known = {role: model(role, name) for role, name in named.items()}
     student, teacher = (known[role][0] for role in named)
+    oprd.check(cfg, student, teacher)
     here, last = plan.free_gb(), f"cuda:{cfg.gpus - 1}"
     gb, whose = (here["gpu"], "this machine's") if last in here else (GPU["gb"], "GPUs assumed to have")
     needs = plan.memory(cfg, student, teacher, gb)
@@ -50,6 +52,8 @@ def show(cfg: Config) -> None:
     print("\npipeline")
     print(table([["slots, (max-ahead + 1) x batch", f"{slots:,}"],
                  [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
+                 *[["bytes per token of OPRD's states", f"{2 * oprd.shape(cfg, student, teacher)[1]:,}"]] * (
+                     cfg.oprd_weight > 0),
                  ["kB per slot", f"{needs[-1].parts['cache'] / slots * 1e6:,.0f}"],
                  ["lag, versions", lag]]))
     print("\n" + estimate(cfg, student, teacher, known["teacher"][1], needs) if cfg.gpus else

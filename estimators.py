@@ -367,6 +367,22 @@ def jsd_dense(logp: Tensor, logq: Tensor, logmu: Tensor, *, beta: float = 0.5) -
     return (beta * logq.exp() * (logq - logm) + (1 - beta) * logp.exp() * (logp - logm)).sum(-1)
 
 
+@in_float32
+def oprd(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """No loss on log-probs: what is minimised is a distance between hidden states, in oprd.py.
+
+    Target      |h_p - h_q|^2 / d, h the states after a block; mean over blocks
+    Candidates  none: the emitted token carries the logged KL
+    Gradient    that of the target, through the blocks
+    Value       0; the target is logged as `oprd`
+    Stale mu    unaffected: the target follows from the tokens and the teacher alone
+    Not covered the LM head, a copy of the teacher's (--oprd-head) or whatever it is; the prefix
+
+    Source: OPRD (arXiv 2606.06021).
+    """
+    return torch.zeros_like(logp[..., 0])
+
+
 # -- the table -------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
@@ -386,6 +402,7 @@ class Estimator:
     knobs: tuple[str, ...] = ()                       # flags that fn takes by their names
     batch: Callable[..., dict[str, Tensor]] | None = None      # (logp, logq, logmu) [M, C] of a whole train batch, by
     # the student before its first update -> what fn takes by name besides, [M, C] or [1, 1]
+    head: bool = True                                 # fn is a loss on log-probs, which passes through the LM head
 
     def columns(self, n: int, k: int) -> int:
         """Token ids per position in a slot. Column 0 is always the emitted token: it carries the logged KL."""
@@ -432,6 +449,7 @@ ESTIMATORS = {
     "forward_dense": Estimator(forward_dense, "forward", "full", unbiased=True),
     "reverse_dense": Estimator(reverse_dense, "reverse", "full", unbiased=True),
     "jsd_dense": Estimator(jsd_dense, "reverse", "full", unbiased=True, knobs=("beta",)),
+    "oprd": Estimator(oprd, "reverse", "sampled", unbiased=False, head=False),
 }
 DEFAULT = {"reverse": "reverse_mc", "forward": "forward_topk"}      # what --kl means without --estimator
 VALUE = {"reverse": reverse_value, "forward": forward_value}        # the logged `kl`, from columns drawn by mu
@@ -444,7 +462,7 @@ def estimator_table(n: int = 4, k: int = 16) -> str:
             "|---|---|---|--:|---|---|"]
     for name, e in ESTIMATORS.items():
         cells = (f"`{name}`", e.says("Target"), e.says("Candidates"),
-                 f"{e.bytes(n, k, 0)}" + (" + 2 H" if e.support == "full" else ""),
+                 f"{e.bytes(n, k, 0)}" + (" + 2 H" if e.support == "full" else "" if e.head else " + 2 r per layer"),
                  "yes" if e.unbiased else "no", e.says("Stale mu"))
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(rows)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import oprd
 import plan
 import rock
 import tasks
@@ -43,6 +44,7 @@ class Job:
     layout: dict[str, torch.Size]                # the student's parameters
     probe: list[int]                             # tokens on which an engine proves a push
     hidden: int                                  # width of the teacher
+    states: tuple[int, int] = (0, 0)             # of its states in a slot: positions, values for each
     memory: tuple[list[plan.Need], dict[str, float]] = ((), {})      # what every worker takes; what is free
     notes: tuple[str, ...] = ()                  # what a person should know before the run
     first_prompt: str = ""                       # as the models read it
@@ -84,8 +86,9 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         return texts, [[task.grade(text, row.answer) for text in k] for k, (row, _) in zip(texts, graded)]
 
     free = plan.free_gb()
-    needs = plan.memory(cfg, *(plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)),
-                        free.get("gpu", 0.0))
+    shapes = [plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)]
+    oprd.check(cfg, *shapes)
+    needs = plan.memory(cfg, *shapes, free.get("gpu", 0.0))
     plan.check(needs, free)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
@@ -94,7 +97,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
-        hidden=AutoConfig.from_pretrained(cfg.teacher).get_text_config().hidden_size, memory=(needs, free),
+        hidden=shapes[1].H, states=oprd.shape(cfg, *shapes), memory=(needs, free),
         notes=tuple(notes), first_prompt=tokenizer.decode(prompts[prompt_number(0, len(prompts), cfg.seed)]))
 
 

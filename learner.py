@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+import oprd
 from cache import Segment, Slots, Weights
 from checkpoint import UNWRITABLE, read_training, replace, trained, write_training
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
@@ -43,6 +44,8 @@ METRICS = {      # every key of a step line: formula or meaning, unit
     "loss": "the estimator's surrogate: sum over positions / number of positions, nats (its value is not the KL)",
     "kl": "unbiased estimate of the per-token KL that --kl names, current student, prefixes as visited, nats (exact "
           "where the estimator sees the whole vocabulary)",
+    "oprd": "distance between hidden states of student and teacher, mean over compared positions and layers; "
+            "--oprd-weight times it is part of what is minimised, not of `loss` (0: not compared)",
     "entropy": "of the student, mean over positions: -mean of w log p over the drawn tokens, nats",
     "lag_min": "freshest token of the batch: learner version before the step - version that drew the token",
     "lag_mean": "the same, mean over tokens",
@@ -130,6 +133,10 @@ class Learner:
         if cfg.lora_rank:
             with_lora(self.model, cfg.lora_rank, cfg.seed)
         self.head = self.model.get_output_embeddings()
+        self.side = oprd.Side(cfg, "student", device) if cfg.oprd_weight else None
+        if self.side and not resume and oprd.gives_head(cfg):              # and so does version 0
+            theirs = self.teacher_head or load_model(cfg.teacher, "cpu", dtype).get_output_embeddings()
+            self.head.load_state_dict(theirs.state_dict())
         self.chunk = chunk_size(cfg, self.head.weight.shape[0], free_gb().get("cpu", math.inf) if device == "cpu" else
                                 torch.cuda.mem_get_info(device)[0] / 1e9)
         if cfg.gradient_checkpointing:
@@ -152,7 +159,7 @@ class Learner:
         self.known = self.prepass(segments)
         for i in range(m):
             minibatch = segments[i * n // m:(i + 1) * n // m]
-            count = max(1, sum(map(len, minibatch)))
+            count, compared = max(1, sum(map(len, minibatch))), max(1, sum(len(s.states) for s in minibatch))
             if fault := unusable(minibatch):
                 skipped.append(fault)
                 of_all = count if self.ranks.rank == 0 else 0
@@ -162,7 +169,7 @@ class Learner:
                 if link and i == 0 and self.ranks.any(link.hurried):
                     self.optimizer.zero_grad()
                     return None
-                measured.append(self.backward(group, count))
+                measured.append(self.backward(group, count, compared))
                 if link:
                     link.beat()
             norm = self.ranks.whole(torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.cfg.clip))
@@ -211,9 +218,10 @@ class Learner:
                  for name, x in self.estimator.batch(*columns).items()}
         return {s.slot: {name: parts[i] for name, parts in found.items()} for i, s in enumerate(segments)}
 
-    def backward(self, group: list[Segment], count: int) -> dict[str, Tensor]:
-        """Add the gradient of (loss of these segments) / count; per-token measurements [M]."""
-        rows = self.rows(group)
+    def backward(self, group: list[Segment], count: int, compared: int = 1) -> dict[str, Tensor]:
+        """Add the gradient of (loss of these segments) / count, and with OPRD of its weight * (distances) / compared;
+        per-token measurements [M], of distances [m]."""
+        rows, states = self.hidden(group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
         known = {name: torch.cat([self.known[s.slot][name][:len(s.ids)] for s in group])
                  for name in (self.known[group[0].slot] if self.known else ())}
@@ -221,10 +229,20 @@ class Learner:
         def loss(at: slice, logp: Tensor, every: Tensor | None) -> dict[str, Tensor]:
             return self.measure(logp, every, {name: x[at] for name, x in slot.items()},
                                 {name: x[at] for name, x in known.items()})
-        gradient, measured = head_backward(                   # FSDP averages over the learners: count is its part
-            self.head, rows.detach(), slot["ids"].long(), loss, count=count / self.ranks.size,
-            whole=self.teacher_head is not None, chunk=self.chunk, dtype=self.dtype)
-        rows.backward(gradient)
+        share, how = self.ranks.size, dict(chunk=self.chunk, dtype=self.dtype)     # FSDP averages over the learners
+        if self.estimator.head:
+            gradient, measured = head_backward(self.head, rows.detach(), slot["ids"].long(), loss, count=count / share,
+                                               whole=self.teacher_head is not None, **how)
+            roots = [(rows, gradient)]
+        else:                                                 # not even a gradient of 0, by which AdamW would decay
+            logp = head_logp(self.head, rows, slot["ids"].long(), **how)
+            measured, roots = self.measure(logp, None, slot, known), []
+        measured["oprd"] = rows.new_zeros(len(rows), dtype=torch.float32)
+        if self.side:
+            distance = self.side.distance(states, self.cached(group, "states"))
+            measured["oprd"] = distance.detach()
+            roots.append((self.cfg.oprd_weight * share / compared * distance.sum(), None))
+        torch.autograd.backward(*zip(*roots))
         return measured
 
     def measure(self, logp: Tensor, every: Tensor | None, slot: dict[str, Tensor],
@@ -251,7 +269,14 @@ class Learner:
     def rows(self, group: list[Segment]) -> Tensor:
         """The student's hidden states [M, H] that predict the new tokens whose scores are cached."""
         with self.compute():
-            return kept_rows(response_rows(self.model.last_hidden(pad(group, self.device)[0]), group), group)
+            return kept_rows(response_rows(self.model.last_hidden(pad(group, self.device)[0])[0], group), group)
+
+    def hidden(self, group: list[Segment]) -> tuple[Tensor, list[Tensor]]:
+        """The same, and of every layer that OPRD compares those [m, H] at the positions where it does."""
+        with self.compute():
+            last, states = self.model.last_hidden(pad(group, self.device)[0], self.side.layers if self.side else ())
+        return (kept_rows(response_rows(last, group), group),
+                [self.side.pick(response_rows(x, group), group) for x in states])
 
     def cached(self, group: list[Segment], name: str) -> Tensor:
         return torch.cat([getattr(s, name) for s in group]).to(self.device)
@@ -317,9 +342,9 @@ def rate(update: int, cfg: Config) -> float:
     return 0.5 + 0.5 * math.cos(math.pi * min(1.0, (update - cfg.warmup) / max(1, total - cfg.warmup)))
 
 
-MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y")     # per cached token, by head_backward
+MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y", "oprd")      # per cached token, by `backward`
 NAN = {"logmu": "the engine sampled from nan", "logq": "the teacher has not scored it, or scored nan",
-       "hidden": "the teacher's last state is nan"}
+       "hidden": "the teacher's last state is nan", "states": "one of the teacher's states is nan"}
 
 
 def unusable(segments: list[Segment]) -> dict | None:
@@ -334,8 +359,7 @@ def unusable(segments: list[Segment]) -> dict | None:
 def summarize(measured: list[dict[str, Tensor]]) -> dict[str, float]:
     """Per-token measurements of all micro-batches -> the step's numbers (METRICS)."""
     x = {name: torch.cat([m[name] for m in measured]).float() for name in measured[0] if name != "y"}
-    if not len(x["w"]):                                  # every position was bypassed
-        x = {name: torch.tensor([torch.nan]) for name in x}
+    x = {name: v if len(v) else v.new_tensor([torch.nan]) for name, v in x.items()}      # every position was bypassed
     w = x.pop("w")
     return {name: v.mean().item() for name, v in x.items()} | {
         "tokens": len(w), "w_max": w.max().item(), "w_p99": w.kthvalue(math.ceil(0.99 * len(w))).values.item(),

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+import oprd
 from estimators import ESTIMATORS
 
 if TYPE_CHECKING:
@@ -162,6 +163,7 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
     longest = cfg.max_prompt + cfg.max_response
     tokens = max(longest, min(cfg.micro_tokens, cfg.batch * longest))
     where, full = plan(cfg), teacher.V * teacher.H * itemsize if row.support == "full" else 0
+    P, W = oprd.shape(cfg, student, teacher)
     needs = []
     for worker, device in where.items():
         role = worker.rstrip("0123456789")
@@ -172,12 +174,13 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
                 compute = (2 if half else 4) * (2 * student.P // student.L + 2 * student.V * student.H)
             parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * trained / n,
                          optimizer=8 * trained / n,
-                         activations=tokens * student.activations(half, cfg.gradient_checkpointing),
+                         activations=tokens * (student.activations(half, cfg.gradient_checkpointing) + 4 * W),
                          logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half)
                          + half * 4 * student.V * student.H)          # the head's weight in bf16, and its gradient
         elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
             parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
-                         activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I),
+                         activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
+                                                          + (W > 0) * teacher.L * teacher.H),
                          logits=1024 * teacher.V * (8 + 2 * half))
             if cfg.teacher_engine == "vllm":
                 parts["cache"] = cache_bytes(cfg, teacher, "vllm", itemsize, gpu_gb)
@@ -191,7 +194,7 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
         whole = itemsize * teacher.P * cfg.teachers * (cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1)
         needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))
     slots = (cfg.max_ahead + 1) * cfg.batch * (
-        cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest)
+        cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest + 2 * P * W)
     return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]
 
 

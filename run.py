@@ -57,6 +57,15 @@ class Ear:
             self.told = False
             raise KeyboardInterrupt
 
+    @contextlib.contextmanager
+    def open(self) -> Iterator[None]:
+        self.listening = True
+        try:
+            self.hear()
+            yield
+        finally:
+            self.listening = False
+
 
 EAR = Ear()
 
@@ -71,7 +80,7 @@ class Run:
         bypass = Bypass(vocab_size(cfg.student), cfg.seed) if cfg.rock and not parse(cfg.rock).weight else None
         self.slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                            estimator.columns(cfg.mc_samples, cfg.top_k),
-                           job.hidden if estimator.support == "full" else 0, dtype, bypass)
+                           job.hidden if estimator.support == "full" else 0, dtype, states=job.states, bypass=bypass)
         self.weights = Weights(job.layout, job.probe, dtype)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
         self.log: record.Log | None = None
@@ -99,6 +108,7 @@ class Run:
         self.quiet or record.show_start(plan.why(cfg), plan.rows(*self.job.memory), [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
+            *[["a token's hidden states (OPRD)", f"{2 * self.job.states[1]:,} bytes"]] * (cfg.oprd_weight > 0),
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
         self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
@@ -214,12 +224,8 @@ class Run:
     def reports(self) -> Iterator[tuple[Hand, str, dict]]:
         """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
         now, by_pipe = time.monotonic(), {h.pipe: h for h in self.hands if not h.stopped}
-        EAR.listening = True
-        try:
-            EAR.hear()
+        with EAR.open():
             ready = wait([*by_pipe, *self.gradings], timeout=1.0)
-        finally:
-            EAR.listening = False
         for pipe in ready:
             if pipe in self.gradings:
                 self.judged(self.gradings.pop(pipe))

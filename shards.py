@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import types
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 
 import torch
@@ -38,10 +38,11 @@ def recompute(model) -> None:
         layer.training = True
 
 
-def last_hidden(model, tokens: Tensor) -> Tensor:
-    """[B, L] right-padded -> [B, L, H]. Without a mask: causal attention never looks to the right, and may take its
-    fastest kernel."""
-    return model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
+def last_hidden(model, tokens: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """[B, L] right-padded -> [B, L, H], and the same after each of `layers`. Without a mask: causal attention never
+    looks to the right, and may take its fastest kernel."""
+    out = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=bool(layers))
+    return out.last_hidden_state, [out.hidden_states[1 + i] for i in layers]
 
 
 class Ranks:
@@ -108,7 +109,8 @@ class Ranks:
         shares = [[s for i, s in enumerate(order) if i % (2 * self.size) in (r, 2 * self.size - 1 - r)]
                   for r in range(self.size)]              # 0 1 2 2 1 0 0 1 ..: alike in number and in length
         split = [list(by_length(share, token_budget)) for share in shares]
-        nothing = [Segment(s.slot, s.tokens[:1], 1, 1, s.version[:0], s.ids[:0], s.logmu[:0], s.logq[:0], s.hidden[:0])
+        nothing = [Segment(s.slot, s.tokens[:1], 1, 1, s.version[:0], s.ids[:0], s.logmu[:0], s.logq[:0], s.hidden[:0],
+                           s.states[:0])
                    for s in segments[:1]]
         return split[self.rank] + [nothing] * (max(map(len, split)) - len(split[self.rank]))
 

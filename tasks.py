@@ -110,8 +110,14 @@ def small_model(tokenizer, *, layers: int, hidden: int, seed: int, tied: bool = 
 
 
 def train_toy(name: str, tokenizer, *, layers, hidden, steps, lr, seed, smoothing, batch, bar):
-    """Plain language modelling on worked solutions: what turns random weights into a teacher, or half a student."""
+    """What turns random weights into a teacher, or half a student."""
     model = small_model(tokenizer, layers=layers, hidden=hidden, seed=seed)
+    teach_toy(name, model, tokenizer, steps=steps, lr=lr, seed=seed, smoothing=smoothing, batch=batch, bar=bar)
+    return model
+
+
+def teach_toy(name, model, tokenizer, *, steps, lr, seed, smoothing, batch, bar):
+    """Plain language modelling on worked solutions."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     rng = random.Random(seed)
@@ -132,7 +138,6 @@ def train_toy(name: str, tokenizer, *, layers, hidden, steps, lr, seed, smoothin
         optimizer.zero_grad()
         bar.update()
         bar.set_postfix_str(f"{name}, loss {loss.item():.3f}")
-    return model
 
 
 def toy_models(root: Path) -> tuple[str, str]:

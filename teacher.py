@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import oprd
 from cache import Segment, Slots
 from estimators import ESTIMATORS, LOG_MIN, LOG_RATIO_MAX, draw
 
@@ -112,11 +113,14 @@ def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
 
 @torch.no_grad()
 def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *, seed: int = 0,
-          chunk: int = 1024) -> None:
-    """Write the teacher's log-probs, float32, into logq, and what else `support` asks of the teacher."""
+          chunk: int = 1024, side: oprd.Side | None = None) -> None:
+    """Write the teacher's log-probs, float32, into logq, and what else `support` and `side` ask of the teacher."""
     (tokens, mask), head = pad(segments, model.device), model.get_output_embeddings()
-    rows = response_rows(model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, segments)
-    rows = kept_rows(rows.to(head.weight.device), segments)                # of several devices
+    out = model.base_model(input_ids=tokens, attention_mask=mask, output_hidden_states=side is not None)
+    if side:
+        side.record([side.pick(response_rows(out.hidden_states[1 + i], segments), segments) for i in side.layers],
+                    segments, slots)
+    rows = kept_rows(response_rows(out.last_hidden_state, segments).to(head.weight.device), segments)      # of several
     ids, at = torch.cat([s.ids for s in segments]).long().to(rows.device), 0
     if support == "teacher_mc":      # numbers of its own for every token: another stream than that of the rollout
         u = kept_rows(torch.cat([torch.from_numpy(np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, 1])
@@ -166,9 +170,10 @@ class HFTeacher:
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.teacher, device, dtype)
         self.support, self.vocab, self.seed = ESTIMATORS[cfg.estimator].support, vocab_size(cfg.student), cfg.seed
+        self.side = oprd.Side(cfg, "teacher", self.model.device) if cfg.oprd_weight else None
 
     def score(self, segments: list[Segment], slots: Slots) -> None:
-        score(self.model, segments, slots, self.support, self.vocab, seed=self.seed)
+        score(self.model, segments, slots, self.support, self.vocab, seed=self.seed, side=self.side)
 
     def complete(self, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
         return complete(self.model, prompts, max_new, stop)

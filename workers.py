@@ -16,7 +16,7 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from typing import TYPE_CHECKING
@@ -90,6 +90,26 @@ WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": lear
 
 def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, device: str, args: tuple) -> None:
     """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
+    device, dtype = belong(log, device)
+    if device == "cpu":
+        cores = sorted(os.sched_getaffinity(0))
+        torch.set_num_threads(max(1, len(cores) // 2))
+        if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
+            core = cores[int(name[7:]) % max(1, len(cores) - 1)]
+            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+    link = Link(pipe, pulse)
+    try:
+        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
+    except ParentGone:
+        pass
+    except BaseException as e:
+        link.send("crash", traceback=traceback.format_exc(), incurable=isinstance(e, Incurable))
+        raise
+
+
+def belong(log: str, device: str) -> tuple[str, torch.dtype]:
+    """How a process begins: it ends with its parent, which alone hears signals and prints, and sees its own GPUs only.
+    What these are called then, and the dtype of compute there."""
     if sys.platform == "linux":                          # a killed parent takes its workers along, busy or not
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != multiprocessing.parent_process().pid:
@@ -99,22 +119,45 @@ def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, d
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1), os.dup2(sink, 2)
     if device == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, len(cores) // 2))
-        if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
-            core = cores[int(name[7:]) % max(1, len(cores) - 1)]
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
-    else:
-        os.environ["CUDA_VISIBLE_DEVICES"], device = visible(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
-    link = Link(pipe, pulse)
+        return device, torch.float32
+    os.environ["CUDA_VISIBLE_DEVICES"], device = visible(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    return device, torch.bfloat16
+
+
+def alone(fn: Callable, cfg: Config, data: object, device: str) -> bytes:
+    """fn(cfg, data, device, dtype) in a process of its own: a parent that touches a GPU keeps a part of it.
+
+    A ValueError there is one here, any other end a RuntimeError.
+    """
+    spawn = multiprocessing.get_context("spawn")
+    ours, theirs = spawn.Pipe(duplex=False)
+    process = spawn.Process(target=answer, args=(theirs, fn, cfg, data, device), daemon=True)
+    process.start()
+    theirs.close()
     try:
-        dtype = torch.float32 if device == "cpu" else torch.bfloat16
-        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
-    except ParentGone:
-        pass
-    except BaseException as e:
-        link.send("crash", traceback=traceback.format_exc(), incurable=isinstance(e, Incurable))
+        found = ours.recv()
+    except EOFError:
+        process.join()
+        found = RuntimeError(f"{fn.__module__}.{fn.__name__} died with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(found, Exception):
+        raise found
+    return found
+
+
+def answer(pipe: Connection, fn: Callable, cfg: Config, data: object, device: str) -> None:
+    """Process target of `alone`."""
+    device, dtype = belong(os.devnull, device)
+    try:
+        found = fn(cfg, data, device, dtype)
+    except ValueError as e:
+        found = e
+    except BaseException:
+        pipe.send(RuntimeError(f"{fn.__module__}.{fn.__name__} crashed\n{traceback.format_exc()}"))
         raise
+    pipe.send(found)
 
 
 def visible(device: str, seen: str | None) -> tuple[str, str]:

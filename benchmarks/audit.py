@@ -47,6 +47,7 @@ from teacher import load_model, response_rows  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
 HIDDEN_BYTES = 2 * 2048
+ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}      # oprd has no loss on log-probs to audit
 
 
 # -- positions -------------------------------------------------------------------------------------
@@ -154,7 +155,7 @@ def variance(row: Estimator, x: Positions, n: int, k: int, draws: int = 2000) ->
 
 
 def audit(name: str, x: Positions, k: int, counts=COUNTS) -> dict:
-    row = ESTIMATORS[name]
+    row = ROWS[name]
     ids, probability = outcomes(row, x, k)
     got, want = (probability[..., None] * gradients(row, x, ids)).sum(1), definition(name, row, x)
     w2 = (2 * x.logp - x.logmu).exp().sum(-1).mean()                    # E_mu[w^2]
@@ -167,10 +168,10 @@ def audit(name: str, x: Positions, k: int, counts=COUNTS) -> dict:
 
 def costs(k: int, rounds: int = 9, V: int = 151_936, M: int = 8) -> dict[str, float]:
     """Milliseconds of CPU time per 1,000 positions, the best of `rounds`; in turns, so that a busy spell hits all."""
-    g, best = torch.Generator().manual_seed(0), dict.fromkeys(ESTIMATORS, float("inf"))
+    g, best = torch.Generator().manual_seed(0), dict.fromkeys(ROWS, float("inf"))
     x, y = (torch.randn(M, V, generator=g) for _ in range(2))
-    for name in list(ESTIMATORS) * rounds:
-        row = ESTIMATORS[name]
+    for name in list(ROWS) * rounds:
+        row = ROWS[name]
         C = row.columns(4, k) - (row.support not in ("sampled", "candidates"))
         ids = torch.arange(M * C).view(M, C) * 1009 % V
         leaf, start = x.clone().requires_grad_(), time.process_time()
@@ -189,7 +190,7 @@ def costs(k: int, rounds: int = 9, V: int = 151_936, M: int = 8) -> dict[str, fl
 def show(title: str, results: dict[str, dict], cost: dict[str, float]) -> None:
     rows = [["", "bias", "cosine", *(f"var {n}" for n in COUNTS), "ESS", "bytes", "ms"]]
     for name, r in results.items():
-        star = "" if ESTIMATORS[name].support in ("candidates", "teacher_mc") else "*"
+        star = "" if ROWS[name].support in ("candidates", "teacher_mc") else "*"
         rows.append([name, f"{r['bias']:.4f}" if r["bias"] > 1e-9 else "0", f"{r['cosine']:.4f}",
                      *(f"{v:.4g}{star}" for v in r["variance"].values()),
                      "-" if r["ess"] is None else f"{r['ess']:.3f}", f"{r['cache_bytes_per_token']:,}",
@@ -204,7 +205,7 @@ def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) ->
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 5.4), dpi=150)
     families = {"unbiased": "#1a9850", "sampled": "#d6604d", "other": "#5e6fb5"}
-    members = {family: [name for name, row in ESTIMATORS.items() if family == (
+    members = {family: [name for name, row in ROWS.items() if family == (
         "unbiased" if row.unbiased else row.support if row.support in families else "other")] for family in families}
     at = range(len(stale))
     for family, names in members.items():
@@ -235,7 +236,7 @@ def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) ->
 
 def report(kind: str, places: list[Positions], stale: list, k: int, label: str, told: dict) -> None:
     """The curves over staleness: a figure, and the raw numbers behind it."""
-    curves = {name: [audit(name, x, k) for x in places] for name in ESTIMATORS}
+    curves = {name: [audit(name, x, k) for x in places] for name in ROWS}
     draw_figure(HERE / "figures" / f"{kind}.png", curves, stale, label)
     with open(HERE / f"{kind}.jsonl", "w", encoding="utf-8") as f:
         f.write(json.dumps({"type": "run", **record.provenance(told, {})}) + "\n")
@@ -260,7 +261,7 @@ def main() -> None:
     if args.run:
         report("audit-run", [visited(args.run, lag, args.positions) for lag in LAGS], list(LAGS), 4,
                "staleness: versions (toy, V = 32, K = 4)", told)
-    small = {name: audit(name, small_softmax(args.drift), args.k) for name in ESTIMATORS}
+    small = {name: audit(name, small_softmax(args.drift), args.k) for name in ROWS}
     show(f"the pair of the last line: drift {args.drift}, V = 64, K = {args.k}", small, told["cost_ms"])
     print(json.dumps({name: {key: x for key, x in r.items() if key != "ess"} for name, r in small.items()}))
 

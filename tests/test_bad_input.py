@@ -29,6 +29,15 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--rock=0,2,20,1", "--rock 0,2,20,1"), ("--rock=all", "--rock all"), ("--rock-set=+", "--rock-set +"),
     ("--rock=0,2 --rock-set=+,teen", "'teen'"), ("--rock=0,2 --rock-set=99", "'99'"),
     ("--rock=0,2 --rock-set=+,", "''"),
+    # OPRD
+    ("--oprd-weight=-1", "--oprd-weight -1"), ("--estimator=oprd --oprd-rank=-2", "--oprd-rank -2"),
+    ("--estimator=oprd --oprd-tokens=0", "--oprd-tokens 0"), ("--oprd-rank=4", "--oprd-rank 4: without OPRD"),
+    ("--oprd-bridge", "--oprd-bridge True: without"), ("--no-oprd-head", "--oprd-head False: without"),
+    ("--oprd-layers=last", "--oprd-layers last: without"), ("--estimator=oprd --oprd-layers=some", "some"),
+    ("--estimator=oprd --teacher-engine=vllm", "--teacher-engine vllm: oprd needs the teacher's hidden states"),
+    ("--oprd-weight=2 --teacher-engine=vllm", "--oprd-weight 2 needs the teacher's hidden states"),
+    ("--estimator=oprd --oprd-rank=65", "--oprd-rank 65"), ("--estimator=oprd --oprd-layers=odd", "--oprd-layers odd"),
+    ("--estimator=oprd", "the mean cosine of their states is"),
     # machines
     ("--gpus=99", "--gpus 99"), ("--gpus=all", "all"), ("--teacher-gpus=2", "--teacher-gpus 2"),
     ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),

@@ -41,7 +41,7 @@ def plainly(head, rows, ids, loss, whole, count):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 100])
-@pytest.mark.parametrize("name", ESTIMATORS)
+@pytest.mark.parametrize("name", [name for name, row in ESTIMATORS.items() if row.head])
 def test_gradients_are_those_of_plain_autograd(name, chunk):
     head, rows, ids, loss, whole = problem(name, bias=True)
     want, value, parameters = plainly(head, rows, ids, loss, whole, 7)
