@@ -25,6 +25,7 @@ from torch import Tensor
 
 from cache import Segment, Slots, Weights
 from checkpoint import UNWRITABLE, read_training, replace, trained, write_training
+from effopd import Jumps
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from lora import Merged, merged_state, save_adapter, with_lora
@@ -92,6 +93,13 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
                 if rank == 0:
                     link.send("saved", folder=body, version=version, why=why)
                 idle_since = time.monotonic()
+            if order == "validate":
+                learner.jumps.prompts = body
+            if order == "weigh":
+                ess = learner.jumps.weigh([slots.read(s) for s in body], link)
+                if rank == 0:
+                    link.send("weighed", ess=ess)
+                idle_since = time.monotonic()
             if order == "train":
                 start = time.monotonic()
                 with link.span("step"):
@@ -133,6 +141,7 @@ class Learner:
                                            weight_decay=cfg.weight_decay, fused=self.device.type == "cuda" or None)
         self.updates, extra = (read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else
                                (0, {}))
+        self.jumps = Jumps(self, extra) if cfg.effopd else None
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed.
@@ -171,10 +180,11 @@ class Learner:
         lags = torch.cat([version - s.version for s in segments]).float()
         if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
             raise RuntimeError(f"a token of lag {int(lags.max())} was trained, --max-lag {self.cfg.max_lag} broken")
+        events = self.jumps.after(segments, version + 1, link) if self.jumps else []
         return summarize(self.ranks.all(concatenated(measured))) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
-            "grad_norm": norm.item(), "lr": lr, "skipped": skipped, "events": []}
+            "grad_norm": norm.item(), "lr": lr, "skipped": skipped, "events": events}
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
@@ -273,7 +283,8 @@ class Learner:
             self.write(folder)
         except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
             fault = e
-        write_training(folder, self.model, self.optimizer, self.updates, extra={}, collect=self.ranks.collect,
+        extra = self.jumps.state() if self.jumps else {}
+        write_training(folder, self.model, self.optimizer, self.updates, extra=extra, collect=self.ranks.collect,
                        masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
         if fault:
             raise fault
