@@ -66,11 +66,6 @@ def moving(model) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) in inside}
 
 
-def jumped(events: list[dict]) -> bool:
-    """Do the events of a step say that its weights are not those that the optimizer left?"""
-    return any(e["what"] == "effopd" and e["k"] > 0 for e in events)
-
-
 # -- jumps -----------------------------------------------------------------------------------------
 
 class Jumps:
@@ -116,36 +111,29 @@ class Jumps:
             shard_of(p.detach()).copy_(w + 2 * k * (w - self.ref[name].to(p.device)) if k else w)
 
     def state(self) -> dict[str, Tensor]:
-        """For a checkpoint."""
         ref = {f"effopd/{name}": self.learner.ranks.joined(self.ref[name], p) for name, p in self.moving.items()}
         return ref | (packed(self.set) if self.set else {})
 
-    # -- the gates
-
     def kl(self) -> float:
         """Forward KL per token of the set, nats."""
-        learner, total = self.learner, torch.zeros(2, dtype=torch.float64)
+        learner, found = self.learner, [torch.empty(0)]
         for group in learner.ranks.groups(self.set, self.cfg.micro_tokens):
-            values = self.kl_of(group).double()
-            total += torch.tensor([values.sum().item(), len(values)])
+            found.append(self.kl_of(group).cpu())
             self.beat(sum(len(s.tokens) for s in group if len(s)))
         learner.ranks.settle(learner.model)
-        total = sum(learner.ranks.all(total))
-        return (total[0] / total[1]).item()
+        return torch.cat([x for part in learner.ranks.all(found) for x in part]).mean(dtype=torch.float64).item()
 
     def kl_of(self, group: list[Segment]) -> Tensor:
         """The same at every new token [M]: exact where the teacher's head is at the learner, else an estimate."""
         learner, rows, values = self.learner, self.learner.rows(group), []
-        ids, logmu, logq, hidden = (learner.cached(group, name) for name in ("ids", "logmu", "logq", "hidden"))
-        n = learner.estimator.drawn(ids.shape[1])
-        for at in (slice(i, i + learner.chunk) for i in range(0, max(1, len(rows)), learner.chunk)):
-            if learner.teacher_head is None:
-                measure, words, known = VALUE["forward"], ids[at, :n].long(), (logq[at, :n], logmu[at, :n])
-            else:
-                every_q = teacher_logq(learner.teacher_head, hidden[at], len(learner.head.weight))
-                words = torch.arange(every_q.shape[1], device=rows.device).expand(len(every_q), -1)
-                measure, known = DENSE["forward"], (every_q, every_q)
-            values.append(measure(self.logp(rows[at], words), *known))
+        n, hidden = learner.estimator.drawn(self.cfg.mc_samples), learner.cached(group, "hidden")
+        ids, logmu, logq = (learner.cached(group, name)[:, :n] for name in ("ids", "logmu", "logq"))
+        if learner.teacher_head is None:
+            return VALUE["forward"](self.logp(rows, ids.long()), logq, logmu)
+        for i in range(0, max(1, len(rows)), learner.chunk):
+            q = teacher_logq(learner.teacher_head, hidden[i:i + learner.chunk], len(learner.head.weight))
+            words = torch.arange(q.shape[1], device=q.device).expand(len(q), -1)
+            values.append(DENSE["forward"](self.logp(rows[i:i + learner.chunk], words), q, q))
         return torch.cat(values)
 
     def logp(self, rows: Tensor, ids: Tensor) -> Tensor:
@@ -164,7 +152,6 @@ class Jumps:
         return self.link.answer("share")
 
     def beat(self, tokens: int) -> None:
-        """A sign of life, after so many more tokens."""
         self.tokens += tokens
         self.link and self.link.beat()
 
@@ -178,6 +165,8 @@ class Jumps:
             weights = w.split([len(s) for s in group])
             ess |= {s.slot: (w.sum() ** 2 / (w ** 2).sum() / len(w)).item() for s, w in zip(group, weights) if len(w)}
             link.beat()
+            if learner.ranks.any(link.hurried):          # the run ends
+                break
         learner.ranks.settle(learner.model)
         return {slot: x for part in learner.ranks.all(ess) for slot, x in part.items()}
 
@@ -202,7 +191,6 @@ def kept(segments: list[Segment]) -> list[Segment]:
 
 
 def packed(segments: list[Segment]) -> dict[str, Tensor]:
-    """As tensors of a checkpoint."""
     return {f"effopd/set/{s.slot}/{name}": getattr(s, name) for s in segments for name in TENSORS} | {
         "effopd/set": torch.tensor([[s.prompt, s.start] for s in segments])}
 

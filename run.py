@@ -26,7 +26,7 @@ import record
 import report
 from account import Account
 from cache import Ledger, Slots, Ticket, Weights
-from effopd import MIN_ESS, jumped, triggers
+from effopd import MIN_ESS, triggers
 from estimators import ESTIMATORS
 from graders import Grading, summary
 from job import Job
@@ -190,7 +190,8 @@ class Run:
             for s in slots:
                 self.ledger.scored(s)
         elif kind == "trained":
-            trained = self.ledger.trained(jump := jumped(body["metrics"]["events"]))
+            jump = any(e["what"] == "effopd" and e["k"] > 0 for e in body["metrics"]["events"])
+            trained = self.ledger.trained(jump)
             nothing = dict.fromkeys(("cut", "cut_tokens", "dropped", "dropped_tokens"), 0)
             self.toll = nothing | {"seconds": -time.monotonic()} if jump else {}
             self.step_done(body["metrics"], trained)     # after the publish: a freed slot never meets older weights

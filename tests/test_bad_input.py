@@ -24,6 +24,10 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--clip=0", "--clip 0"), ("--keep=-1", "--keep -1"), ("--stall-s=0", "--stall-s 0"),
     ("--max-skips=0", "--max-skips 0"), ("--max-restarts=-2", "--max-restarts -2"), ("--chunk=-5", "--chunk -5"),
     ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
+    # jumps
+    ("--effopd=guess", "guess"), ("--effopd=kl --effopd-max=0", "--effopd-max 0"),
+    ("--effopd=kl --schedule=step-off", "--schedule step-off"), ("--effopd=kl --lora-rank=4", "--lora-rank 4"),
+    ("--effopd=accuracy --learners=2", "--learners 2"), ("--task={w}/good.jsonl --effopd=accuracy {m}", "good.jsonl"),
     # machines
     ("--gpus=99", "--gpus 99"), ("--gpus=all", "all"), ("--teacher-gpus=2", "--teacher-gpus 2"),
     ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),
