@@ -13,6 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from transformers import AutoTokenizer
 
 from cache import Ledger, Segment, Slots
 from checkpoint import State, seal, unsealed
@@ -287,8 +288,10 @@ def test_orders_that_come_while_an_answer_is_waited_for_are_heard_afterwards():
 def test_fifty_training_rows_are_graded_and_memory_is_counted(config):
     cfg, job = prepare(config(effopd="accuracy"))
     assert len(job.gate_prompts) == 50 and job.gate_prompts == job.prompts[:50] != job.eval_prompts[:50]
-    first = job.first_prompt
-    assert first and job.grade_gate([[[3]]] * 50)[1] == [[False]] * 50
+    tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+    sums = [f";{eval(tokenizer.decode(prompt)[:-1])}" for prompt in job.gate_prompts]
+    sums[7] = ";5"
+    assert [right for right, in job.grade_gate([[tokenizer.encode(s)] for s in sums])[1]] == [i != 7 for i in range(50)]
     shape = Shape(P=1000, V=32, L=1, H=HIDDEN, I=96, A=64, K=64)
     needs = {name: {n.worker: n.parts for n in memory(config(**dict(effopd=name) if name else {}), shape, shape)}
              for name in ("", "kl", "accuracy")}
@@ -298,6 +301,19 @@ def test_fifty_training_rows_are_graded_and_memory_is_counted(config):
 
 
 # -- the barrier -----------------------------------------------------------------------------------
+
+def test_a_response_is_weighed_by_its_emitted_tokens(learner):
+    made, segments = learner(micro_tokens=20)
+    model, link = load_model(made.cfg.student, "cpu", torch.float32), Link(None, torch.zeros(2))
+    found = made.jumps.weigh(segments, link)
+    assert set(found) == {s.slot for s in segments} and link.pulse[0] > 0
+    for s in segments:
+        with torch.no_grad():
+            logp = model(s.tokens[None].long()).logits[0].log_softmax(-1)
+        w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu[:, 0]).exp()
+        assert found[s.slot] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(s)).item(), rel=1e-4) and len(s) > 1
+    assert len({round(x, 3) for x in found.values()}) > 1 and all(0 < x < 1 for x in found.values())
+
 
 def test_a_dropped_response_frees_its_slot_at_whatever_stage():
     ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, "cut")
@@ -320,7 +336,6 @@ sys.path.insert(0, {root!r})
 import torch, transformers
 torch.set_num_threads(1)
 import asyncopd, effopd, run
-from safetensors.torch import load_file
 multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
 {patch}
 sys.exit(asyncopd.main(sys.argv[1:]))
