@@ -16,7 +16,7 @@ DONE = {      # keys of the last line: formula or meaning, unit
     "tokens_trained": "response tokens trained, counted by the learner",
     "tokens_in_flight": "drawn but not trained when the last step ended: generated = trained + in flight + "
                         "dropped + lost",
-    "tokens_dropped": "thrown away by --overdue drop",
+    "tokens_dropped": "thrown away by --overdue drop, or after a jump of --effopd",
     "tokens_lost": "drawn by a worker or a run that died before they were handed over or trained, and drawn again",
     "wall_s": "seconds from the first ticket to the end of the last step, over all resumptions",
     "overlap": "(rollout + teacher + learner busy seconds, each averaged over its workers) / wall, since the last "

@@ -229,7 +229,7 @@ def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
                  "max_running", "teacher_gpus", "lr", "clip", "temperature", "stall_s", "max_skips", "eval_k",
-                 "oprd_tokens"):
+                 "oprd_tokens", "effopd_max"):
         getattr(cfg, name) > 0 or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: must be above 0")
     for name in ("seed", "gap_max", "gpu_share", "max_lag", "max_ahead", "warmup", "weight_decay", "rollouts",
                  "teachers", "learners", "chunk", "lora_rank", "eval_every", "eval_n", "save_every", "keep",
@@ -277,6 +277,12 @@ def settle(cfg: Config) -> Config:
     if cfg.lora_rank:
         learners == 1 or refuse(f"--lora-rank {cfg.lora_rank}: with one learner, not {learners} (--learners 1)")
         importlib.util.find_spec("peft") or refuse(f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
+    if cfg.effopd:
+        cfg.schedule != "step-off" or refuse("--schedule step-off: a controlled lag, in which --effopd has no place "
+                                             "(--schedule async or sync)")
+        cfg.lora_rank == 0 or refuse(f"--lora-rank {cfg.lora_rank}: --effopd moves the student's own weights")
+        if cfg.effopd == "accuracy" and learners > 1:
+            refuse(f"--learners {learners}: the gate of --effopd accuracy generates on one (--learners 1, --effopd kl)")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")

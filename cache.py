@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -151,6 +152,7 @@ class Ledger:
         self.slots, self.batch, self.lockstep = slots, batch, schedule != "async"
         self.ahead, self.max_lag, self.rule = max_ahead, max_lag, "keep" if self.lockstep else overdue
         self.version = self.handed_out = self.prompts = self.arrivals = 0
+        self.barrier: Literal["", "shut", "cut", "weigh"] = ""     # of a jump; in all three nothing new is handed out
         self.free = deque(range(len(slots)))
         self.tickets: dict[int, Ticket] = {}                       # by slot
         self.at: dict[str, dict[int, Ticket]] = {stage: {} for stage in STAGES}      # the same, by stage
@@ -170,6 +172,7 @@ class Ledger:
         n, new = len(self.free), [t for t in self.at["rollout"].values() if t.holder == ""]      # its holder died
         if self.lockstep:
             n = 0 if self.at["rollout"] else (self.version + self.ahead + 1) * self.batch - self.handed_out
+        n = 0 if self.barrier else n
         for _ in range(n):
             if self.rests:
                 rest = self.rests.popleft()
@@ -231,19 +234,24 @@ class Ledger:
 
     @property
     def floor(self) -> int:
-        """A token of this version or older passes max_lag unless the next batch has it."""
-        return self.version - self.max_lag
+        """A token of this version or older passes max_lag unless the next batch has it; or is older than a jump."""
+        return self.version - (1 if self.barrier == "cut" else self.max_lag)
+
+    @property
+    def ending(self) -> Literal["cut", "drop", ""]:
+        """How a response that runs is ended when it is overdue; "": not at all."""
+        return "drop" if self.rule == "drop" else "cut" if self.rule == "cut" or self.barrier == "cut" else ""
 
     def overdue(self) -> list[Ticket]:
         """Tickets that the next batch must have. `born` may lag behind its holder, on the safe side only."""
-        if self.rule == "keep":
+        if self.rule == "keep" and self.barrier != "cut":
             return []
         old = (self.slots.born <= self.floor).nonzero().flatten().tolist()
         return [self.tickets[s] for s in old if s in self.tickets]
 
     def to_stop(self) -> list[Ticket]:
         """Overdue and still running, not told yet: to be cut or dropped now, while the learner waits for its batch."""
-        if self.rule not in ("cut", "drop") or self.at["learner"]:
+        if not self.ending or self.at["learner"]:
             return []
         late = [t for t in self.overdue() if t.stage == "rollout" and t.asked < self.version]
         for t in late:
@@ -251,8 +259,19 @@ class Ledger:
         return late
 
     def dropped(self, slot: int) -> None:
-        del self.at["rollout"][slot], self.tickets[slot]
+        del self.at[self.tickets.pop(slot).stage][slot]
         self.free.append(slot)
+
+    def to_weigh(self) -> list[Ticket] | None:
+        """What was drawn before a jump, once all of it is scored; else None. Then `reopen` ends the barrier."""
+        old = self.overdue() if self.barrier == "cut" else None
+        if old is None or any(t.stage != "scored" for t in old):
+            return None
+        self.barrier = "weigh"
+        return old
+
+    def reopen(self) -> None:
+        self.barrier = ""
 
     def next_batch(self) -> list[Ticket] | None:
         """The tickets to train under `version` now, or None; moves them to the learner.
@@ -260,7 +279,7 @@ class Ledger:
         Overdue ones first and all of them, then the oldest; with keep, and only there, in the order of arrival. In
         lockstep batch j is tickets j * batch and on, whatever finished first.
         """
-        if self.at["learner"] or len(self.at["scored"]) < self.batch:
+        if self.barrier or self.at["learner"] or len(self.at["scored"]) < self.batch:
             return None
         late, ready = self.overdue(), list(self.at["scored"].values())
         if any(t.stage != "scored" for t in late):
@@ -281,14 +300,19 @@ class Ledger:
             self.move(t, "learner")
         return ready
 
-    def trained(self) -> list[Ticket]:
-        """The learner has published: one version more, its slots are free."""
+    def shut(self) -> None:
+        """The learner may jump in this step."""
+        self.barrier = "shut"
+
+    def trained(self, jumped: bool = False) -> list[Ticket]:
+        """The learner has published: one version more, its slots are free. In lockstep nothing else is in flight."""
         done = list(self.at["learner"].values())
         self.at["learner"].clear()
         for t in done:
             del self.tickets[t.slot]
             self.free.append(t.slot)
         self.version += 1
+        self.barrier = "cut" if jumped and not self.lockstep else ""
         return done
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,7 @@ import oprd
 import plan
 import rock
 import tasks
+from effopd import PROMPTS
 from estimators import ESTIMATORS
 from prompts import Row, encode, prompt_number, same_specials, same_words
 from teacher import stop_ids, vocab_size
@@ -48,6 +50,8 @@ class Job:
     memory: tuple[list[plan.Need], dict[str, float]] = ((), {})      # what every worker takes; what is free
     notes: tuple[str, ...] = ()                  # what a person should know before the run
     first_prompt: str = ""                       # as the models read it
+    gate_prompts: list[list[int]] = ()           # of the training rows that --effopd accuracy samples and grades
+    grade_gate: Callable | None = None           # like `grade`, for these
 
 
 def prepare(cfg: Config) -> tuple[Config, Job]:
@@ -64,7 +68,11 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     cfg.rock_set and rock.fixed(cfg.rock_set, tokenizer.get_vocab())
     notes = check_tokenizers(cfg, tokenizer, [row.prompt for row in task.train[:8]])
     how = dict(template=cfg.prompt_template, suffix=cfg.prompt_suffix, thinking=cfg.thinking)
-    prompts = [p for p in encode(task.train, tokenizer, **how) if 0 < len(p) <= cfg.max_prompt]
+    train = [(row, p) for row, p in zip(task.train, encode(task.train, tokenizer, **how))
+             if 0 < len(p) <= cfg.max_prompt]
+    prompts, gate = [p for _, p in train], [pair for pair in train if pair[0].answer][:PROMPTS]
+    gate or cfg.effopd != "accuracy" or refuse(f"--effopd accuracy: no row of {cfg.task} has an answer (--effopd kl "
+                                               "needs none)")
     prompts or refuse(f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
     if out := len(task.train) - len(prompts):
         what = f"{out:,} of {len(task.train):,} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
@@ -80,10 +88,10 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     refuse_slow_teacher(cfg)
     ends = set(stop_ids(cfg.student, cfg.teacher))
 
-    def grade(answers: list[list[list[int]]]) -> tuple[list[list[str]], list[list[bool]]]:
+    def grade(rows: list[Row], answers: list[list[list[int]]]) -> tuple[list[list[str]], list[list[bool]]]:
         texts = [tokenizer.batch_decode([[t for t in a if t not in ends] for a in k], skip_special_tokens=True)
                  for k in answers]
-        return texts, [[task.grade(text, row.answer) for text in k] for k, (row, _) in zip(texts, graded)]
+        return texts, [[task.grade(text, row.answer) for text in k] for k, row in zip(texts, rows)]
 
     free = plan.free_gb()
     shapes = [plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)]
@@ -94,7 +102,9 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
     check_disk(cfg, sum(p.numel() for p in model.parameters()))
     return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher))), Job(
-        prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded], grade=grade,
+        prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded],
+        grade=partial(grade, [row for row, _ in graded]),
+        gate_prompts=[p for _, p in gate], grade_gate=partial(grade, [row for row, _ in gate]),
         layout={name: p.shape for name, p in model.named_parameters()},
         probe=(prompts[0] + prompts[-1] + prompts[0])[:min(64, cfg.max_prompt + cfg.max_response)],
         hidden=shapes[1].H, states=oprd.shape(cfg, *shapes), memory=(needs, free),

@@ -26,6 +26,7 @@ from torch import Tensor
 import oprd
 from cache import Segment, Slots, Weights
 from checkpoint import UNWRITABLE, read_training, replace, trained, write_training
+from effopd import Jumps
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from lora import Merged, merged_state, save_adapter, with_lora
@@ -100,6 +101,13 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
                 if rank == 0:
                     link.send("saved", folder=body, version=version, why=why)
                 idle_since = time.monotonic()
+            if order == "validate":
+                learner.jumps.prompts = body
+            if order == "weigh":
+                ess = learner.jumps.weigh([slots.read(s) for s in body], link)
+                if rank == 0:
+                    link.send("weighed", ess=ess)
+                idle_since = time.monotonic()
             if order == "train":
                 start = time.monotonic()
                 with link.span("step"):
@@ -147,6 +155,7 @@ class Learner:
         self.updates, extra = (read_training(Path(resume), self.model, self.optimizer, self.ranks.part) if resume else
                                (0, {}))
         self.rocks = Rocks(cfg, self.head.weight.shape[0], extra) if cfg.rock else None
+        self.jumps = Jumps(self, extra) if cfg.effopd else None
 
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> dict[str, float] | None:
         """Train on every token of the segments once; the metrics of the step. The segments are not changed.
@@ -185,18 +194,21 @@ class Learner:
         lags = torch.cat([version - s.version for s in segments]).float()
         if self.cfg.schedule == "async" and self.cfg.overdue != "keep" and lags.max() > self.cfg.max_lag:
             raise RuntimeError(f"a token of lag {int(lags.max())} was trained, --max-lag {self.cfg.max_lag} broken")
-        return self.of_all(segments, self.ranks.all(concatenated(measured)), version) | {
+        events = self.jumps.after(segments, version + 1, link) if self.jumps else []
+        return self.of_all(segments, self.ranks.all(concatenated(measured)), version, events) | {
             "lag_min": int(lags.min()), "lag_mean": lags.mean().item(), "lag_max": int(lags.max()),
             "sequences": len(segments), "context": sum(s.start - s.prompt for s in segments),
             "grad_norm": norm.item(), "lr": lr, "skipped": skipped}
 
-    def of_all(self, segments: list[Segment], measured: list[dict[str, Tensor]], version: int) -> dict:
+    def of_all(self, segments: list[Segment], measured: list[dict[str, Tensor]], version: int,
+               events: list[dict]) -> dict:
         """The step's numbers, per position of the batch where a bypassed one counts as well; what becomes of rocks."""
         found, tokens = summarize(measured), sum(map(len, segments))
-        stored, rock, events = sum(len(s.ids) for s in segments) / tokens, 0.0, []
+        stored, rock = sum(len(s.ids) for s in segments) / tokens, 0.0
         if self.rocks:
-            rock, events = self.rocks.share(segments), self.rocks.see(segments, measured, version)
-            events and self.ranks.rank == 0 and self.rocks.write()
+            rock, choice = self.rocks.share(segments), self.rocks.see(segments, measured, version)
+            choice and self.ranks.rank == 0 and self.rocks.write()
+            events = events + choice
         return found | {"loss": found["loss"] * stored, "tokens": tokens, "stored": stored, "rock": rock,
                         "events": events}
 
@@ -317,7 +329,7 @@ class Learner:
             self.write(folder)
         except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
             fault = e
-        extra = self.rocks.state() if self.rocks else {}
+        extra = (self.rocks.state() if self.rocks else {}) | (self.jumps.state() if self.jumps else {})
         write_training(folder, self.model, self.optimizer, self.updates, extra=extra, collect=self.ranks.collect,
                        masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
         if fault:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 
 import oprd
+from effopd import KEPT, PROMPTS
 from estimators import ESTIMATORS
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
                          activations=tokens * (student.activations(half, cfg.gradient_checkpointing) + 4 * W),
                          logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half)
                          + half * 4 * student.V * student.H)          # the head's weight in bf16, and its gradient
+            if cfg.effopd == "accuracy":                   # it generates: keys that are normed are float32
+                parts["cache"] = min(PROMPTS, cfg.max_running) * longest * student.cached(4)
         elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
             parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
                          activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
@@ -185,17 +188,20 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
             if cfg.teacher_engine == "vllm":
                 parts["cache"] = cache_bytes(cfg, teacher, "vllm", itemsize, gpu_gb)
         else:
-            parts = dict(weights=itemsize * student.P, cache=cache_bytes(cfg, student, cfg.engine, itemsize, gpu_gb))
-            if not half:
-                parts["weights"] *= 2                      # and the copy that it reads of a push
+            parts = dict(weights=itemsize * student.P * (1 if half else 2),      # on the CPU the copy of a push, too
+                         cache=cache_bytes(cfg, student, cfg.engine, itemsize, gpu_gb))
         parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
         needs += [Need(worker, d, parts) for d in each(device)]
     if half:      # transformers reads a model into the host's memory first, all workers at the same time
         whole = itemsize * teacher.P * cfg.teachers * (cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1)
         needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))
-    slots = (cfg.max_ahead + 1) * cfg.batch * (
-        cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest + 2 * P * W)
-    return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9, "cache": slots / 1e9})]
+    slot = (cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest
+            + 2 * P * W)
+    if cfg.effopd:        # the weights before a jump and those it is measured from; every learner has the gate's set
+        kept = cfg.learners * min(KEPT, cfg.batch) * slot if cfg.effopd == "kl" else 0
+        needs.append(Need("jumps", "cpu", {"weights": 8 * student.P / 1e9, "cache": kept / 1e9}))
+    return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9,
+                                           "cache": (cfg.max_ahead + 1) * cfg.batch * slot / 1e9})]
 
 
 def cache_bytes(cfg: Config, model: Shape, engine: str, itemsize: int, gpu_gb: float) -> float:

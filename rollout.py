@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 # -- the draw --------------------------------------------------------------------------------------
 
-TRAINING, EVALUATION = 0, 2       # streams of random numbers; 1 is the teacher's
+TRAINING, EVALUATION, VALIDATION = 0, 2, 3       # streams of random numbers; 1 is the teacher's
 
 
 class Sampler:
@@ -227,13 +227,13 @@ class Engine:
     how: dict
 
     def complete(self, prompts: list[list[int]], max_new: int, k: int = 1, temperature: float = 0.0,
-                 each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
+                 each_step: Callable[[], None] = lambda: None, *, stream: int = EVALUATION) -> list[list[int]]:
         """k answers to each prompt, all of the first prompt's first; temperature 0 is greedy. Nothing else may run.
 
         Their random numbers are a stream of their own, so that training draws what it would have drawn without them.
         """
         training, answers = self.how, {}
-        self.how = training | dict(n=1, k=0, temperature=temperature, top_p=1.0, stream=EVALUATION)
+        self.how = training | dict(n=1, k=0, temperature=temperature, top_p=1.0, stream=stream)
         for i in range(len(prompts) * k):
             self.add(i, prompts[i // k], max_new, uid=i // k, position=i % k)
         while len(answers) < len(prompts) * k:
@@ -250,7 +250,10 @@ class HFEngine(Engine):
     """
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
-        self.model = load_model(cfg.student, device, dtype)
+        self.drive(cfg, load_model(cfg.student, device, dtype))
+
+    def drive(self, cfg: Config, model) -> None:
+        self.model = model
         if getattr(self.model.config, "sliding_window", None):
             raise RuntimeError(f"--engine hf: {cfg.student} has a sliding window, which this engine's cache ignores")
         self.how, self.max_running = draws(cfg), cfg.max_running

@@ -26,6 +26,7 @@ import record
 import report
 from account import Account
 from cache import Ledger, Slots, Ticket, Weights
+from effopd import MIN_ESS, triggers
 from estimators import ESTIMATORS
 from graders import Grading, summary
 from job import Job
@@ -90,6 +91,7 @@ class Run:
         self.pushed: dict[str, dict] = {}                          # rollout worker -> its last push
         self.asked: set[str] = set()                               # who has an evaluation to report
         self.gradings: dict[Connection, Grading] = {}              # what is being judged
+        self.toll: dict[str, float] = {}                           # what a jump costs, until its barrier ends
         self.restarts = self.skips = 0                             # of workers; of updates, in a row
         self.saving: dict[str, checkpoint.State] = {}              # folder that the learner writes -> the parent's part
         self.saved = ""                                            # the last whole checkpoint
@@ -121,6 +123,7 @@ class Run:
         resume and self.log.write("event", what="resumed", step=self.ledger.version, checkpoint=str(resume))
         while not all(h.ready for h in self.hands):
             self.hear()
+        cfg.effopd and self.tell("learner", "validate", self.job.gate_prompts)
         if not resume:
             for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
                 self.evaluate(hand)
@@ -173,9 +176,13 @@ class Run:
         for t in self.ledger.to_stop():
             late[t.holder].append(t.slot)
         for name, slots in late.items():
-            hands[name].send(self.ledger.rule, (self.ledger.floor, slots))
+            hands[name].send(self.ledger.ending, (self.ledger.floor, slots))
         if batch := self.ledger.next_batch():
             orders |= {(h.name, "train"): [t.slot for t in batch] for h in self.role("learner")}
+            if self.cfg.effopd and triggers(self.ledger.version + 1):
+                self.ledger.shut()
+        if (old := self.ledger.to_weigh()) is not None:
+            self.tell("learner", "weigh", [t.slot for t in old])
         for (name, order), body in orders.items():
             hands[name].send(order, body)
 
@@ -187,18 +194,26 @@ class Run:
             for s in slots:
                 self.ledger.generated(s, body["finished"])
                 if not body["finished"]:
+                    self.count("cut", s)
                     self.log.write("event", what="cut", uid=self.ledger.tickets[s].uid, version=self.ledger.version,
                                    born=int(self.slots.born[s]), tokens=int(self.slots.length[s]))
         elif kind == "dropped":
-            for s in slots:
-                self.account.dropped += int(self.slots.length[s])
-                self.ledger.dropped(s)
+            self.drop(slots)
         elif kind == "scored":
             for s in slots:
                 self.ledger.scored(s)
         elif kind == "trained":
-            self.step_done(body["metrics"], self.ledger.trained())   # after the publish: a freed slot never meets
-        elif kind == "saved":                                        # older weights
+            jump = any(e["what"] == "effopd" and e["k"] > 0 for e in body["metrics"]["events"])
+            trained = self.ledger.trained(jump)
+            nothing = dict.fromkeys(("cut", "cut_tokens", "dropped", "dropped_tokens"), 0)
+            self.toll = nothing | {"seconds": -time.monotonic()} if jump else {}
+            self.step_done(body["metrics"], trained)     # after the publish: a freed slot never meets older weights
+        elif kind == "weighed":
+            self.weighed(body["ess"])
+        elif kind == "answers":
+            grading = Grading(self.job.grade_gate, [[a] for a in body["answers"]], "gate", self.ledger.version + 1)
+            self.gradings[grading.done] = grading
+        elif kind == "saved":
             self.checkpoint_written(body)
         elif kind == "pushed":
             self.pushed[hand.name] = body
@@ -220,6 +235,26 @@ class Run:
         hand.load -= len(slots)
         if "tokens" in body:
             self.account.drawn[hand.name] = body["tokens"]
+
+    def drop(self, slots: list[int]) -> None:
+        """Throw away what these responses have; their slots are free."""
+        for s in slots:
+            self.account.dropped += int(self.slots.length[s])
+            self.count("dropped", s)
+            self.ledger.dropped(s)
+
+    def count(self, what: str, slot: int) -> None:
+        if self.toll:
+            self.toll[what] += 1
+            self.toll[f"{what}_tokens"] += int(self.slots.length[slot])
+
+    def weighed(self, ess: dict[int, float]) -> None:
+        """What was drawn before a jump is scored and weighed: the barrier ends."""
+        self.drop([s for s, x in ess.items() if x < MIN_ESS])
+        self.toll["seconds"] += time.monotonic()
+        self.log.write("event", what="barrier", step=self.ledger.version, weighed=len(ess), **self.toll)
+        self.toll = {}
+        self.ledger.reopen()
 
     def reports(self) -> Iterator[tuple[Hand, str, dict]]:
         """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
@@ -304,6 +339,8 @@ class Run:
         if grading.outcome is None:
             raise RuntimeError(f"grading the answers of step {grading.step} failed")
         texts, right = grading.outcome
+        if grading.who == "gate":
+            return self.tell("learner", "share", sum(k[0] for k in right) / len(right))
         said = summary(right)
         self.account.accuracy[grading.who, grading.step] = said["accuracy"]
         self.log.evaluation(grading.step, grading.who, said, list(zip(self.job.eval_rows, texts, right)))

@@ -38,6 +38,11 @@ def recompute(model) -> None:
         layer.training = True
 
 
+def shard_of(p: Tensor) -> Tensor:
+    """What this learner has of a parameter, in its own memory; without gradients."""
+    return p.to_local() if dist.is_initialized() and isinstance(p, dist.tensor.DTensor) else p
+
+
 def last_hidden(model, tokens: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
     """[B, L] right-padded -> [B, L, H], and the same after each of `layers`. Without a mask: causal attention never
     looks to the right, and may take its fastest kernel."""
@@ -100,6 +105,13 @@ class Ranks:
         if self.size == 1 or x.dim() == 0:
             return x
         return dist.tensor.distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+
+    def joined(self, x: Tensor, like: Tensor) -> Tensor:
+        """A shard, wherever it lies, as the sharded tensor that `like` is; any other as it is."""
+        if self.size == 1:
+            return x
+        return dist.tensor.DTensor.from_local(x.to(like.device), like.device_mesh, like.placements, run_check=False,
+                                              shape=like.shape, stride=like.stride())
 
     # -- the batch
 

@@ -46,6 +46,7 @@ class Link:
 
     def __init__(self, pipe: Connection, pulse: Tensor):
         self.pipe, self.pulse, self.spans = pipe, pulse, []
+        self.later: list[tuple[str, object]] = []        # orders that came while `answer` waited for another
 
     def beat(self) -> None:
         self.pulse[0] = time.monotonic()
@@ -61,15 +62,25 @@ class Link:
 
     def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
         """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker."""
-        if wait:
+        if wait and not self.later:
             with self.span("wait"):
                 while not self.pipe.poll(1):             # nothing to do is no fault: the parent's end shows as EOF
                     self.beat()
         try:
-            while self.pipe.poll(0):
-                yield self.pipe.recv()
+            while self.later or self.pipe.poll(0):
+                yield self.later.pop(0) if self.later else self.pipe.recv()
         except EOFError:
             raise ParentGone from None
+
+    def answer(self, wanted: str) -> object:
+        """What the order `wanted` says, without which the worker cannot go on. Those before it are heard later."""
+        before, self.later = self.later, []
+        while True:
+            for order, body in self.orders(wait=True):
+                if order == wanted:
+                    self.later = before
+                    return body
+                before.append((order, body))
 
     @contextmanager
     def span(self, what: str):

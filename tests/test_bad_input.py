@@ -38,6 +38,10 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--oprd-weight=2 --teacher-engine=vllm", "--oprd-weight 2 needs the teacher's hidden states"),
     ("--estimator=oprd --oprd-rank=65", "--oprd-rank 65"), ("--estimator=oprd --oprd-layers=odd", "--oprd-layers odd"),
     ("--estimator=oprd", "the mean cosine of their states is"),
+    # jumps
+    ("--effopd=guess", "guess"), ("--effopd=kl --effopd-max=0", "--effopd-max 0"),
+    ("--effopd=kl --schedule=step-off", "--schedule step-off"), ("--effopd=kl --lora-rank=4", "--lora-rank 4"),
+    ("--effopd=accuracy --learners=2", "--learners 2"), ("--task={w}/good.jsonl --effopd=accuracy {m}", "good.jsonl"),
     # machines
     ("--gpus=99", "--gpus 99"), ("--gpus=all", "all"), ("--teacher-gpus=2", "--teacher-gpus 2"),
     ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),

@@ -65,7 +65,7 @@ class Pipeline:
     """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as run.Run does."""
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
-                 inflight="recompute", deaths=False, resumes=False):
+                 inflight="recompute", deaths=False, resumes=False, jumps=False):
         cfg = SimpleNamespace(max_response=T, gap_max=1.0, max_running=8, schedule=schedule, inflight=inflight,
                               eval_k=1, eval_temperature=0.0)
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
@@ -77,13 +77,16 @@ class Pipeline:
         self.start = lambda: Worker(cfg, Link(), self.slots, self.weights, Engine(length_of))
         self.again = lambda: Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.workers = [self.start() for _ in range(workers)]
-        self.deaths, self.resumes = deaths, resumes
+        self.deaths, self.resumes, self.jumps = deaths, resumes, jumps
+        self.light: list[tuple[int, int]] = []                 # (uid, first token) of what was dropped after a jump
+        self.barriers = 0
         self.inbox = [[] for _ in self.workers]                # orders that a worker has not read yet
         self.teacher, self.learner = [], []
         self.trained: dict[int, list[int]] = {}                # uid -> tokens, in the order of training
         self.lags, self.dropped, self.cuts, self.batches = [], 0, [], []
 
     def route(self):
+        handed_out = self.ledger.handed_out
         for t in self.ledger.hand_out():
             self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.ledger.version)
             worker = self.choose(len(self.workers))
@@ -93,10 +96,27 @@ class Pipeline:
             t.holder = "teacher"
             self.teacher.append(t.slot)
         for t in self.ledger.to_stop():
-            self.inbox[t.holder].append((self.ledger.rule, (self.ledger.floor, [t.slot])))
+            self.inbox[t.holder].append((self.ledger.ending, (self.ledger.floor, [t.slot])))
         if batch := self.ledger.next_batch():
             self.learner = batch
+            self.jumps and self.choose(2) and self.ledger.shut()
+        assert not self.ledger.barrier or batch or self.ledger.handed_out == handed_out, "handed out in a barrier"
+        if (old := self.ledger.to_weigh()) is not None:
+            self.weigh(old)
         assert sorted([*self.ledger.free, *self.ledger.tickets]) == list(range(len(self.slots))), "a slot is lost"
+
+    def weigh(self, old):
+        """After a jump: no token that was drawn before it is anywhere else than in `old`."""
+        began = [t for t in self.ledger.tickets.values() if t not in old]
+        assert all(self.slots.born[t.slot] == self.ledger.version for t in began), "drawn before, not weighed"
+        assert all(t.stage == "scored" for t in old)
+        for t in old:
+            if self.choose(2):
+                self.light.append((t.uid, int(self.slots.start[t.slot]) - 1))
+                self.dropped += int(self.slots.length[t.slot])
+                self.ledger.dropped(t.slot)
+        self.ledger.reopen()
+        self.barriers += 1
 
     def hear(self, worker):
         for kind, body in worker.link.sent:
@@ -135,7 +155,7 @@ class Pipeline:
             self.trained.setdefault(t.uid, []).extend(segment.tokens[segment.start:].tolist())
             self.lags += (self.ledger.version - segment.version).tolist()
         self.weights.version += 1                              # published, and only then
-        self.ledger.trained()
+        self.ledger.trained(bool(self.jumps and self.ledger.barrier and self.choose(2)))
         self.learner = []
 
     def run(self, steps, limit=200_000):
@@ -230,6 +250,26 @@ def test_in_lockstep_deaths_lose_nothing_either(schedule, resumes, **kw):
     p = play(**kw, schedule=schedule, deaths=True, resumes=resumes)
     p.check_every_token_once()
     assert max(p.lags) <= kw["ahead"] and set(p.trained) == set(range(15 * kw["batch"]))
+
+
+@QUICK
+@given(**PIPELINES, overdue=st.sampled_from(["cut", "wait", "drop", "keep"]), resumes=st.booleans(),
+       deaths=st.booleans())
+@example(seed=1, batch=4, workers=2, ahead=4, more=0, tail=0.4, inflight="recompute", overdue="cut", resumes=False,
+         deaths=True)
+@example(seed=2, batch=4, workers=3, ahead=4, more=2, tail=0.4, inflight="finish", overdue="keep", resumes=False,
+         deaths=False)
+def test_jumps_leave_the_bound_and_lose_what_they_drop_and_nothing_else(overdue, resumes, deaths, **kw):
+    p = play(**kw, overdue=overdue, deaths=deaths, resumes=resumes, jumps=True)
+    assert overdue == "keep" or max(p.lags) <= p.max_lag
+    assert resumes or p.barriers > 0
+    gone = {uid for uid, _ in p.light}
+    for uid, tokens in p.trained.items():
+        assert tokens == sorted(set(tokens)), "a token was trained twice, or out of order"
+        holes = [t for at, t in zip([-1, *tokens], tokens) if t != at + 1]
+        assert overdue == "drop" or len(holes) <= len([1 for u, _ in p.light if u == uid]), "what was dropped, no more"
+    begun = {uid for uid, _ in p.ledger.untrained()}
+    assert overdue == "drop" or set(range(p.ledger.prompts)) == set(p.trained) | begun | gone, "a prompt is lost"
 
 
 def unfinished(p):

@@ -1,0 +1,292 @@
+"""
+EffOPD against larger learning rates: updates, tokens, seconds until the toy student is right 80% and 95% of the time.
+
+    python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 20 minutes
+    python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; a minute
+    python benchmarks/effopd.py table          # the README's tables, from effopd.jsonl alone
+    python benchmarks/effopd.py plot           # figures/effopd.png, likewise
+
+Two pairs. Sharpening: the student is the toy's, right a third of the time, and the teacher is that student trained on.
+Acquisition: the student has been stopped before it could add, and the teacher is the toy's larger one. Every run is the
+shipped command, constant learning rate, synchronous (two are asynchronous, --max-ahead 4), its processes forked from
+this one; models and the toy's rows are the same in all seeds, prompts' order and draws are not. Base is the learning
+rate of x1. `no gate` takes every jump of 10 D, by a patch. Accuracy: greedy, 100 held-out rows, every EVERY steps: that
+is the resolution of "updates". Tokens: trained, and read or drawn by the gate. Seconds: of the log's wall_s, less the
+evaluations, for which a synchronous run waits; two runs side by side share two cores, all alike.
+A row: pair, variant, seed, flags, commit, hardware, evals [step, accuracy, tokens, seconds], events, and for plain x1
+`rescaled`: the update of the first 8 steps, its cosine with that of all steps, and the accuracy of the student moved by
+it as far as by shares of the norm of the latter.
+Last line: one JSON object, {pair: {variant: {"updates_80", "tokens_80", "seconds_80", "updates_95", "reached_80",
+"reached_95", "runs", "final"}}}, means over the seeds that got there.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import operator
+import os
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from unittest import mock
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+import multiprocessing  # noqa: E402
+
+import kills  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+import effopd  # noqa: E402
+import tasks  # noqa: E402
+from teacher import complete, load_model  # noqa: E402
+
+ROWS, STEPS, EVERY, BASE = HERE / "effopd.jsonl", 256, 8, 1e-4
+MODELS = {"sharpening": dict(steps=400, lr=1e-3, seed=3, smoothing=0.01),       # the teacher: the student trained on
+          "acquisition": dict(layers=2, hidden=96, steps=90, lr=2e-3, seed=2, smoothing=0.0)}      # the student
+FLAGS = dict(task="toy", gpus=0, engine="hf", schedule="sync", batch=32, max_prompt=8, max_response=40, max_running=320,
+             lr_schedule="constant", warmup=0, eval_n=100, eval_every=EVERY, overwrite=True)
+VARIANTS = {      # label: (multiple of BASE, flags, a gate that accepts everything)
+    "plain, x1": (1, {}, False), "plain, x3": (3, {}, False), "plain, x10": (10, {}, False),
+    "plain, x30": (30, {}, False), "kl, x1": (1, dict(effopd="kl"), False), "kl, x3": (3, dict(effopd="kl"), False),
+    "accuracy, x1": (1, dict(effopd="accuracy"), False), "no gate, x1": (1, dict(effopd="kl"), True),
+    "plain, x1, async": (1, dict(schedule="async", max_ahead=4), False),
+    "kl, x1, async": (1, dict(schedule="async", max_ahead=4, effopd="kl"), False)}
+PAIRS = {"sharpening": list(VARIANTS), "acquisition": list(VARIANTS)[:-2]}
+
+
+# -- models ----------------------------------------------------------------------------------------
+
+def models() -> dict[str, dict[str, str]]:
+    """Folders of both pairs; what is missing is trained."""
+    import hashlib
+    student, teacher = tasks.toy_models(HERE.parent / "runs")
+    recipe = hashlib.sha256(json.dumps([tasks.TOY, MODELS]).encode()).hexdigest()[:8]
+    made = {name: HERE.parent / "runs" / f"effopd-{recipe}" / name for name in MODELS}
+    for name, folder in made.items():
+        if not (folder / "config.json").exists():
+            begin = dict(layers=2, hidden=96) | MODELS[name]
+            old = load_model(student, "cpu", torch.float32).train() if name == "sharpening" else None
+            with tqdm(total=begin["steps"], unit="step") as bar, mock.patch.object(
+                    tasks, "small_model", (lambda *_, **__: old) if old else tasks.small_model):
+                model = tasks.train_toy(name, tasks.toy_tokenizer(), batch=tasks.TOY["batch"], bar=bar, **begin)
+            tasks.toy_tokenizer().save_pretrained(folder)
+            model.save_pretrained(folder)
+    return {"sharpening": dict(student=student, teacher=str(made["sharpening"])),
+            "acquisition": dict(student=str(made["acquisition"]), teacher=teacher)}
+
+
+def accuracy(model) -> float:
+    """Greedy, on the held-out rows of the runs."""
+    tokenizer, rows = tasks.toy_tokenizer(), tasks.toy_task(FLAGS["eval_n"]).eval
+    answers = complete(model, [tokenizer.encode(row.prompt) for row in rows], FLAGS["max_response"],
+                       [tokenizer.eos_token_id])
+    texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+    return sum(tasks.toy_grade(text, row.answer) for text, row in zip(texts, rows)) / len(rows)
+
+
+def rescaled(begin: str, out: Path) -> dict:
+    """How well the first 8 steps' direction is the last one's, and what becomes of a student that is moved along it."""
+    model = load_model(begin, "cpu", torch.float32)
+    names = list(effopd.moving(model))
+    first, early, last = (load_file(Path(folder) / "model.safetensors") for folder in (
+        begin, out / "checkpoints" / "step-8", out / "student"))
+    a, b = (torch.cat([(to[n] - first[n]).flatten() for n in names]) for to in (early, last))
+    found = {"cosine": (a @ b / a.norm() / b.norm()).item(), "norms": [a.norm().item(), b.norm().item()]}
+    for share in (0.25, 0.5, 1.0):
+        scale = share * (b.norm() / a.norm()).item()
+        model.load_state_dict({n: first[n] + scale * (early[n] - first[n]) for n in names}, strict=False)
+        found[f"accuracy at {share} of the norm"] = accuracy(model)
+    model.load_state_dict({n: last[n] for n in names}, strict=False)
+    return found | {"accuracy of the last, these weights alone": accuracy(model)}
+
+
+# -- runs ------------------------------------------------------------------------------------------
+
+def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tuple[int, dict]:
+    times, more, ungated = VARIANTS[variant]
+    name = "".join(c if c.isalnum() else "-" for c in f"{pair} {variant} {seed}")
+    flags = FLAGS | models()[pair] | dict(steps=steps, seed=seed, lr=times * BASE, out=str(root / name)) | more
+    flags |= dict(save_every=8, keep=0) if variant == "plain, x1" else {}
+    flags.pop("overwrite")                               # `launch` asks for it
+    effopd.GATES["kl"] = (lambda a, b: True) if ungated else operator.lt
+    return kills.launch(flags, resume=False), flags
+
+
+def row(pair: str, variant: str, flags: dict) -> dict:
+    """What the benchmark keeps of a run."""
+    out = Path(flags["out"])
+    log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    steps = {x["step"]: x for x in log if x["type"] == "step"}
+    events = [{k: v for k, v in x.items() if k != "type"} for x in log if x.get("what") in ("effopd", "barrier")]
+    spans = [x["dur"] / 1e6 for x in json.loads((out / "trace.json").read_text())["traceEvents"]
+             if x["ph"] == "X" and x["name"] == "evaluate"]
+    evals, tokens = [], 0
+    for i, x in enumerate(x for x in log if x["type"] == "eval"):
+        tokens = sum(s["tokens"] for s in steps.values() if s["step"] <= x["step"])
+        tokens += sum(e["tokens"] for e in events if e["what"] == "effopd" and e["step"] <= x["step"])
+        waited = sum(spans[1:i]) if flags["schedule"] == "sync" else 0.0      # the first came before the first ticket
+        evals.append([x["step"], x["accuracy"], tokens, steps[x["step"]]["wall_s"] - waited if x["step"] else 0.0])
+    said = {k: v for k, v in flags.items() if k not in ("student", "teacher", "out")}
+    return dict(pair=pair, variant=variant, seed=flags["seed"], flags=said, commit=log[0]["commit"],
+                hardware=log[0]["hardware"], evals=evals, events=events, done=log[-1],
+                rescaled=rescaled(flags["student"], out) if "save_every" in flags else None)
+
+
+def fill(path: Path, wanted: list[tuple[str, str, int]], steps: int, jobs: int) -> None:
+    """Run what is wanted and not in the file, `jobs` at a time; a row is written when its run ends."""
+    there = {(r["pair"], r["variant"], r["seed"]) for r in rows(path)}
+    waiting, running = [w for w in wanted if w not in there], {}
+    root = Path(tempfile.mkdtemp())
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            pair, variant, seed = waiting.pop(0)
+            pid, flags = launched(pair, variant, seed, steps, root)
+            running[pid] = pair, variant, flags
+        pid, status = os.wait()
+        pair, variant, flags = running.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        assert code == 0, f"exit code {code}: {Path(flags['out'] + '.txt').read_text()[-2000:]}"
+        made = row(pair, variant, flags)
+        with open(path, "a", encoding="utf-8") as f:
+            f.write(json.dumps(made) + "\n")
+        print(f"{pair}, {variant}, seed {made['seed']}: {[f'{a:.0%}' for _, a, _, _ in made['evals']][::4]}, "
+              f"{made['done']['wall_s']:.0f} s", flush=True)
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+def rows(path: Path = ROWS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def reached(r: dict, share: float) -> list | None:
+    """The first evaluation of a run that is that good: [step, accuracy, tokens, seconds]."""
+    return next((e for e in r["evals"] if e[1] >= share), None)
+
+
+def spread(values: list[float], form: str = "{:.0f}") -> str:
+    if not values:
+        return "-"
+    low, mean, high = (form.format(x) for x in (min(values), statistics.mean(values), max(values)))
+    return mean if low == high else f"{mean} ({low} to {high})"
+
+
+def table(path: Path = ROWS) -> str:
+    parts = []
+    for pair, variants in PAIRS.items():
+        out = [f"| {pair} | got to 80% | updates | tokens | seconds | updates to 95% | at the end | jumps k, by seed "
+               "| of them, tokens | seconds |", "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|"]
+        for variant in variants:
+            mine = [r for r in rows(path) if (r["pair"], r["variant"]) == (pair, variant)]
+            if not mine:
+                continue
+            first, second = ([e for r in mine if (e := reached(r, share))] for share in (0.80, 0.95))
+            tries = [[e for e in r["events"] if e["what"] == "effopd"] for r in mine]
+            jumps = "; ".join(" ".join(str(e["k"]) for e in t) for t in tries if t)
+            out.append(" | ".join([
+                f"| {variant}", f"{len(first)} of {len(mine)}", spread([e[0] for e in first]),
+                spread([e[2] / 1000 for e in first], "{:.0f}k"), spread([e[3] for e in first]),
+                spread([e[0] for e in second]) + (f", {len(second)} of {len(mine)}" if 0 < len(second) < len(mine) else
+                                                  ""),
+                spread([100 * r["evals"][-1][1] for r in mine], "{:.0f}%"), jumps,
+                spread([sum(e["tokens"] for e in t) / 1000 for t in tries], "{:.0f}k") if jumps else "",
+                spread([sum(e["seconds"] for e in t) for t in tries], "{:.1f}") if jumps else ""]) + " |")
+        parts.append("\n".join(out))
+    moved = [f"| {pair} | {spread([r['rescaled'][k] for r in mine], '{:.2f}')}" + "".join(
+        f" | {spread([100 * r['rescaled'][f'accuracy at {s} of the norm'] for r in mine], '{:.0f}%')}"
+        for s in (0.25, 0.5, 1.0)) + f" | {spread([100 * r['evals'][-1][1] for r in mine], '{:.0f}%')} |"
+        for pair in PAIRS for k in ("cosine",)
+        if (mine := [r for r in rows(path) if r["pair"] == pair and r["rescaled"]])]
+    head = ["| plain, x1 | cosine of the first 8 steps' update with that of all | accuracy, moved by it to 0.25 of the "
+            "norm of that | 0.5 | 1 | trained |", "|---|--:|--:|--:|--:|--:|"]
+    return "\n\n".join([*parts, "\n".join(head + moved), barriers(path)]).rstrip()
+
+
+def barriers(path: Path) -> str:
+    found = [(r, [e for e in r["events"] if e["what"] == "barrier"]) for r in rows(path)]
+    found = [(r, es) for r, es in found if es]
+    if not found:
+        return ""
+    n, tokens = sum(len(es) for _, es in found), sum(r["done"]["tokens_trained"] for r, _ in found)
+    all_of = {k: sum(e[k] for _, es in found for e in es) for k in found[0][1][0] if k not in ("what", "step")}
+    return (f"Barriers of the asynchronous runs: {n} in {len(found)} runs, {all_of['cut']:,} responses cut "
+            f"({all_of['cut_tokens']:,} tokens), {all_of['dropped']:,} of {all_of['weighed']:,} dropped "
+            f"({all_of['dropped_tokens'] / tokens:.1%} of the tokens trained), {all_of['seconds'] / n:.2f} s each.")
+
+
+def summary(path: Path) -> dict:
+    found: dict = {}
+    for pair, variants in PAIRS.items():
+        for variant in variants:
+            if mine := [r for r in rows(path) if (r["pair"], r["variant"]) == (pair, variant)]:
+                first, second = ([e for r in mine if (e := reached(r, share))] for share in (0.80, 0.95))
+                found.setdefault(pair, {})[variant] = {
+                    "updates_80": mean(e[0] for e in first), "tokens_80": mean(e[2] for e in first),
+                    "seconds_80": mean(e[3] for e in first), "updates_95": mean(e[0] for e in second),
+                    "reached_80": len(first), "reached_95": len(second), "runs": len(mine),
+                    "final": mean(r["evals"][-1][1] for r in mine)}
+    return found
+
+
+def mean(values) -> float | None:
+    values = list(values)
+    return round(statistics.mean(values), 3) if values else None
+
+
+def plot() -> None:
+    from plot import plt, save
+    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    styles = {"plain, x1": ("#9e9e9e", "-"), "plain, x3": ("#9e9e9e", "--"), "plain, x10": ("#3b78b8", "-"),
+              "plain, x30": ("#3b78b8", ":"), "kl, x1": ("#d9822b", "-"), "kl, x3": ("#d9822b", "--"),
+              "accuracy, x1": ("#57a55a", "-"), "no gate, x1": ("#b03030", ":")}
+    for ax, pair in zip(axes, PAIRS):
+        for variant, (color, line) in styles.items():
+            mine = [r["evals"] for r in rows() if (r["pair"], r["variant"]) == (pair, variant)]
+            if mine:
+                ax.plot([e[0] for e in mine[0]], [100 * statistics.mean(r[i][1] for r in mine)
+                                                  for i in range(len(mine[0]))], line, color=color, label=variant)
+        ax.set(xlabel="updates", title=pair, ylim=(0, 100))
+        ax.set_xscale("symlog", linthresh=8)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("right answers, %, mean of the seeds")
+    axes[1].legend(fontsize=7.5, frameon=False)
+    save(fig, "effopd")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "table", "plot"))
+    parser.add_argument("--only", default="", help="pairs or variants whose names begin so, separated by semicolons")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--out", default=str(ROWS), help="JSONL to add to")
+    args = parser.parse_args()
+    path = Path(args.out)
+    if args.what == "plot":
+        return plot()
+    if args.what == "run":
+        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(1)
+        began, only = time.monotonic(), [x.strip() for x in args.only.split(";")]
+        models()
+        fill(path, [(pair, variant, seed) for seed in range(args.seeds) for pair, variants in PAIRS.items()
+                    for variant in variants if any(pair.startswith(x) or variant.startswith(x) for x in only)],
+             args.steps, args.jobs)
+        print(f"{time.monotonic() - began:.0f} s", flush=True)
+    print(table(path))
+    if args.what == "run":
+        print(json.dumps(summary(path)))
+
+
+if __name__ == "__main__":
+    main()

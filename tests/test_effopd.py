@@ -1,0 +1,461 @@
+"""Jumps: what moves and how far, gates that are not fooled, a pipeline that empties, runs that go on after a kill."""
+import math
+import multiprocessing
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+from cache import Ledger, Segment, Slots
+from checkpoint import State, seal, unsealed
+from effopd import GATES, OwnEngine, climb, kept, triggers
+from estimators import reverse_value
+from job import prepare
+from learner import Learner
+from plan import Shape, memory
+from rollout import HFEngine
+from shards import Ranks
+from teacher import load_model
+from tests.conftest import ROOT
+from tests.runs import lines, steps
+from tests.test_supports import HIDDEN, config, filled
+from tests.test_supports import models as folders  # noqa: F401
+from workers import Link
+
+
+@pytest.fixture
+def learner(folders):       # noqa: F811
+    """learner(estimator, **flags) -> a learner with the gate `kl`, and rollouts scored by its teacher."""
+    def make(estimator="reverse_mc", **flags):
+        cfg = config(folders, estimator, **dict(effopd="kl", lr=1e-3) | flags)
+        return Learner(cfg, "cpu", torch.float32), filled(cfg, folders)[1]
+    return make
+
+
+def weights(learner):
+    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# -- which steps, which weights, how far -----------------------------------------------------------
+
+def test_it_is_time_after_1_2_4_8_steps():
+    assert [t for t in range(1, 300) if triggers(t)] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+
+
+def test_attention_and_mlp_move_and_nothing_else(learner):
+    jumps = learner()[0].jumps
+    still = {name for name, _ in jumps.learner.model.named_parameters()} - set(jumps.moving)
+    assert still == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
+                     "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
+    assert all(".self_attn." in name or ".mlp." in name for name in jumps.moving) and len(jumps.moving) == 9
+
+
+def test_a_jump_from_w_is_that_of_a_chain_of_jumps(learner):
+    made, segments = learner(effopd_max=3)
+    made.step(segments, 2)                               # step 3: no trigger
+    jumps, now = made.jumps, made.jumps.copies()
+    chained = {name: w.clone() for name, w in now.items()}
+    for k in (1, 2, 3):
+        jumps.move(now, k)
+        for name, p in jumps.moving.items():
+            d = now[name] - jumps.ref[name]
+            chained[name] += 2 * d
+            torch.testing.assert_close(p.detach(), chained[name], rtol=1e-6, atol=1e-7)
+            assert d.abs().max() > 0 and torch.equal(p.detach(), now[name] + 2 * k * d)
+    jumps.move(now, 0)
+    assert same(now, jumps.copies()), "bit for bit"
+
+
+# -- what is accepted ------------------------------------------------------------------------------
+
+VALUES = st.lists(st.floats(width=32) | st.sampled_from([0.0, 1.0]), min_size=6, max_size=6)
+
+
+@given(VALUES, st.integers(0, 5), st.sampled_from(sorted(GATES)))
+def test_the_best_is_taken_up_to_the_first_that_is_not_better(given_values, most, gate):
+    better = GATES[gate]
+    k, values = climb(lambda i: given_values[i], most, better)
+    assert len(values) in (k + 1, k + 2) and k <= most
+    assert all(better(values[i + 1], values[i]) for i in range(k)), "each accepted one is strictly better"
+    assert len(values) == most + 1 if len(values) == k + 1 else not better(values[k + 1], values[k])
+    assert k == 0 or not (math.isnan(values[k]) or math.isnan(values[0])), "nan is never better, and nothing than nan"
+
+
+def test_where_every_candidate_is_worse_the_weights_are_those_of_the_optimizer(learner):
+    made, segments = learner()
+    plain, _ = learner(effopd="")
+    noise = torch.Generator().manual_seed(0)
+    for ref in made.jumps.ref.values():                  # D is then mostly noise
+        ref += torch.randn(ref.shape, generator=noise)
+    event, = made.step(segments, 0)["events"]
+    plain.step(segments, 0)
+    assert event["k"] == 0 and len(event["values"]) == 2 and event["values"][1] > event["values"][0]
+    assert same(weights(made), weights(plain)) and same(made.jumps.ref, made.jumps.copies())
+
+
+def test_a_direction_that_helps_is_gone_on_with(learner):
+    """Eight steps of the forward KL over all words on the rollouts that the gate holds: no noise, and the same goal."""
+    made, segments = learner("forward_dense", lr=3e-4)
+    before = made.jumps.copies()
+    events = [event for version in range(8) for event in made.step(segments, version)["events"]]
+    assert [len(e["values"]) for e in events] >= [2] * 4 and sum(e["k"] for e in events) > 0
+    first = events[0]
+    assert first["k"] > 0 and first["values"][first["k"]] == min(first["values"])
+    assert first["tokens"] == sum(len(s.tokens) for s in segments) * len(first["values"])
+    assert not same(before, made.jumps.ref) and same(made.jumps.ref, made.jumps.copies())
+
+
+def test_the_best_of_several_is_put_back_exactly(learner, monkeypatch):
+    made, segments = learner()
+    seen, said = [], iter([1.0, 0.5, 0.3, 0.4])
+    monkeypatch.setattr(made.jumps, "kl", lambda: seen.append(made.jumps.copies()) or next(said))
+    event, = made.step(segments, 0)["events"]
+    assert (event["k"], event["values"]) == (2, [1.0, 0.5, 0.3, 0.4])
+    assert same(made.jumps.copies(), seen[2]) and same(made.jumps.ref, seen[2]) and not same(seen[2], seen[1])
+
+
+def test_a_learner_told_to_hurry_keeps_the_best_so_far(learner, monkeypatch):
+    made, segments = learner()
+    link, said, seen = Link(None, torch.zeros(2)), iter([1.0, 0.5, 0.3]), []
+
+    def value():
+        seen.append(made.jumps.copies())
+        link.pulse[1] = len(seen) == 2
+        return next(said)
+    monkeypatch.setattr(made.jumps, "kl", value)
+    event, = made.step(segments, 0, link)["events"]
+    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(made.jumps.copies(), seen[1])
+
+
+# -- the gate `kl` ---------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("estimator", ["reverse_mc", "forward_topk", "reverse_dense"])
+def test_the_gate_is_the_forward_kl_of_a_naive_loop(learner, estimator):
+    made, segments = learner(estimator, micro_tokens=20, chunk=2)
+    student, teacher = (load_model(folder, "cpu", torch.float32) for folder in (made.cfg.student, made.cfg.teacher))
+    made.jumps.set, total, n = kept(segments), 0.0, made.estimator.drawn(segments[0].ids.shape[1])
+    for s in segments:
+        for t in range(len(s)):
+            with torch.no_grad():
+                logp, logq = (m(s.tokens[None, :s.start + t].long()).logits[0, -1].log_softmax(-1)
+                              for m in (student, teacher))
+            if estimator == "reverse_dense":
+                total += (logq.exp() * (logq - logp)).sum().item()
+            else:
+                a = s.ids[t, :n].long()
+                total += ((logq[a] - s.logmu[t, :n]).exp() * (logq[a] - logp[a])).mean().item()
+    assert made.jumps.kl() == pytest.approx(total / sum(map(len, segments)), rel=1e-4)
+
+
+def test_the_reverse_estimate_likes_a_student_that_has_forgotten_every_word_and_the_gate_does_not(learner):
+    made, segments = learner()
+    made.jumps.set = kept(segments[:2])
+    said = torch.cat([s.ids for s in made.jumps.set]).long().unique()
+    assert len(said) < 32, "of 32 words some were not drawn"
+
+    def reverse():
+        rows, (ids, logmu, logq) = made.rows(made.jumps.set), (
+            made.cached(made.jumps.set, name) for name in ("ids", "logmu", "logq"))
+        return reverse_value(made.jumps.logp(rows, ids.long()), logq, logmu).mean().item()
+    before = reverse(), made.jumps.kl()
+    forget = torch.zeros(len(made.head.weight))
+    forget[said] = -30.0
+    made.head.bias = torch.nn.Parameter(forget)          # the others share all of its mass
+    after = reverse(), made.jumps.kl()
+    assert after[0] < before[0] and abs(after[0]) < 1e-3, "the estimate has it for a perfect student"
+    assert after[1] > before[1] + 1, "the gate has not"
+
+
+def test_nan_is_never_accepted_and_what_is_nan_is_not_kept(learner):
+    made, segments = learner()
+    bad = Segment(9, *(getattr(segments[1], name) for name in ("tokens", "prompt", "start", "version", "ids", "logmu")),
+                  torch.full_like(segments[1].logq, torch.nan), segments[1].hidden)
+    assert [len(s) for s in kept([segments[0], bad, segments[2]])] == [len(segments[0]), len(segments[2])]
+    for ref in made.jumps.ref.values():
+        ref.fill_(torch.nan)                             # every candidate is nan
+    event, = made.step(segments, 0)["events"]
+    assert event["k"] == 0 and event["values"][1] is None
+    assert all(p.isfinite().all() for p in made.model.parameters())
+    made.model.lm_head.weight.data.fill_(torch.nan)      # and a student that is: nothing is better than that
+    event, = made.step(segments, 1)["events"]
+    assert event["k"] == 0 and event["values"] == [None, None]
+
+
+def test_the_set_is_that_of_the_first_batch_and_a_copy(learner):
+    made, segments = learner()
+    made.step(segments[:2], 0)
+    first = [s.logq.clone() for s in made.jumps.set]
+    made.step(segments[2:], 1)
+    segments[0].logq.zero_()
+    assert len(first) == 2 and all(torch.equal(a, s.logq) for a, s in zip(first, made.jumps.set))
+
+
+@pytest.mark.parametrize("estimator", ["reverse_mc", "forward_dense"])
+def test_a_checkpoint_remembers_where_it_jumps_from_and_by_which_rollouts(learner, tmp_path, estimator):
+    made, segments = learner(estimator)
+    for version in range(3):
+        made.step(segments, version)
+    partial = unsealed(tmp_path, 3)
+    made.checkpoint(partial)
+    folder = seal(partial, State(3, 9, [], {}))
+    other = Learner(made.cfg, "cpu", torch.float32, str(folder))
+    assert same(made.jumps.ref, other.jumps.ref) and not same(made.jumps.ref, other.jumps.copies())
+    for version in range(3, 8):
+        a, b = made.step(segments[1:], version), other.step(segments[1:], version)
+        for event in a["events"] + b["events"]:
+            event.pop("seconds")
+        assert a == b
+    assert same(weights(made), weights(other)) and same(made.jumps.ref, other.jumps.ref)
+
+
+# -- two learners ----------------------------------------------------------------------------------
+
+def jump(cfg, segments, ranks, folder):
+    """A step and its jump, and from its checkpoint another."""
+    learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
+    first = learner.step(segments, 0)["events"]
+    learner.checkpoint(folder)
+    again = Learner(cfg, "cpu", torch.float32, str(folder), ranks)
+    events = first + again.step(segments, 1)["events"]
+    ess = again.jumps.weigh(segments, Link(None, torch.zeros(2)))
+    return events, ess, ranks.collect(again.model.named_parameters())
+
+
+def one_of_two(rank, cfg, segments, root):
+    torch.set_num_threads(1)
+    ranks = Ranks(rank, 2, str(root / "meeting"))
+    torch.save(jump(cfg, segments, ranks, root / "two"), root / f"{rank}.pt")
+    ranks.leave()
+
+
+@pytest.mark.parametrize("estimator", ["forward_dense"])
+def test_two_learners_jump_as_one(folders, tmp_path, estimator):       # noqa: F811
+    cfg = config(folders, estimator, effopd="kl", lr=3e-4, learners=2, micro_tokens=20)
+    segments = filled(cfg, folders, responses=5)[1]
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    torch.multiprocessing.spawn(one_of_two, (cfg, segments, tmp_path), nprocs=2)
+    (a, ess_a, one), (b, ess_b, two), (c, ess_c, _) = (
+        jump(cfg, segments, Ranks(), tmp_path / "one"), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
+    assert [e["k"] for e in a] == [e["k"] for e in b] == [e["k"] for e in c] and a[0]["k"] > 0
+    assert [e["values"] for e in b] == [e["values"] for e in c] and [e["tokens"] for e in a] == [e["tokens"] for e in b]
+    assert ess_b == ess_c == pytest.approx(ess_a, rel=1e-3)
+    for name in one:
+        torch.testing.assert_close(two[name], one[name], rtol=0, atol=1e-4)
+
+
+# -- the gate `accuracy` ---------------------------------------------------------------------------
+
+@pytest.mark.parametrize("again", [False, True])
+def test_the_learners_engine_draws_what_an_engine_of_its_own_weights_draws(folders, again):       # noqa: F811
+    cfg = config(folders, "reverse_mc", effopd="accuracy", gradient_checkpointing=again, max_running=3)
+    learner = Learner(cfg, "cpu", torch.float32)
+    apart, prompts = HFEngine(cfg, "cpu", torch.float32), [[3, 4], [5, 6, 7], [8], [9, 4], [7, 7, 7]]
+    sent, link = [], Link(None, torch.zeros(2))
+    link.send, link.answer = lambda kind, **body: sent.append(body["answers"]), lambda wanted: 0.25
+    learner.jumps.prompts, learner.jumps.link = prompts, link
+    assert learner.jumps.accuracy() == learner.jumps.accuracy() == 0.25
+    assert sent[0] == sent[1] == apart.complete(prompts, cfg.max_response, temperature=1.0, stream=3)
+    assert sent[0] != apart.complete(prompts, cfg.max_response, temperature=1.0), "not the draws of an evaluation"
+    assert isinstance(learner.jumps.engine, OwnEngine) and learner.jumps.tokens == 2 * sum(map(len, sent[0]))
+    assert all(layer.training == again for layer in learner.model.model.layers)
+
+
+def test_orders_that_come_while_an_answer_is_waited_for_are_heard_afterwards():
+    ours, theirs = multiprocessing.Pipe()
+    link, orders = Link(ours, torch.zeros(2)), [("checkpoint", "a"), ("export", "b"), ("share", 0.5), ("stop", None)]
+    threading.Thread(target=lambda: [(time.sleep(0.01), theirs.send(x)) for x in orders]).start()
+    assert link.answer("share") == 0.5
+    heard = []
+    while len(heard) < 3:
+        heard += link.orders(wait=True)
+    assert heard == [orders[0], orders[1], orders[3]], "in their order"
+
+
+def test_fifty_training_rows_are_graded_and_memory_is_counted(config):
+    cfg, job = prepare(config(effopd="accuracy"))
+    assert len(job.gate_prompts) == 50 and job.gate_prompts == job.prompts[:50] != job.eval_prompts[:50]
+    tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+    sums = [f";{eval(tokenizer.decode(prompt)[:-1])}" for prompt in job.gate_prompts]
+    sums[7] = ";5"
+    assert [right for right, in job.grade_gate([[tokenizer.encode(s)] for s in sums])[1]] == [i != 7 for i in range(50)]
+    shape = Shape(P=1000, V=32, L=1, H=HIDDEN, I=96, A=64, K=64)
+    needs = {name: {n.worker: n.parts for n in memory(config(**dict(effopd=name) if name else {}), shape, shape)}
+             for name in ("", "kl", "accuracy")}
+    assert "jumps" not in needs[""] and needs["kl"]["jumps"]["weights"] * 1e9 == 8000
+    assert needs["kl"]["jumps"]["cache"] * 5 == pytest.approx(needs["kl"]["shared"]["cache"]), "a batch, of 4 + 1"
+    assert needs["accuracy"]["learner"]["cache"] * 1e9 == 16 * (16 + 12) * 2 * 64 * 4 and "cache" not in needs["kl"]
+
+
+# -- the barrier -----------------------------------------------------------------------------------
+
+def test_a_response_is_weighed_by_its_emitted_tokens(learner):
+    made, segments = learner(micro_tokens=20)
+    model, link = load_model(made.cfg.student, "cpu", torch.float32), Link(None, torch.zeros(2))
+    found = made.jumps.weigh(segments, link)
+    assert set(found) == {s.slot for s in segments} and link.pulse[0] > 0
+    for s in segments:
+        with torch.no_grad():
+            logp = model(s.tokens[None].long()).logits[0].log_softmax(-1)
+        w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu[:, 0]).exp()
+        assert found[s.slot] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(s)).item(), rel=1e-4) and len(s) > 1
+    assert len({round(x, 3) for x in found.values()}) > 1 and all(0 < x < 1 for x in found.values())
+
+
+def test_a_dropped_response_frees_its_slot_at_whatever_stage():
+    ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, "cut")
+    a, b, *_ = ledger.hand_out()
+    ledger.generated(a.slot)
+    ledger.to_score()
+    ledger.scored(a.slot)
+    for t in (a, b):
+        ledger.dropped(t.slot)
+    assert list(ledger.free) == [a.slot, b.slot] and set(ledger.tickets) == {2, 3}
+    assert not ledger.at["scored"] and set(ledger.at["rollout"]) == {2, 3}
+
+
+# -- real runs -------------------------------------------------------------------------------------
+
+FORKED = """
+import multiprocessing, os, sys
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+sys.path.insert(0, {root!r})
+import torch, transformers
+torch.set_num_threads(1)
+import asyncopd, effopd, run
+multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+{patch}
+sys.exit(asyncopd.main(sys.argv[1:]))
+"""
+ALWAYS = "effopd.GATES['kl'] = lambda a, b: True"
+NEVER = "effopd.GATES['kl'] = effopd.GATES['accuracy'] = lambda a, b: False"
+
+
+def begun(flags, patch="", *more) -> subprocess.Popen:
+    """The command, its workers forked, so that they are patched too."""
+    given_flags = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    return subprocess.Popen([sys.executable, "-c", FORKED.format(root=str(ROOT), patch=patch), *given_flags, *more],
+                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def ran(flags, patch="", *more) -> list[dict]:
+    process = begun(flags, patch, *more)
+    try:
+        _, err = process.communicate(timeout=120)
+    finally:
+        process.kill()
+    assert process.returncode == 0, err
+    return lines(flags)
+
+
+def events(log, what):
+    return [line for line in log if line.get("what") == what]
+
+
+@pytest.mark.parametrize("rule, light", [("cut", 0.0), ("cut", 2.0), ("keep", 0.5), ("drop", 0.5)])
+def test_after_every_jump_the_pipeline_empties_and_all_tokens_are_accounted_for(flags, rule, light):
+    """Two tries are accepted whatever they are worth; `light` is the ESS below which a response is dropped."""
+    log = ran(flags | dict(steps=9, batch=4, max_ahead=4, max_lag=6, effopd="kl", effopd_max=2, overdue=rule,
+                           rollouts=2), f"{ALWAYS}; run.MIN_ESS = {light}")
+    jumps, barriers, last = events(log, "effopd"), events(log, "barrier"), log[-1]
+    assert [e["step"] for e in jumps] == [1, 2, 4, 8] and all(e["k"] == 2 and len(e["values"]) == 3 for e in jumps)
+    assert [e["step"] for e in barriers] == [1, 2, 4, 8]
+    assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
+    assert last["tokens_dropped"] == sum(e["dropped_tokens"] for e in barriers) or rule == "drop"
+    assert (light == 2.0) <= all(e["dropped"] >= e["weighed"] > 0 for e in barriers)
+    assert light > 0.0 or last["tokens_dropped"] == 0 < sum(e["cut_tokens"] for e in barriers)
+    assert rule != "drop" or sum(e["cut"] for e in barriers) == 0
+    assert max(s["lag_max"] for s in steps(flags)) <= 6
+    assert light < 2.0 or all(s["lag_max"] <= s["step"] - 1 - max(t for t in (0, 1, 2, 4, 8) if t < s["step"])
+                              for s in steps(flags)), "where all is dropped, nothing is older than the last jump"
+
+
+def test_a_gate_that_accepts_nothing_changes_nothing(flags, tmp_path):
+    """Its generation has random numbers of its own; the weights come back bit for bit."""
+    runs = [flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b", "c")]
+    logs = [ran(runs[0]), ran(runs[1] | dict(effopd="accuracy"), NEVER), ran(runs[2] | dict(effopd="kl"), NEVER)]
+    assert [e["k"] for log in logs[1:] for e in events(log, "effopd")] == [0] * 6 and not events(logs[1], "barrier")
+    assert all(e["values"] == [0.0, 0.0] and e["tokens"] > 100 for e in events(logs[1], "effopd")), "of random models"
+    a, b, c = (load_file(Path(run["out"]) / "student" / "model.safetensors") for run in runs)
+    assert same(a, b) and same(a, c)
+
+
+@pytest.mark.parametrize("victim", ["parent", "learner"])
+def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path, victim):
+    whole, halved = (flags | dict(steps=17, schedule="sync", save_every=3, effopd="kl", effopd_max=2, batch=4,
+                                  out=str(tmp_path / name)) for name in ("whole", "halved"))
+    ran(whole, ALWAYS)
+    process, limit = begun(halved, ALWAYS), time.monotonic() + 60
+    log = Path(halved["out"]) / "log.jsonl"
+    while time.monotonic() < limit and not (log.exists() and '"step": 5,' in log.read_text()):
+        time.sleep(0.01)
+    if victim == "parent":
+        process.kill()
+    else:
+        import os
+        os.kill(lines(halved)[0]["pids"]["learner"], signal.SIGKILL)
+    assert process.wait(60) != 0
+    process.stderr.close()
+    again = ran({"out": halved["out"]}, ALWAYS, "--resume")
+    assert events(again, "resumed")[0]["step"] in (3, 6, 9, 12, 15), "it was killed in its middle"
+    assert {e["step"] for e in events(again, "effopd")} >= {1, 2, 4, 8, 16}
+    a, b = (load_file(Path(run["out"]) / "student" / "model.safetensors") for run in (whole, halved))
+    assert same(a, b) and [s["loss"] for s in steps(whole)] == [s["loss"] for s in steps(halved)]
+
+
+@pytest.mark.parametrize("victim", ["rollout0", "teacher0"])
+def test_a_worker_that_dies_in_a_barrier_is_restarted_and_the_barrier_ends(flags, victim):
+    """The parent kills it as it asks for the cut, when the pipeline is full."""
+    patch = f"""
+{ALWAYS}
+import os, signal
+trained = run.Ledger.trained
+def deadly(ledger, jump=False):
+    jump and ledger.version == 3 and os.kill(next(h.process.pid for h in RUN[0].hands if h.name == {victim!r}), 9)
+    return trained(ledger, jump)
+run.Ledger.trained = deadly
+RUN, start = [], run.Run.start
+run.Run.start = lambda self, resume=None: (RUN.append(self), start(self, resume))[1]
+"""
+    log = ran(flags | dict(steps=9, batch=4, max_ahead=4, effopd="kl", effopd_max=1), patch)
+    assert [e["worker"] for e in events(log, "restarted")] == [victim]
+    assert [e["step"] for e in events(log, "barrier")] == [1, 2, 4, 8]
+    assert log[-1]["tokens_generated"] == sum(log[-1][f"tokens_{x}"] for x in
+                                              ("trained", "in_flight", "dropped", "lost"))
+
+
+def test_an_interrupt_in_a_barrier_saves_and_goes_on(flags):
+    """The signal comes when the learner is to weigh."""
+    patch = f"""
+{ALWAYS}
+import os, signal
+for name in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(name, run.EAR)
+to_weigh = run.Ledger.to_weigh
+def told(ledger):
+    old = to_weigh(ledger)
+    old is not None and ledger.version == 4 and os.kill(os.getpid(), signal.SIGINT)
+    return old
+run.Ledger.to_weigh = told
+"""
+    flags |= dict(steps=9, batch=4, max_ahead=4, effopd="kl", effopd_max=1)
+    process = begun(flags, patch)
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 130 and "step-4" in err, err
+    log = ran({"out": flags["out"]}, ALWAYS, "--resume")
+    assert [s["step"] for s in steps(flags)] == list(range(1, 10)) and 8 in {e["step"] for e in events(log, "barrier")}
+    assert log[-1]["tokens_generated"] == sum(log[-1][f"tokens_{x}"] for x in
+                                              ("trained", "in_flight", "dropped", "lost"))
