@@ -241,19 +241,18 @@ class Learner:
         def loss(at: slice, logp: Tensor, every: Tensor | None) -> dict[str, Tensor]:
             return self.measure(logp, every, {name: x[at] for name, x in slot.items()},
                                 {name: x[at] for name, x in known.items()})
-        share, how = self.ranks.size, dict(chunk=self.chunk, dtype=self.dtype)     # FSDP averages over the learners
-        if self.estimator.head:
-            gradient, measured = head_backward(self.head, rows.detach(), slot["ids"].long(), loss, count=count / share,
+        of_all, ids, how = 1 / self.ranks.size, slot["ids"].long(), dict(chunk=self.chunk, dtype=self.dtype)
+        if self.estimator.head:                               # FSDP averages over the learners: count is its part
+            gradient, measured = head_backward(self.head, rows.detach(), ids, loss, count=count * of_all,
                                                whole=self.teacher_head is not None, **how)
             roots = [(rows, gradient)]
         else:                                                 # not even a gradient of 0, by which AdamW would decay
-            logp = head_logp(self.head, rows, slot["ids"].long(), **how)
-            measured, roots = self.measure(logp, None, slot, known), []
-        measured["oprd"] = rows.new_zeros(len(rows), dtype=torch.float32)
+            measured, roots = self.measure(head_logp(self.head, rows, ids, **how), None, slot, known), []
+        measured["oprd"] = torch.zeros(len(rows))
         if self.side:
             distance = self.side.distance(states, self.cached(group, "states"))
             measured["oprd"] = distance.detach()
-            roots.append((self.cfg.oprd_weight * share / compared * distance.sum(), None))
+            roots.append((self.cfg.oprd_weight * distance.sum() / (compared * of_all), None))
         torch.autograd.backward(*zip(*roots))
         return measured
 

@@ -1,7 +1,9 @@
 """OPRD: which states are compared, what they cost, the gradient, the fit before the run, and runs with it."""
 import dataclasses
+import os
 import signal
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -20,7 +22,8 @@ from plan import Shape
 from shards import Ranks
 from teacher import HFTeacher, load_model
 from tests.conftest import ROOT, save_tiny
-from tests.runs import command, run, start_and_wait_for, steps
+from tests.runs import alive, command, run, start_and_wait_for, steps
+from workers import alone
 
 LAYERS, WIDTH, T = 3, 64, 12
 
@@ -444,3 +447,38 @@ def test_a_dry_run_counts_the_states(capsys):
                               "--oprd-weight=1", f"--oprd-rank={rank}"]) == 0
         line, = (x for x in capsys.readouterr().out.splitlines() if "OPRD" in x)
         assert line.split() == ["bytes", "per", "token", "of", "OPRD's", "states", said]
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_what_ends_the_command_ends_the_fit(flags, how):
+    """Before the run there is nothing to save, and nobody is left behind."""
+    flags |= dict(estimator="oprd", max_response=400)
+    process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    limit, children = time.monotonic() + 60, []
+    while not children and time.monotonic() < limit:             # until there is one that has begun
+        time.sleep(0.05)
+        children = [int(x) for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+                    if os.readlink(f"/proc/{x}/fd/2") == os.devnull]
+    assert alive(children)
+    process.send_signal(how)
+    err = process.communicate(timeout=20)[1]
+    assert process.returncode == (-how if how == signal.SIGKILL else 130)
+    assert how == signal.SIGKILL or err.strip().endswith("interrupted, nothing is saved")
+    while alive(children) and time.monotonic() < limit:
+        time.sleep(0.05)
+    assert not alive(children) and not Path(flags["out"]).exists()
+
+
+def test_a_fit_that_dies_is_a_failure_and_no_refusal():
+    with pytest.raises(RuntimeError, match="died with exit code 3"):
+        alone(dies, None, 3, "cpu")
+    with pytest.raises(RuntimeError, match="KeyError"):
+        alone(dies, None, "key", "cpu")
+    with pytest.raises(ValueError, match="^no$"):
+        alone(dies, None, "no", "cpu")
+
+
+def dies(cfg, how, device, dtype):
+    if how == 3:
+        os._exit(3)
+    raise {"key": KeyError("a"), "no": ValueError("no")}[how]

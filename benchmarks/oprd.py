@@ -1,0 +1,264 @@
+"""
+OPRD on the toy: accuracy by trained tokens, by rank and by lag, against two KL estimators, from three seeds each.
+
+    python benchmarks/oprd.py run                # every run that oprd.jsonl lacks; 20 minutes on two cores
+    python benchmarks/oprd.py run lag            # of one group: rank, lag, head, bridge
+    python benchmarks/oprd.py lr                 # the learning rates, seed 0 (LR below holds the best of each)
+    python benchmarks/oprd.py table              # the README's table, from oprd.jsonl alone
+    python benchmarks/oprd.py plot               # figures/oprd.png, from oprd.jsonl alone
+
+The student is the toy's (31%). The teacher is this student, trained on until it is good, so that both have one origin;
+in the group `bridge` it is the toy's own, of another origin, depth and width. Runs are the shipped command and its real
+processes, forked from this one, which has imported everything; `step-off` has an exact lag, whoever else is at work.
+A row: flags, commit, hardware, seed; accuracy and trained tokens by step, KL by step, events, seconds of the run (two
+at a time by default: not comparable). Last line of `run`: one JSON object, {label: {"accuracy", "min", "max", "lr"}}.
+"""
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import os
+import shutil
+import sys
+import traceback
+from pathlib import Path
+
+os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}       # before torch is imported
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+
+import asyncopd  # noqa: E402
+import record  # noqa: E402
+import tasks  # noqa: E402
+from estimators import ESTIMATORS  # noqa: E402
+from teacher import load_model  # noqa: E402
+
+ROWS = HERE / "oprd.jsonl"
+TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student's continuation: 100%
+WIDTH, LAYERS = 96, 2                                              # of the student and of this teacher
+COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval_every=20, max_prompt=8,
+              max_response=40, max_running=320)
+RATES = (4e-4, 8e-4, 1.6e-3)
+LR = {"reverse_mc": 4e-4, "reverse_dense": 4e-4, "oprd": 8e-4, "reverse_mc + oprd": 8e-4}
+
+MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="oprd")
+BOTH = MC | dict(oprd_weight=1)
+BRIDGE = BOTH | dict(oprd_bridge=True, oprd_rank=8)
+GROUPS = {
+    "rank": {"reverse_mc, N = 4": MC, "reverse_dense": DENSE, "oprd": OPRD,
+             **{f"oprd, rank {r}": OPRD | dict(oprd_rank=r) for r in (4, 8, 16, 32)}},
+    "lag": {f"{name}, lag {k}": how | dict(schedule="step-off", max_ahead=k) for k in (4, 16)
+            for name, how in (("reverse_mc", MC), ("reverse_dense", DENSE), ("oprd", OPRD))},
+    "head": {"oprd, own head": OPRD | dict(oprd_head=False), "reverse_mc, teacher's head": MC | dict(oprd_weight=1e-9),
+             "reverse_mc + oprd": BOTH, "reverse_mc + oprd, own head": BOTH | dict(oprd_head=False)},
+    "bridge": {"reverse_mc, other origin": MC, "reverse_mc + bridge, other origin": BRIDGE},
+}
+
+
+def objective(how: dict) -> str:
+    """Whose learning rate a run has."""
+    return how["estimator"] + (" + oprd" if how.get("oprd_weight", 0) > 1e-6 else "")
+
+
+def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
+    return [dict(group=group, label=label, seed=seed, how=dict(schedule="sync", lr=LR[objective(how)]) | how)
+            for group in groups for label, how in GROUPS[group].items() for seed in range(seeds)]
+
+
+def rates() -> list[dict]:
+    runs = {"reverse_mc": MC, "reverse_dense": DENSE, "oprd": OPRD, "reverse_mc + oprd": BOTH,
+            "reverse_mc, other origin": MC, "reverse_mc + bridge, other origin": BRIDGE}
+    return [dict(group="lr", label=f"{label}, {lr:g}", seed=0, how=dict(schedule="sync", lr=lr) | how)
+            for label, how in runs.items() for lr in RATES]
+
+
+# -- models and runs -------------------------------------------------------------------------------
+
+def models() -> dict[str, tuple[str, str]]:
+    """Student and teacher of one origin, made on first use and kept; and those of two."""
+    from tqdm import tqdm
+    student, other = tasks.toy_models(ROOT / "runs")
+    recipe = hashlib.sha256(json.dumps([Path(student).parent.name, TEACHER]).encode()).hexdigest()[:8]
+    folder = ROOT / "runs" / f"oprd-{recipe}"
+    if not (folder / "config.json").exists():
+        model, tokenizer = load_model(student, "cpu", torch.float32), tasks.toy_tokenizer()
+        print("making the teacher, half a minute", flush=True)
+        tasks.teach_toy("teacher", model, tokenizer, **TEACHER, batch=64, bar=tqdm(disable=True))
+        partial = folder.with_name(f".{folder.name}-{os.getpid()}")
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        partial.rename(folder)
+    return {"same": (student, str(folder)), "other": (student, other)}
+
+
+def launch(flags: dict, out: Path) -> int:
+    """The command in a forked process; its id."""
+    argv = [("--" if v else "--no-") + k.replace("_", "-") if isinstance(v, bool) else f"--{k.replace('_', '-')}={v}"
+            for k, v in flags.items()]
+    if pid := os.fork():
+        return pid
+    sink = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(sink, 1), os.dup2(sink, 2)
+    sys.argv[1:], code = argv, 1
+    try:
+        code = asyncopd.main([*argv, f"--out={out}", "--overwrite"])
+    finally:
+        sys.exc_info()[0] and traceback.print_exc()
+        os._exit(code)
+
+
+def read(cell: dict, out: Path, commit: str) -> dict:
+    log = [json.loads(line) for line in open(out / "log.jsonl")]
+    steps, trained = [x for x in log if x["type"] == "step"], [0]
+    for x in steps:
+        trained.append(trained[-1] + x["tokens"])
+    accuracy = {x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"}
+    found = load_file(out / "oprd.safetensors") if (out / "oprd.safetensors").exists() else {}
+    return cell | dict(
+        commit=commit, hardware=record.hardware(), versions=log[0]["versions"], steps=len(steps), accuracy=accuracy,
+        tokens={step: trained[step] for step in accuracy}, kl=[round(x["kl"], 4) for x in steps],
+        oprd=[round(x["oprd"], 5) for x in steps], lag=steps[-1]["lag_mean"], seconds=round(log[-1]["wall_s"], 1),
+        cosine=[round(x, 3) for x in found["cosine"].tolist()] if found else None,
+        events=[x for x in log if x["type"] == "event"])
+
+
+def run(wanted: list[dict], jobs: int, extra: dict, path: Path) -> None:
+    """Every cell that is not there yet, `jobs` at a time; a row is written as soon as a run has ended."""
+    there = {(r["group"], r["label"], r["seed"]) for r in rows(path)}
+    todo = [c for c in wanted if (c["group"], c["label"], c["seed"]) not in there]
+    pairs, running, commit = models(), {}, record.provenance({}, {})["commit"]
+    scratch = ROOT / "runs" / f"bench-oprd-{os.getpid()}"
+    scratch.mkdir(parents=True)
+    while todo or running:
+        while todo and len(running) < jobs:
+            cell = todo.pop(0)
+            student, teacher = pairs["other" if "other origin" in cell["label"] else "same"]
+            cell["how"] |= extra
+            out = scratch / str(len(todo))
+            flags = COMMON | cell["how"] | dict(student=student, teacher=teacher, seed=cell["seed"])
+            running[launch(flags, out)] = cell, out
+        pid, status = os.wait()
+        cell, out = running.pop(pid)
+        if os.waitstatus_to_exitcode(status):
+            sys.exit(f"{cell['label']}: {Path(f'{out}.txt').read_text()[-2000:]}")
+        row = read(cell, out, commit)
+        with open(path, "a") as f:
+            f.write(json.dumps(row) + "\n")
+        print(f"{row['label']}, seed {row['seed']}: " + " ".join(f"{a:.0%}" for a in row["accuracy"].values())
+              + f"  ({row['seconds']} s)", flush=True)
+    shutil.rmtree(scratch)
+
+
+def rows(path: Path = ROWS) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+# -- what they say ---------------------------------------------------------------------------------
+
+def cached(how: dict) -> int:
+    """Bytes per token in a slot, states in bfloat16."""
+    rank = how.get("oprd_rank") or WIDTH
+    return ESTIMATORS[how["estimator"]].bytes(4, 16, 2 * WIDTH) + 2 * LAYERS * rank * (
+        how["estimator"] == "oprd" or how.get("oprd_weight", 0) > 1e-6)
+
+
+def by_label(*groups: str, path: Path = ROWS) -> dict[str, list[dict]]:
+    found = rows(path)
+    return {label: part for group in groups for label in GROUPS[group]
+            if (part := [r for r in found if (r["group"], r["label"]) == (group, label)])}
+
+
+def at(part: list[dict], step: str) -> tuple[float, float, float]:
+    """Mean, least and greatest accuracy at a step."""
+    x = [r["accuracy"][step] for r in part]
+    return sum(x) / len(x), min(x), max(x)
+
+
+def table() -> str:
+    """Markdown: accuracy of so many seeds, mean, and at the end the range."""
+    found = by_label(*GROUPS)
+    shown = ["0", "20", "40", "100"]
+    out = ["| run | learning rate | bytes per token | lag | " + " | ".join(f"step {s}" for s in shown)
+           + " | min to max | seeds |", "|---|--:|--:|--:|" + "--:|" * (len(shown) + 2)]
+    for label, part in found.items():
+        how, (_, least, most) = part[0]["how"], at(part, shown[-1])
+        cells = [label, f"{how['lr']:g}", f"{cached(how)}", f"{part[0]['lag']:g}",
+                 *(f"{at(part, s)[0]:.1%}" for s in shown), f"{least:.1%} to {most:.1%}", str(len(part))]
+        out.append("| " + " | ".join(cells) + " |")
+    same = next(r for r in rows() if r["cosine"] and "oprd_bridge" not in r["how"])
+    tokens = [r["tokens"]["100"] / 1000 for part in found.values() for r in part]
+    return "\n".join(out) + (f"\n\n100 steps of 64 responses, {min(tokens):.0f}k to {max(tokens):.0f}k trained tokens. "
+                             "Cosines of the initial student's and the teacher's states: "
+                             + " and ".join(f"{c:.2f}" for c in same["cosine"]) + ".")
+
+
+def plot() -> None:
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    found = by_label("rank", "lag")
+    colors = {"reverse_mc": "#d9822b", "reverse_dense": "#57a55a", "oprd": "#3b78b8"}
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10, 3.8))
+    for label, part in found.items():
+        if "lag" in label:
+            continue
+        steps = list(part[0]["accuracy"])
+        x = [sum(r["tokens"][s] for r in part) / len(part) / 1000 for s in steps]
+        y = [at(part, s) for s in steps]
+        rank = int(label.split()[-1]) if "rank" in label else 0
+        color, style = colors[label.split(",")[0]], {4: ":", 8: "-.", 16: "--", 32: (0, (5, 1))}.get(rank, "-")
+        left.plot(x, [100 * m for m, _, _ in y], ls=style, color=color, label=label, lw=1.6 if not rank else 1.1)
+        if not rank:
+            left.fill_between(x, *([100 * v[i] for v in y] for i in (1, 2)), color=color, alpha=0.15, lw=0)
+    for name, color in colors.items():
+        first = "reverse_mc, N = 4" if name == "reverse_mc" else name
+        points = [(k, at(found[label], step)) for step in ("100",)
+                  for k, label in ((0, first), (4, f"{name}, lag 4"), (16, f"{name}, lag 16")) if label in found]
+        x, y = [k for k, _ in points], [[100 * v for v in p] for _, p in points]
+        spread = [[m - low for m, low, _ in y], [high - m for m, _, high in y]]
+        right.errorbar(x, [m for m, _, _ in y], yerr=spread, fmt="o-", color=color, label=name, capsize=3)
+    left.set(xlabel="trained tokens, thousands", ylabel="accuracy, %", title="lag 0; band: min to max of the seeds")
+    right.set(xlabel="lag, versions", ylabel="accuracy after 100 steps, %", title="by lag", xticks=[0, 4, 16])
+    for ax in (left, right):
+        ax.legend(fontsize=8, frameon=False, loc="lower right" if ax is left else "lower left")
+        ax.spines[["top", "right"]].set_visible(False)
+    fig.tight_layout()
+    fig.savefig(HERE / "figures" / "oprd.png", dpi=110)
+    print(HERE / "figures" / "oprd.png")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("what", choices=("run", "lr", "table", "plot"))
+    parser.add_argument("group", nargs="?", default="", choices=("", *GROUPS))
+    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--steps", type=int, default=COMMON["steps"], help="of a trial: together with --out")
+    parser.add_argument("--out", type=Path, default=ROWS, help="JSONL to append to")
+    args = parser.parse_args()
+    if args.what in ("run", "lr"):
+        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        transformers.logging.set_verbosity_error()
+        torch.set_num_threads(1)
+        extra = {} if args.steps == COMMON["steps"] else dict(steps=args.steps)
+        groups = (args.group,) if args.group else tuple(GROUPS)
+        run(rates() if args.what == "lr" else cells(groups, args.seeds), args.jobs, extra,
+            args.out)
+    if args.what == "run":
+        print(json.dumps({label: dict(zip(("accuracy", "min", "max"), at(part, list(part[0]["accuracy"])[-1])))
+                          | {"lr": part[0]["how"]["lr"]} for label, part in by_label(*GROUPS, path=args.out).items()}))
+    if args.what == "table":
+        print(table())
+    if args.what == "plot":
+        plot()
+
+
+if __name__ == "__main__":
+    main()
