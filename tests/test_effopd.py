@@ -318,6 +318,8 @@ def test_a_response_is_weighed_by_its_emitted_tokens(learner):
 def test_a_jump_ends_what_runs_under_every_rule(rule):
     ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, rule)
     a, b, c, d = ledger.hand_out()
+    for t in (a, b, c, d):
+        t.holder = "rollout0"
     for t in (a, b, c):
         ledger.generated(t.slot)
     ledger.to_score()
