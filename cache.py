@@ -152,7 +152,7 @@ class Ledger:
         self.slots, self.batch, self.lockstep = slots, batch, schedule != "async"
         self.ahead, self.max_lag, self.rule = max_ahead, max_lag, "keep" if self.lockstep else overdue
         self.version = self.handed_out = self.prompts = self.arrivals = 0
-        self.barrier: Literal["", "shut", "cut", "weigh"] = ""     # of a jump; in all three nothing new is handed out
+        self.barrier: Literal["", "cut", "weigh"] = ""             # after a jump: nothing new is handed out
         self.free = deque(range(len(slots)))
         self.tickets: dict[int, Ticket] = {}                       # by slot
         self.at: dict[str, dict[int, Ticket]] = {stage: {} for stage in STAGES}      # the same, by stage
@@ -299,10 +299,6 @@ class Ledger:
         for t in ready:
             self.move(t, "learner")
         return ready
-
-    def shut(self) -> None:
-        """The learner may jump in this step."""
-        self.barrier = "shut"
 
     def trained(self, jumped: bool = False) -> list[Ticket]:
         """The learner has published: one version more, its slots are free. In lockstep nothing else is in flight."""

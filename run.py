@@ -26,7 +26,7 @@ import record
 import report
 from account import Account
 from cache import Ledger, Slots, Ticket, Weights
-from effopd import MIN_ESS, triggers
+from effopd import MIN_ESS
 from estimators import ESTIMATORS
 from graders import Grading, summary
 from job import Job
@@ -179,8 +179,6 @@ class Run:
             hands[name].send(self.ledger.ending, (self.ledger.floor, slots))
         if batch := self.ledger.next_batch():
             orders |= {(h.name, "train"): [t.slot for t in batch] for h in self.role("learner")}
-            if self.cfg.effopd and triggers(self.ledger.version + 1):
-                self.ledger.shut()
         if (old := self.ledger.to_weigh()) is not None:
             self.tell("learner", "weigh", [t.slot for t in old])
         for (name, order), body in orders.items():

@@ -277,12 +277,11 @@ def test_the_learners_engine_draws_what_an_engine_of_its_own_weights_draws(folde
 def test_orders_that_come_while_an_answer_is_waited_for_are_heard_afterwards():
     ours, theirs = multiprocessing.Pipe()
     link, orders = Link(ours, torch.zeros(2)), [("checkpoint", "a"), ("export", "b"), ("share", 0.5), ("stop", None)]
-    threading.Thread(target=lambda: [(time.sleep(0.01), theirs.send(x)) for x in orders]).start()
+    sender = threading.Thread(target=lambda: [(time.sleep(0.01), theirs.send(x)) for x in orders])
+    sender.start()
     assert link.answer("share") == 0.5
-    heard = []
-    while len(heard) < 3:
-        heard += link.orders(wait=True)
-    assert heard == [orders[0], orders[1], orders[3]], "in their order"
+    sender.join()
+    assert list(link.orders(wait=False)) == [orders[0], orders[1], orders[3]], "in their order"
 
 
 def test_fifty_training_rows_are_graded_and_memory_is_counted(config):
@@ -313,6 +312,28 @@ def test_a_response_is_weighed_by_its_emitted_tokens(learner):
         w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu[:, 0]).exp()
         assert found[s.slot] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(s)).item(), rel=1e-4) and len(s) > 1
     assert len({round(x, 3) for x in found.values()}) > 1 and all(0 < x < 1 for x in found.values())
+
+
+@pytest.mark.parametrize("rule", ["cut", "wait", "drop", "keep"])
+def test_a_jump_ends_what_runs_under_every_rule(rule):
+    ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, rule)
+    a, b, c, d = ledger.hand_out()
+    for t in (a, b, c, d):
+        t.holder = "rollout0"
+    for t in (a, b, c):
+        ledger.generated(t.slot)
+    ledger.to_score()
+    ledger.scored(a.slot), ledger.scored(b.slot)
+    assert ledger.next_batch() == [a, b] and not ledger.to_stop()
+    ledger.trained(jumped=True)
+    assert ledger.ending == ("drop" if rule == "drop" else "cut") and ledger.floor == 0 and ledger.to_stop() == [d]
+    assert ledger.hand_out() == [] and ledger.to_weigh() is None
+    ledger.slots.born[d.slot] = 1                        # it had no token yet: it begins under the new weights
+    assert ledger.to_weigh() is None, "c is at the teacher"
+    ledger.scored(c.slot)
+    assert ledger.to_weigh() == [c] and ledger.to_weigh() is None and ledger.hand_out() == []
+    ledger.reopen()
+    assert len(ledger.hand_out()) == 2 and ledger.ending == (rule if rule in ("cut", "drop") else "")
 
 
 def test_a_dropped_response_frees_its_slot_at_whatever_stage():

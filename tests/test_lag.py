@@ -86,7 +86,7 @@ class Pipeline:
         self.lags, self.dropped, self.cuts, self.batches = [], 0, [], []
 
     def route(self):
-        handed_out = self.ledger.handed_out
+        handed_out, closed = self.ledger.handed_out, self.ledger.barrier or (self.learner and not self.ledger.lockstep)
         for t in self.ledger.hand_out():
             self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.ledger.version)
             worker = self.choose(len(self.workers))
@@ -99,8 +99,7 @@ class Pipeline:
             self.inbox[t.holder].append((self.ledger.ending, (self.ledger.floor, [t.slot])))
         if batch := self.ledger.next_batch():
             self.learner = batch
-            self.jumps and self.choose(2) and self.ledger.shut()
-        assert not self.ledger.barrier or batch or self.ledger.handed_out == handed_out, "handed out in a barrier"
+        assert not closed or self.ledger.handed_out == handed_out, "handed out in a barrier, or while it may come"
         if (old := self.ledger.to_weigh()) is not None:
             self.weigh(old)
         assert sorted([*self.ledger.free, *self.ledger.tickets]) == list(range(len(self.slots))), "a slot is lost"
@@ -155,7 +154,7 @@ class Pipeline:
             self.trained.setdefault(t.uid, []).extend(segment.tokens[segment.start:].tolist())
             self.lags += (self.ledger.version - segment.version).tolist()
         self.weights.version += 1                              # published, and only then
-        self.ledger.trained(bool(self.jumps and self.ledger.barrier and self.choose(2)))
+        self.ledger.trained(bool(self.jumps and self.choose(4) == 0))
         self.learner = []
 
     def run(self, steps, limit=200_000):
