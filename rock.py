@@ -92,12 +92,14 @@ class Bypass:
 def choose(n: Tensor, m: Tensor, mean: Tensor, early: Tensor, k: int) -> Tensor:
     """The rocks, bool [V], by a window's statistics; early is a type's mean of an earlier window, nan if it has none.
 
-    A rock has COUNT measurements or more, a mean above PERSISTENT times its early one and above the median of all
-    that have as many measurements; of these, the k with the largest R = mean n.
+    A rock has COUNT measurements or more, and a mean above PERSISTENT times its early one; its mean is above the
+    median of all that have as many measurements, its R = mean n above their mean R: a word that is rarely said, and
+    wrong when it is, has a high loss and no share of it. Of these, the k with the largest R.
     """
-    counted = m >= COUNT
-    passes = counted & (mean > PERSISTENT * early) & (mean > mean[counted].median())
-    order = torch.where(passes, mean * n, -torch.inf).argsort(descending=True, stable=True)[:k]
+    counted, share = m >= COUNT, mean * n
+    passes = counted & (mean > PERSISTENT * early)
+    passes &= (mean > mean[counted].median()) & (share > share[counted].mean())
+    order = torch.where(passes, share, -torch.inf).argsort(descending=True, stable=True)[:k]
     return torch.zeros_like(passes).index_fill_(0, order[passes[order]], True)
 
 

@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import statistics
 import sys
 import time
@@ -54,8 +55,8 @@ MADE = {"teacher": dict(layers=3, hidden=128, rows=40, steps=500, lr=3e-3, seed=
         "student": dict(layers=2, hidden=96, rows=32, steps=145, lr=2e-3, seed=2, smoothing=0.0)}
 WORLD = Path("runs") / f"rock-{hashlib.sha256(json.dumps([MADE, STYLE, PRIVATE]).encode()).hexdigest()[:8]}"
 FLAGS = dict(student=WORLD / "student", teacher=WORLD / "teacher", task=WORLD / "train.jsonl",
-             eval_task=WORLD / "eval.jsonl", gpus=0, engine="hf", batch=64, steps=200, lr=8e-4, lr_schedule="cosine",
-             warmup=20, max_ahead=1, max_prompt=8, max_response=40, max_running=320, eval_every=50, eval_n=300)
+             eval_task=WORLD / "eval.jsonl", gpus=0, engine="hf", batch=64, steps=200, lr=4e-4, lr_schedule="cosine",
+             warmup=20, max_ahead=1, max_prompt=8, max_response=40, max_running=320, eval_n=300)
 SEEDS = (0, 1, 2)
 KNOWN = dict(rock_set=",".join(STYLE))
 CASES = {"no rocks": {}, "found, K = 2": dict(rock="0,2"), "found, K = 6": dict(rock="0,6"),
@@ -156,8 +157,8 @@ def off_by_one() -> None:
 
 def start(case: str, seed: int, steps: int) -> tuple[int, dict]:
     """A run in a forked process, and its flags."""
-    out = Path("runs") / f"rock-{case.replace(' ', '-')}-{seed}"
-    flags = FLAGS | CASES[case] | dict(seed=seed, steps=steps, out=out)
+    out = Path("runs") / f"rock-{re.sub('[^a-zA-Z0-9]+', '-', case)}-{seed}"
+    flags = FLAGS | CASES[case] | dict(seed=seed, steps=steps, eval_every=steps // 4, out=out)
     if case == "matched":
         ids = tokenizer().convert_tokens_to_ids(matched(seed))
         flags["rock_set"] = ",".join(map(str, ids))
@@ -216,7 +217,7 @@ def timed(rounds: int) -> None:
         spent[0] += time.perf_counter() - began
         return out
     learner.head_backward = clocked
-    for size in (32, 16_384):
+    for size in {32, 16_384} - {r["words"] for r in rows("time")}:
         tasks.small_model(words, layers=2, hidden=96, seed=0, vocab=size).save_pretrained(folder)
         words.save_pretrained(folder)
         cfg = kills.asyncopd.Config(student=str(folder), teacher=str(folder), task="toy", mc_samples=4,
@@ -311,7 +312,7 @@ def final(case: str) -> list[dict]:
 
 
 def words_of(r: dict) -> list[str]:
-    return sorted(t["word"] for t in r["types"] if t["weight"] < 1)
+    return sorted(t["word"] or f"row {t['id']}" for t in r["types"] if t["weight"] < 1)
 
 
 def spread(values: list[float]) -> str:
