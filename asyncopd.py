@@ -307,8 +307,7 @@ def main(argv: list[str]) -> int:
             cfg, job = prepare(cfg)
             fitted = b""
             if cfg.oprd_weight and not resume:
-                with EAR.open():
-                    fitted = alone(oprd.fit, cfg, job.prompts, plan(cfg)["teacher0"])
+                fitted = alone(oprd.fit, cfg, job.prompts, plan(cfg)["teacher0"])
         except (ValueError, OSError) as e:
             print(f"asyncopd: {' '.join(str(e).split())}", file=sys.stderr)
             return 2

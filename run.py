@@ -58,15 +58,6 @@ class Ear:
             self.told = False
             raise KeyboardInterrupt
 
-    @contextlib.contextmanager
-    def open(self) -> Iterator[None]:
-        self.listening = True
-        try:
-            self.hear()
-            yield
-        finally:
-            self.listening = False
-
 
 EAR = Ear()
 
@@ -257,8 +248,12 @@ class Run:
     def reports(self) -> Iterator[tuple[Hand, str, dict]]:
         """(hand, kind, body) of all that has arrived, waiting up to a second. Notices who died and who stands still."""
         now, by_pipe = time.monotonic(), {h.pipe: h for h in self.hands if not h.stopped}
-        with EAR.open():
+        EAR.listening = True
+        try:
+            EAR.hear()
             ready = wait([*by_pipe, *self.gradings], timeout=1.0)
+        finally:
+            EAR.listening = False
         for pipe in ready:
             if pipe in self.gradings:
                 self.judged(self.gradings.pop(pipe))

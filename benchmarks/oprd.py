@@ -45,11 +45,10 @@ TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student
 WIDTH, LAYERS = 96, 2                                              # of the student and of this teacher
 COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval_every=20, max_prompt=8,
               max_response=40, max_running=320)
-RATES = (4e-4, 8e-4, 1.6e-3)
-LR = {"reverse_mc": 4e-4, "reverse_dense": 4e-4, "oprd": 8e-4, "reverse_mc + oprd": 8e-4}
+LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "oprd": 8e-4, "reverse_mc + oprd": 4e-4}
 
 MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="oprd")
-BOTH = MC | dict(oprd_weight=1)
+BOTH = MC | dict(oprd_weight=10)
 BRIDGE = BOTH | dict(oprd_bridge=True, oprd_rank=8)
 GROUPS = {
     "rank": {"reverse_mc, N = 4": MC, "reverse_dense": DENSE, "oprd": OPRD,
@@ -57,8 +56,8 @@ GROUPS = {
     "lag": {f"{name}, lag {k}": how | dict(schedule="step-off", max_ahead=k) for k in (4, 16)
             for name, how in (("reverse_mc", MC), ("reverse_dense", DENSE), ("oprd", OPRD))},
     "head": {"oprd, own head": OPRD | dict(oprd_head=False), "reverse_mc, teacher's head": MC | dict(oprd_weight=1e-9),
-             "reverse_mc + oprd": BOTH, "reverse_mc + oprd, own head": BOTH | dict(oprd_head=False)},
-    "bridge": {"reverse_mc, other origin": MC, "reverse_mc + bridge, other origin": BRIDGE},
+             "reverse_mc + 10 oprd": BOTH, "reverse_mc + 10 oprd, own head": BOTH | dict(oprd_head=False)},
+    "bridge": {"reverse_mc, other origin": MC, "reverse_mc + 10 bridge, other origin": BRIDGE},
 }
 
 
@@ -73,10 +72,12 @@ def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
 
 
 def rates() -> list[dict]:
-    runs = {"reverse_mc": MC, "reverse_dense": DENSE, "oprd": OPRD, "reverse_mc + oprd": BOTH,
-            "reverse_mc, other origin": MC, "reverse_mc + bridge, other origin": BRIDGE}
-    return [dict(group="lr", label=f"{label}, {lr:g}", seed=0, how=dict(schedule="sync", lr=lr) | how)
-            for label, how in runs.items() for lr in RATES]
+    low, high = (2e-4, 4e-4, 8e-4), (4e-4, 8e-4, 1.6e-3)
+    runs = {"reverse_mc": (MC, low), "reverse_dense": (DENSE, low), "oprd": (OPRD, high),
+            "oprd, rank 8": (OPRD | dict(oprd_rank=8), high), "reverse_mc + 10 oprd": (BOTH, high),
+            "reverse_mc, other origin": (MC, low), "reverse_mc + 10 bridge, other origin": (BRIDGE, low)}
+    return [dict(group="lr", label=f"{label}, {lr:g}", seed=0, how=dict(schedule="sync", lr=lr, steps=60) | how)
+            for label, (how, each) in runs.items() for lr in each]
 
 
 # -- models and runs -------------------------------------------------------------------------------

@@ -452,7 +452,7 @@ def test_a_dry_run_counts_the_states(capsys):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_the_command_ends_the_fit(flags, how):
     """Before the run there is nothing to save, and nobody is left behind."""
-    flags |= dict(estimator="oprd", max_response=400)
+    flags |= dict(estimator="oprd", max_response=400, max_running=1)             # minutes of it
     process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     limit, children = time.monotonic() + 60, []
     while not children and time.monotonic() < limit:             # until there is one that has begun
