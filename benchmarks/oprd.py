@@ -72,7 +72,7 @@ def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
 
 
 def rates() -> list[dict]:
-    low, high = (2e-4, 4e-4, 8e-4), (4e-4, 8e-4, 1.6e-3)
+    low, high = (1e-4, 2e-4, 4e-4, 8e-4), (4e-4, 8e-4, 1.6e-3)
     runs = {"reverse_mc": (MC, low), "reverse_dense": (DENSE, low), "oprd": (OPRD, high),
             "oprd, rank 8": (OPRD | dict(oprd_rank=8), high), "reverse_mc + 10 oprd": (BOTH, high),
             "reverse_mc, other origin": (MC, low), "reverse_mc + 10 bridge, other origin": (BRIDGE, low)}
