@@ -8,11 +8,12 @@ EffOPD against larger learning rates: updates, tokens, seconds until the toy stu
 
 Two pairs. Sharpening: the student is the toy's, right a third of the time, and the teacher is that student trained on.
 Acquisition: the student has been stopped before it could add, and the teacher is the toy's larger one. Every run is the
-shipped command, constant learning rate, synchronous (two are asynchronous, --max-ahead 4), its processes forked from
-this one; models and the toy's rows are the same in all seeds, prompts' order and draws are not. Base is the learning
-rate of x1. `no gate` takes every jump of 10 D, by a patch. Accuracy: greedy, 100 held-out rows, every EVERY steps: that
-is the resolution of "updates". Tokens: trained, and read or drawn by the gate. Seconds: of the log's wall_s, less the
-evaluations, for which a synchronous run waits; two runs side by side share two cores, all alike.
+shipped command, its processes forked from this one: constant learning rate, reverse KL over all words (no noise of
+drawn words, which is larger than the effect), synchronous (two are asynchronous, --max-ahead 4). Models and rows are
+the same in all seeds, the prompts' order and the draws are not. BASE is the learning rate of x1. `no gate` takes every
+jump, of 10 D, by a patch. Accuracy: greedy, 100 held-out rows, every EVERY steps: the resolution of "updates". Tokens:
+trained, and read or drawn by the gate. Seconds: of the log's wall_s, less the evaluations, for which a synchronous run
+waits; two runs side by side share two cores, all alike.
 A row: pair, variant, seed, flags, commit, hardware, evals [step, accuracy, tokens, seconds], events, and for plain x1
 `rescaled`: the update of the first 8 steps, its cosine with that of all steps, and the accuracy of the student moved by
 it as far as by shares of the norm of the latter.
@@ -48,11 +49,11 @@ import effopd  # noqa: E402
 import tasks  # noqa: E402
 from teacher import complete, load_model  # noqa: E402
 
-ROWS, STEPS, EVERY, BASE = HERE / "effopd.jsonl", 256, 8, 1e-4
-MODELS = {"sharpening": dict(steps=400, lr=1e-3, seed=3, smoothing=0.01),       # the teacher: the student trained on
+ROWS, STEPS, EVERY, BASE = HERE / "effopd.jsonl", 288, 8, 3e-5
+MODELS = {"sharpening": dict(steps=200, lr=5e-4, seed=3, smoothing=0.01),       # the teacher: the student trained on
           "acquisition": dict(layers=2, hidden=96, steps=90, lr=2e-3, seed=2, smoothing=0.0)}      # the student
-FLAGS = dict(task="toy", gpus=0, engine="hf", schedule="sync", batch=32, max_prompt=8, max_response=40, max_running=320,
-             lr_schedule="constant", warmup=0, eval_n=100, eval_every=EVERY, overwrite=True)
+FLAGS = dict(task="toy", gpus=0, engine="hf", estimator="reverse_dense", schedule="sync", batch=32, max_prompt=8,
+             max_response=40, max_running=320, lr_schedule="constant", warmup=0, eval_n=100, eval_every=EVERY)
 VARIANTS = {      # label: (multiple of BASE, flags, a gate that accepts everything)
     "plain, x1": (1, {}, False), "plain, x3": (3, {}, False), "plain, x10": (10, {}, False),
     "plain, x30": (30, {}, False), "kl, x1": (1, dict(effopd="kl"), False), "kl, x3": (3, dict(effopd="kl"), False),
@@ -115,7 +116,6 @@ def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tupl
     name = "".join(c if c.isalnum() else "-" for c in f"{pair} {variant} {seed}")
     flags = FLAGS | models()[pair] | dict(steps=steps, seed=seed, lr=times * BASE, out=str(root / name)) | more
     flags |= dict(save_every=8, keep=0) if variant == "plain, x1" else {}
-    flags.pop("overwrite")                               # `launch` asks for it
     effopd.GATES["kl"] = (lambda a, b: True) if ungated else operator.lt
     return kills.launch(flags, resume=False), flags
 
@@ -182,8 +182,8 @@ def spread(values: list[float], form: str = "{:.0f}") -> str:
 def table(path: Path = ROWS) -> str:
     parts = []
     for pair, variants in PAIRS.items():
-        out = [f"| {pair} | got to 80% | updates | tokens | seconds | updates to 95% | at the end | jumps k, by seed "
-               "| of them, tokens | seconds |", "|---|--:|--:|--:|--:|--:|--:|---|--:|--:|"]
+        out = [f"| {pair} | got to 80% | updates | tokens | seconds | updates to 95% | at the end | KL there "
+               "| jumps k, by seed | of them, tokens | seconds |", "|---|--:|--:|--:|--:|--:|--:|--:|---|--:|--:|"]
         for variant in variants:
             mine = [r for r in rows(path) if (r["pair"], r["variant"]) == (pair, variant)]
             if not mine:
@@ -196,10 +196,11 @@ def table(path: Path = ROWS) -> str:
                 spread([e[2] / 1000 for e in first], "{:.0f}k"), spread([e[3] for e in first]),
                 spread([e[0] for e in second]) + (f", {len(second)} of {len(mine)}" if 0 < len(second) < len(mine) else
                                                   ""),
-                spread([100 * r["evals"][-1][1] for r in mine], "{:.0f}%"), jumps,
+                spread([100 * r["evals"][-1][1] for r in mine], "{:.0f}%"),
+                spread([r["done"]["kl_after"] for r in mine], "{:.3f}"), jumps,
                 spread([sum(e["tokens"] for e in t) / 1000 for t in tries], "{:.0f}k") if jumps else "",
                 spread([sum(e["seconds"] for e in t) for t in tries], "{:.1f}") if jumps else ""]) + " |")
-        parts.append("\n".join(out))
+        parts += ["\n".join(out)] if len(out) > 2 else []
     moved = [f"| {pair} | {spread([r['rescaled'][k] for r in mine], '{:.2f}')}" + "".join(
         f" | {spread([100 * r['rescaled'][f'accuracy at {s} of the norm'] for r in mine], '{:.0f}%')}"
         for s in (0.25, 0.5, 1.0)) + f" | {spread([100 * r['evals'][-1][1] for r in mine], '{:.0f}%')} |"
@@ -241,7 +242,7 @@ def mean(values) -> float | None:
     return round(statistics.mean(values), 3) if values else None
 
 
-def plot() -> None:
+def plot(path: Path) -> None:
     from plot import plt, save
     fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
     styles = {"plain, x1": ("#9e9e9e", "-"), "plain, x3": ("#9e9e9e", "--"), "plain, x10": ("#3b78b8", "-"),
@@ -249,7 +250,7 @@ def plot() -> None:
               "accuracy, x1": ("#57a55a", "-"), "no gate, x1": ("#b03030", ":")}
     for ax, pair in zip(axes, PAIRS):
         for variant, (color, line) in styles.items():
-            mine = [r["evals"] for r in rows() if (r["pair"], r["variant"]) == (pair, variant)]
+            mine = [r["evals"] for r in rows(path) if (r["pair"], r["variant"]) == (pair, variant)]
             if mine:
                 ax.plot([e[0] for e in mine[0]], [100 * statistics.mean(r[i][1] for r in mine)
                                                   for i in range(len(mine[0]))], line, color=color, label=variant)
@@ -272,7 +273,7 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.out)
     if args.what == "plot":
-        return plot()
+        return plot(path)
     if args.what == "run":
         multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
         transformers.logging.set_verbosity_error()
