@@ -3,7 +3,7 @@ OPRD on the toy: accuracy by trained tokens, by rank and by lag, against two KL 
 
     python benchmarks/oprd.py run                # every run that oprd.jsonl lacks; 20 minutes on two cores
     python benchmarks/oprd.py run lag            # of one group: rank, lag, head, bridge
-    python benchmarks/oprd.py lr                 # the learning rates, seed 0 (LR below holds the best of each)
+    python benchmarks/oprd.py lr                 # the learning rates, seed 0, 60 steps (LR below: the best of each)
     python benchmarks/oprd.py table              # the README's table, from oprd.jsonl alone
     python benchmarks/oprd.py plot               # figures/oprd.png, from oprd.jsonl alone
 
@@ -45,7 +45,8 @@ TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student
 WIDTH, LAYERS = 96, 2                                              # of the student and of this teacher
 COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval_every=20, max_prompt=8,
               max_response=40, max_running=320)
-LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "oprd": 8e-4, "reverse_mc + oprd": 4e-4}
+LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "oprd": 8e-4, "oprd, projected": 1.6e-3, "reverse_mc + oprd": 4e-4,
+      "reverse_mc + bridge": 2e-4}
 
 MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="oprd")
 BOTH = MC | dict(oprd_weight=10)
@@ -63,7 +64,10 @@ GROUPS = {
 
 def objective(how: dict) -> str:
     """Whose learning rate a run has."""
-    return how["estimator"] + (" + oprd" if how.get("oprd_weight", 0) > 1e-6 else "")
+    if how["estimator"] == "oprd":
+        return "oprd, projected" if "oprd_rank" in how else "oprd"
+    return how["estimator"] + (" + bridge" if "oprd_bridge" in how else " + oprd" if how.get("oprd_weight", 0) > 1e-6
+                               else "")
 
 
 def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
