@@ -45,8 +45,7 @@ TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student
 WIDTH, LAYERS = 96, 2                                              # of the student and of this teacher
 COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval_every=20, max_prompt=8,
               max_response=40, max_running=320)
-LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "oprd": 8e-4, "oprd, projected": 1.6e-3, "reverse_mc + oprd": 4e-4,
-      "reverse_mc + bridge": 2e-4}
+LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "oprd": 8e-4, "reverse_mc + oprd": 4e-4, "reverse_mc + bridge": 2e-4}
 
 MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="oprd")
 BOTH = MC | dict(oprd_weight=10)
@@ -64,8 +63,6 @@ GROUPS = {
 
 def objective(how: dict) -> str:
     """Whose learning rate a run has."""
-    if how["estimator"] == "oprd":
-        return "oprd, projected" if "oprd_rank" in how else "oprd"
     return how["estimator"] + (" + bridge" if "oprd_bridge" in how else " + oprd" if how.get("oprd_weight", 0) > 1e-6
                                else "")
 
