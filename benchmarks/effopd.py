@@ -26,6 +26,7 @@ import argparse
 import json
 import operator
 import os
+import shutil
 import statistics
 import sys
 import tempfile
@@ -157,6 +158,7 @@ def fill(path: Path, wanted: list[tuple[str, str, int]], steps: int, jobs: int) 
         made = row(pair, variant, flags)
         with open(path, "a", encoding="utf-8") as f:
             f.write(json.dumps(made) + "\n")
+        shutil.rmtree(flags["out"])
         print(f"{pair}, {variant}, seed {made['seed']}: {[f'{a:.0%}' for _, a, _, _ in made['evals']][::4]}, "
               f"{made['done']['wall_s']:.0f} s", flush=True)
 
