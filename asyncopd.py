@@ -164,7 +164,7 @@ class Config:
         args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
         args.pop("config")
         cfg = settle(cls(**args))
-        for name in FIXED if before else ():
+        for name in (*FIXED, *(["teacher"] if cfg.oprd_weight else [])) if before else ():
             getattr(cfg, name) == before[name] or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --resume "
                                                          f"cannot change the {before[name]} of the run in {cfg.out}")
         return cfg
@@ -220,7 +220,8 @@ def recorded(out: str) -> dict:
     try:
         lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
         starts = [lines[0], *(line for line in lines[1:] if line.startswith('{"type": "run"'))]
-        return json.loads(starts[-1])["config"]          # of the last start: it may have been given other flags
+        of_last = json.loads(starts[-1])["config"]       # it may have been given other flags
+        return {f.name: of_last.get(f.name, f.default) for f in fields(Config)}
     except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
         refuse(f"--resume: {out}/log.jsonl does not begin as a run's log does ({type(e).__name__}: {e})")
 
@@ -244,6 +245,9 @@ def settle(cfg: Config) -> Config:
     if cfg.rock or cfg.rock_set:
         cfg.rock or refuse(f"--rock-set {cfg.rock_set}: by what weight? (--rock LAMBDA,K)")
         rock.parse(cfg.rock)
+        ESTIMATORS[cfg.estimator or DEFAULT[cfg.kl]].head or refuse(
+            f"--rock {cfg.rock}: --estimator {cfg.estimator} has no loss at a token to weigh (--kl reverse "
+            f"--oprd-weight 1 has)")
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
@@ -350,6 +354,7 @@ def check_out(cfg: Config) -> Path | None:
         for fault in faults:
             print(f"asyncopd: {fault}: going on from {folder.name}", file=sys.stderr)
         int(folder.name[5:]) <= cfg.steps or refuse(f"--steps {cfg.steps}: the run in {out} is at {folder.name}")
+        cfg.oprd_rank == 0 or (out / oprd.FILE).exists() or refuse(f"--resume: {out / oprd.FILE} is gone")
         return folder
     if out.exists() and any(out.iterdir()):
         cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")

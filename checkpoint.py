@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,7 +126,7 @@ def read(folder: Path) -> State:
 
 # -- the learner's part ----------------------------------------------------------------------------
 
-def write_training(folder: Path, model, optimizer, updates: int, masters: bool, extra: dict[str, Tensor],
+def write_training(folder: Path, model, optimizer, updates: int, masters: bool, extra: Iterable[tuple[str, Tensor]],
                    collect: Callable[..., dict[str, Tensor]] = dict, rank: int = 0) -> None:
     """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not.
 
@@ -138,7 +138,7 @@ def write_training(folder: Path, model, optimizer, updates: int, masters: bool, 
             yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
             if masters:
                 yield f"{name}/master", p.detach()
-        yield from ((f"/{name}", x) for name, x in extra.items())
+        yield from ((f"/{name}", x) for name, x in extra)
     kept = collect(tensors())
     if rank == 0:
         kept["/updates"] = torch.tensor(updates)

@@ -12,14 +12,14 @@ weights of attention and MLP move; embeddings, head and the norms between do not
 The measure is the forward KL, whatever is trained: mean of (q / mu)(logq - logp), whose weights no candidate can move.
 The reverse, mean of w (logp - logq), likes best a student that never says any of the set's words again: all w are 0.
 
-A jump makes old what is in flight: it is cut (cache.Ledger), scored and weighed, and dropped below MIN_ESS.
+A jump makes old what is in flight: it is cut (--overdue drop: dropped), scored, weighed, and dropped below MIN_ESS.
 What is left out: LoRA; --schedule step-off; a set that is renewed. Tests: tests/test_effopd.py
 """
 from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
@@ -66,6 +66,10 @@ def moving(model) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) in inside}
 
 
+class Hurried(Exception):
+    """The run is told to end while answers are drawn."""
+
+
 # -- jumps -----------------------------------------------------------------------------------------
 
 class Jumps:
@@ -94,9 +98,13 @@ class Jumps:
         def value(k: int) -> float:
             self.move(now, k)
             told = link is not None and self.learner.ranks.any(link.hurried)      # then the best so far has to do
-            return torch.nan if told else getattr(self, self.cfg.effopd)()
+            try:
+                return torch.nan if told else getattr(self, self.cfg.effopd)()
+            except Hurried:
+                return torch.nan
         k, values = climb(value, self.cfg.effopd_max, GATES[self.cfg.effopd])
         self.move(now, k)
+        now, self.ref = {}, {}                           # and only then copies of the new ones
         self.ref = self.copies()
         return [{"what": "effopd", "k": k, "gate": self.cfg.effopd, "tokens": sum(self.learner.ranks.all(self.tokens)),
                  "values": [v if abs(v) < torch.inf else None for v in values], "seconds": time.monotonic() - start}]
@@ -110,9 +118,11 @@ class Jumps:
             w = now[name].to(p.device)
             shard_of(p.detach()).copy_(w + 2 * k * (w - self.ref[name].to(p.device)) if k else w)
 
-    def state(self) -> dict[str, Tensor]:
-        ref = {f"effopd/{name}": self.learner.ranks.joined(self.ref[name], p) for name, p in self.moving.items()}
-        return ref | (packed(self.set) if self.set else {})
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """For the checkpoint, one after the other: of several learners' shards no more than one is on the GPU."""
+        for name, p in self.moving.items():
+            yield f"effopd/{name}", self.learner.ranks.joined(self.ref[name], p)
+        yield from packed(self.set).items() if self.set else ()
 
     def kl(self) -> float:
         """Forward KL per token of the set, nats."""
@@ -142,14 +152,21 @@ class Jumps:
     def accuracy(self) -> float:
         """The share of right answers: drawn here, graded by the parent, who knows texts and answers."""
         again = [layer.eval() for layer in layers(self.learner.model) if layer.training]
-        with self.learner.compute():                     # layers that are computed again would keep no cache
-            answers = self.engine.complete(self.prompts, self.cfg.max_response, temperature=1.0,
-                                           each_step=lambda: self.beat(0), stream=VALIDATION)
-        for layer in again:
-            layer.training = True
+        try:
+            with self.learner.compute():                 # layers that are computed again would keep no cache
+                answers = self.engine.complete(self.prompts, self.cfg.max_response, temperature=1.0,
+                                               each_step=self.token, stream=VALIDATION)
+        finally:
+            for layer in again:
+                layer.training = True
         self.beat(sum(map(len, answers)))
         self.link.send("answers", answers=answers)
         return self.link.answer("share")
+
+    def token(self) -> None:
+        self.beat(0)
+        if self.link and self.link.hurried:
+            raise Hurried
 
     def beat(self, tokens: int) -> None:
         self.tokens += tokens
@@ -157,7 +174,7 @@ class Jumps:
 
     @torch.no_grad()
     def weigh(self, segments: list[Segment], link: Link) -> dict[int, float]:
-        """By slot, the ESS of the emitted tokens' w after a jump: (sum w)^2 / sum w^2 / n, 1 = as if drawn now."""
+        """By slot, the ESS of the emitted tokens' w after a jump, (sum w)^2 / sum w^2 / n: 1 where all w are alike."""
         learner, ess = self.learner, {}
         for group in learner.ranks.groups(segments, self.cfg.micro_tokens):
             ids, logmu = (learner.cached(group, name)[:, :1] for name in ("ids", "logmu"))

@@ -96,6 +96,10 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     free = plan.free_gb()
     shapes = [plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)]
     oprd.check(cfg, *shapes)
+    notes += oprd.note(cfg, ESTIMATORS[cfg.estimator])
+    own = cfg.oprd_weight or cfg.effopd == "accuracy"    # these generate in transformers, whatever --engine is
+    if own and getattr(AutoConfig.from_pretrained(cfg.student).get_text_config(), "sliding_window", None):
+        refuse(f"--student {cfg.student}: has a sliding window, which OPRD and --effopd accuracy would ignore")
     needs = plan.memory(cfg, *shapes, free.get("gpu", 0.0))
     plan.check(needs, free)
     with torch.device("meta"):
@@ -137,7 +141,8 @@ def check_disk(cfg: Config, parameters: int) -> None:
     """Refuse a disk that cannot hold the student and, where they are asked for, its checkpoints and one more."""
     half, kept = cfg.gpus > 0, min(cfg.keep or cfg.steps, cfg.steps // cfg.save_every) + 1 if cfg.save_every else 0
     student = parameters * (2 if half else 4)
-    need = student + kept * (student + parameters * (12 if half else 8))       # AdamW's moments, float32 masters
+    more = (12 if half else 8) + (4 if cfg.effopd else 0)      # AdamW's moments, float32 masters; those before a jump
+    need = student + kept * (student + parameters * more)
     there = next(p for p in (Path(cfg.out), *Path(cfg.out).absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     need < free or refuse(f"--out {cfg.out}: {need / 1e9:,.1f} GB for the student and {kept} checkpoints (--keep), "

@@ -17,6 +17,7 @@ import math
 import os
 import shutil
 import time
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -328,7 +329,7 @@ class Learner:
             self.write(folder)
         except UNWRITABLE as e:                          # the other ranks do not know, and gather what comes next
             fault = e
-        extra = (self.rocks.state() if self.rocks else {}) | (self.jumps.state() if self.jumps else {})
+        extra = chain(*(part.state() for part in (self.rocks, self.jumps) if part))
         write_training(folder, self.model, self.optimizer, self.updates, extra=extra, collect=self.ranks.collect,
                        masters=self.dtype != torch.float32 or self.cfg.lora_rank > 0, rank=self.ranks.rank)
         if fault:

@@ -143,14 +143,14 @@ def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) 
     for group in by_length(segments, cfg.micro_tokens):
         ours, theirs = states(engine.model, group), states(teacher, group)
         for x, (i, j) in zip(sums, layers):
-            x.add(ours[i], theirs[j], cfg.oprd_bridge)
+            x.add(ours[i], theirs[j], cfg.oprd_rank, cfg.oprd_bridge)
     for x, (i, j) in zip(sums, layers):
         (cosine := x.cosine / x.n) >= ALIKE or cfg.oprd_bridge or refuse(
             f"--teacher {cfg.teacher}: of another origin than the student: at its layer {i} and the teacher's {j} the "
             f"mean cosine of their states is {cosine:.2f}, below {ALIKE} (--oprd-bridge)")
         for name, value in x.solve(cfg.oprd_rank, cfg.oprd_bridge).items():
-            found[name].append(value)
-    return save({name: torch.stack(values).float().cpu().contiguous() for name, values in found.items()})
+            found[name].append(value.float().cpu())      # layers may lie on several GPUs
+    return save({name: torch.stack(values).contiguous() for name, values in found.items()})
 
 
 class Sums:
@@ -159,22 +159,26 @@ class Sums:
     def __init__(self):
         self.n = self.cosine = self.total = self.products = 0
 
-    def add(self, ours: Tensor, theirs: Tensor, bridge: bool) -> None:
+    def add(self, ours: Tensor, theirs: Tensor, rank: int, bridge: bool) -> None:
         ours, theirs = ours.double(), theirs.to(ours.device).double()
         x = torch.cat([ours, theirs], 1) if bridge else theirs
         self.n, self.width = self.n + len(x), theirs.shape[1]
-        self.total, self.products = self.total + x.sum(0), self.products + x.T @ x
         self.cosine = self.cosine + (torch.nan if bridge else cosine_similarity(ours, theirs).sum())
+        if rank:
+            self.total, self.products = self.total + x.sum(0), self.products + x.T @ x
 
     def solve(self, rank: int, bridge: bool) -> dict[str, Tensor]:
-        """What is in FILE, of this pair: means [d] and bases [d, rank] of both sides."""
+        """What is in FILE, of this pair: means [d] and bases [d, rank] of both sides, if they are projected."""
+        cosine = {"cosine": torch.as_tensor(self.cosine / self.n)}
+        if rank == 0:
+            return cosine
         d, mean = self.width, self.total / self.n
         covariance = self.products / self.n - torch.outer(mean, mean)
         ours = basis = torch.linalg.eigh(covariance[-d:, -d:]).eigenvectors.flip(1)[:, :rank]
         if bridge:                           # least squares, with intercept, onto what the teacher shows
             ours = torch.linalg.pinv(covariance[:-d, :-d], hermitian=True) @ covariance[:-d, -d:] @ basis
-        return {"cosine": torch.as_tensor(self.cosine / self.n), "teacher.mean": mean[-d:], "teacher.basis": basis,
-                "student.mean": mean[:len(ours)], "student.basis": ours}
+        return cosine | {"teacher.mean": mean[-d:], "teacher.basis": basis,
+                         "student.mean": mean[:len(ours)], "student.basis": ours}
 
 
 def states(model, group: list[Segment]) -> list[Tensor]:
@@ -186,9 +190,15 @@ def states(model, group: list[Segment]) -> list[Tensor]:
 
 
 def gives_head(cfg: Config) -> bool:
-    """Does the student begin with the teacher's LM head? With a tied one it would get the embedding as well."""
+    """Does the student begin with the teacher's LM head? Not with a tied one: the embedding would come along."""
     a, b = ((c.vocab_size, c.hidden_size, c.tie_word_embeddings) for c in map(text_config, (cfg.student, cfg.teacher)))
-    return cfg.oprd_head and cfg.lora_rank == 0 and a == b
+    return cfg.oprd_head and cfg.lora_rank == 0 and a == b and not a[2]
+
+
+def note(cfg: Config, row: Estimator) -> list[str]:
+    """What a person should know before the run."""
+    return [] if row.head or gives_head(cfg) else [
+        "the student keeps its LM head, which OPRD alone does not train (--kl reverse --oprd-weight 10 does)"]
 
 
 def text_config(folder: str):

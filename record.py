@@ -82,7 +82,7 @@ def cut_log(path: Path, step: int) -> list[dict]:
     for text in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):            # the last line of a killed run may be half written
             lines.append(json.loads(text))
-    lines = [x for x in lines if x["type"] != "done" and not (x["type"] in ("step", "eval") and x["step"] > step)]
+    lines = [x for x in lines if x["type"] != "done" and x.get("step", 0) <= step]
     partial = path.with_name(".log.jsonl")
     partial.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     partial.rename(path)

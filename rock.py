@@ -15,6 +15,7 @@ Use: loss = sum of w_t l_t / number of all positions, w_t = LAMBDA at the rocks.
 sum of w_t, the others' gradients would grow by what the rocks are denied. LAMBDA = 0 bypasses: such a position is
 neither stored nor put through an LM head, but for an audited 5%, which are measured at weight 0: a rock that is none
 any more, or whose audit is too small to judge by, leaves the set, and is measured whole again.
+OPRD's distance beside a divergence is not weighed.
 What is left out: statistics by context; more slots for the room that bypassed rows leave. Tests: tests/test_rock.py
 """
 from __future__ import annotations
@@ -129,9 +130,10 @@ class Rocks:
                 setattr(self, name, kept[f"rock/{name}"])
             self.versions = kept["rock/versions"].tolist()
 
-    def state(self) -> dict[str, Tensor]:
+    def state(self) -> list[tuple[str, Tensor]]:
         """For the checkpoint."""
-        return {f"rock/{name}": getattr(self, name) for name in STATE} | {"rock/versions": torch.tensor(self.versions)}
+        sums = [(f"rock/{name}", getattr(self, name)) for name in STATE]
+        return [*sums, ("rock/versions", torch.tensor(self.versions))]
 
     def weight(self, y: Tensor) -> Tensor:
         """Of positions that predict the tokens y [m]."""

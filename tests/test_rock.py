@@ -286,7 +286,7 @@ def test_a_bypassed_type_is_judged_by_its_audit_and_leaves_when_that_says_so(fol
         r.see(*batch(style + rest, [2.0] * 400 + [1.0] * 40), 0)
         assert r.see(*batch(style + rest, [1.8] * 400 + [0.2] * 40), 1)[0]["ids"] == [5]
         assert r.entered[5] == pytest.approx(1.8)
-        r = rocks(cfg, r.state())                        # as it goes on after a resumption
+        r = rocks(cfg, dict(r.state()))                        # as it goes on after a resumption
         kl = [mean] * 400 + [0.2] * 40
         event, = r.see(*batch(style + rest, kl, everything[:audits] + everything[400:]), 2)
         assert event["ids"] == [5] * stays
@@ -318,7 +318,7 @@ def one_of_two(rank, cfg, segments, folder):
     ranks = Ranks(rank, 2, f"{folder}/meeting")
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
     found = [learner.step(segments, version) for version in range(3)]
-    torch.save((found, learner.rocks.state()), f"{folder}/{rank}.pt")
+    torch.save((found, dict(learner.rocks.state())), f"{folder}/{rank}.pt")
     ranks.leave()
 
 
