@@ -28,7 +28,7 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--rock=nan,2", "--rock nan,2"), ("--rock=0,0", "--rock 0,0"), ("--rock=0,2,0", "--rock 0,2,0"),
     ("--rock=0,2,20,1", "--rock 0,2,20,1"), ("--rock=all", "--rock all"), ("--rock-set=+", "--rock-set +"),
     ("--rock=0,2 --rock-set=+,teen", "'teen'"), ("--rock=0,2 --rock-set=99", "'99'"),
-    ("--rock=0,2 --rock-set=+,", "''"),
+    ("--rock=0,2 --rock-set=+,", "''"), ("--rock=0,2 --estimator=oprd", "--estimator oprd has no loss at a token"),
     # OPRD
     ("--oprd-weight=-1", "--oprd-weight -1"), ("--estimator=oprd --oprd-rank=-2", "--oprd-rank -2"),
     ("--estimator=oprd --oprd-tokens=0", "--oprd-tokens 0"), ("--oprd-rank=4", "--oprd-rank 4: without OPRD"),

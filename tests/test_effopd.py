@@ -140,6 +140,20 @@ def test_a_learner_told_to_hurry_keeps_the_best_so_far(learner, monkeypatch):
     assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(made.jumps.copies(), seen[1])
 
 
+def test_answers_are_not_drawn_to_the_end_when_the_run_is_told_to(learner, monkeypatch):
+    made, segments = learner()
+    link, seen = Link(None, torch.zeros(2)), []
+
+    def value():                                         # as the gate `accuracy`, which asks after every token
+        seen.append(made.jumps.copies())
+        link.pulse[1] = len(seen) == 3
+        made.jumps.token()
+        return 1.0 / len(seen)
+    monkeypatch.setattr(made.jumps, "kl", value)
+    event, = made.step(segments, 0, link)["events"]
+    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(made.jumps.copies(), seen[1])
+
+
 # -- the gate `kl` ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("estimator", ["reverse_mc", "forward_topk", "reverse_dense"])

@@ -1,6 +1,8 @@
 """OPRD: which states are compared, what they cost, the gradient, the fit before the run, and runs with it."""
 import dataclasses
+import json
 import os
+import shutil
 import signal
 import subprocess
 import time
@@ -14,8 +16,10 @@ import asyncopd
 import oprd
 import plan
 import teacher
-from asyncopd import Config
+from asyncopd import Config, check_out
 from cache import Segment, Slots
+from estimators import ESTIMATORS
+from job import prepare
 from learner import Learner, summarize
 from oprd import Side, Sums, compared, pairs
 from plan import Shape
@@ -381,7 +385,21 @@ def test_the_student_begins_with_the_teachers_head_and_goes_on_with_its_own(conf
 def test_whether_a_head_is_given(config, teacher, flags, given):
     if "lora_rank" in flags:
         pytest.importorskip("peft")
-    assert oprd.gives_head(config(teacher, **flags)) == given
+    cfg = config(teacher, **flags)
+    assert oprd.gives_head(cfg) == given
+    assert len(oprd.note(cfg, ESTIMATORS["oprd"])) == (not given) and oprd.note(cfg, ESTIMATORS["reverse_mc"]) == []
+
+
+def test_a_tied_head_is_not_given_since_the_embedding_would_come_along(config, folders):
+    assert not oprd.gives_head(config("tied", student=folders / "tied"))
+
+
+def test_a_sliding_window_is_refused_before_the_run(config, folders, tmp_path):
+    shutil.copytree(folders / "student", tmp_path / "slides")
+    file = tmp_path / "slides" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | dict(use_sliding_window=True, sliding_window=8)))
+    with pytest.raises(ValueError, match="slides: has a sliding window"):
+        prepare(config(student=tmp_path / "slides"))
 
 
 # -- runs ------------------------------------------------------------------------------------------
@@ -422,6 +440,11 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
     assert [s["step"] for s in log] == list(range(1, 41)) and max(s["lag_max"] for s in log) > 1
     distance = [s["oprd"] for s in log]
     assert sum(distance[-5:]) < 0.8 * sum(distance[:5]), distance
+    with pytest.raises(ValueError, match="--resume cannot change"):          # its states are projected as the old one's
+        Config.from_cli(["--resume", f"--out={flags['out']}", f"--teacher={folders / 'deep'}"])
+    file.unlink()
+    with pytest.raises(ValueError, match="oprd.safetensors is gone"):
+        check_out(Config.from_cli(["--resume", f"--out={flags['out']}"]))
 
 
 @pytest.mark.parametrize("engine, more", [

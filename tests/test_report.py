@@ -10,7 +10,7 @@ import pytest
 import report
 from asyncopd import Config
 from prompts import Row
-from record import Log
+from record import Log, cut_log
 from tests.conftest import ROOT
 
 ANSWERED = [(Row(f"prompt {i}", str(i)), [f"text {i}", "other"], [i % 2 == 0, False]) for i in range(10)]
@@ -114,3 +114,11 @@ def test_no_tracker_is_imported_unasked():
             "'torch.utils.tensorboard') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done
+
+
+def test_a_run_that_goes_on_takes_back_what_it_will_write_again(tmp_path):
+    wrote = [dict(type="run"), dict(type="eval", step=0), *(dict(type="step", step=i) for i in range(1, 5)),
+             dict(type="event", what="effopd", step=2), dict(type="event", what="effopd", step=4),
+             dict(type="event", what="restarted", version=3), dict(type="done", steps=4)]
+    (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in wrote) + '{"type": "st')
+    assert cut_log(tmp_path / "log.jsonl", 2) == wrote[:4] + [wrote[6], wrote[8]]
