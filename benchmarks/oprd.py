@@ -215,7 +215,7 @@ def plot() -> None:
         x = [sum(r["tokens"][s] for r in part) / len(part) / 1000 for s in steps]
         y = [at(part, s) for s in steps]
         rank = int(label.split()[-1]) if "rank" in label else 0
-        color, style = colors[label.split(",")[0]], {4: ":", 8: "-.", 16: "--", 32: (0, (5, 1))}.get(rank, "-")
+        color, style = colors[label.split(",")[0]], {4: ":", 8: "-.", 16: "--", 32: (0, (1, 1))}.get(rank, "-")
         left.plot(x, [100 * m for m, _, _ in y], ls=style, color=color, label=label, lw=1.6 if not rank else 1.1)
         if not rank:
             left.fill_between(x, *([100 * v[i] for v in y] for i in (1, 2)), color=color, alpha=0.15, lw=0)
@@ -227,9 +227,10 @@ def plot() -> None:
         spread = [[m - low for m, low, _ in y], [high - m for m, _, high in y]]
         right.errorbar(x, [m for m, _, _ in y], yerr=spread, fmt="o-", color=color, label=name, capsize=3)
     left.set(xlabel="trained tokens, thousands", ylabel="accuracy, %", title="lag 0; band: min to max of the seeds")
-    right.set(xlabel="lag, versions", ylabel="accuracy after 100 steps, %", title="by lag", xticks=[0, 4, 16])
+    right.set(xlabel="lag, versions", ylabel="accuracy after 100 steps, %", title="by lag", xticks=[0, 4, 16],
+              ylim=(0, 105))
     for ax in (left, right):
-        ax.legend(fontsize=8, frameon=False, loc="lower right" if ax is left else "lower left")
+        ax.legend(fontsize=8, frameon=False, loc="upper left" if ax is left else "lower left")
         ax.spines[["top", "right"]].set_visible(False)
     fig.tight_layout()
     fig.savefig(HERE / "figures" / "oprd.png", dpi=110)
