@@ -319,7 +319,7 @@ def test_a_projection_keeps_the_directions_in_which_the_teacher_varies():
     h = (torch.randn(20_000, 6, generator=g) * spread).double() @ turn.T + 7
     sums = Sums()
     for part in h.split(1000):
-        sums.add(torch.zeros(len(part), 6), part, bridge=False)
+        sums.add(torch.zeros(len(part), 6), part, 3, bridge=False)
     found = sums.solve(3, bridge=False)
     overlap = found["teacher.basis"].T @ turn[:, :3]
     torch.testing.assert_close(overlap.abs(), torch.eye(3).double(), rtol=0, atol=0.02)
@@ -333,7 +333,7 @@ def test_a_bridge_recovers_a_linear_map(tmp_path, config, folders):
     image, shift = torch.randn(32, WIDTH, generator=g, dtype=torch.float64), torch.randn(WIDTH, generator=g)
     for _ in range(20):
         theirs = torch.randn(500, 32, generator=g, dtype=torch.float64) * torch.linspace(0.2, 4, 32) + 3
-        sums.add(theirs @ image + shift, theirs, bridge=True)
+        sums.add(theirs @ image + shift, theirs, 5, bridge=True)
     Path(cfg.out).mkdir()
     save_file({name: x[None].float().contiguous() for name, x in sums.solve(5, bridge=True).items()},
               Path(cfg.out) / oprd.FILE)
