@@ -15,7 +15,10 @@ import pipeline  # noqa: E402
 import step  # noqa: E402
 import toy  # noqa: E402
 
+import benchmarks.effopd  # noqa: E402
 import benchmarks.head  # noqa: E402
+import benchmarks.oprd  # noqa: E402
+import benchmarks.rock  # noqa: E402
 from account import DONE  # noqa: E402
 from estimators import estimator_table  # noqa: E402
 from graders import EVAL  # noqa: E402
@@ -30,6 +33,9 @@ BLOCKS = {
     "step": step.table,
     "toy": lambda: toy.table("estimators"),
     "gsm8k": gsm8k_lm.table,
+    "oprd": benchmarks.oprd.table,
+    "effopd": lambda: benchmarks.effopd.table(benchmarks.effopd.ROWS),
+    "rock": benchmarks.rock.table,
     "faults": kills.table,
     "pairs": lambda: toy.table("pairs"),
     "metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE)),
