@@ -242,6 +242,7 @@ def jump(cfg, segments, ranks, folder):
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
     first = learner.step(segments, 0)["events"]
     learner.checkpoint(folder)
+    ranks.all("learner 0 has written it")
     again = Learner(cfg, "cpu", torch.float32, str(folder), ranks)
     events = first + again.step(segments, 1)["events"]
     ess = again.jumps.weigh(segments, Link(None, torch.zeros(2)))
