@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
-import os
-import shutil
 import signal
 import sys
 import time
@@ -25,12 +22,12 @@ from typing import get_type_hints
 import torch
 import yaml
 
-import checkpoint
 import dryrun
+import effopd
 import oprd
-import record
 import rock
 from estimators import DEFAULT, ESTIMATORS
+from folder import check_out, check_same, empty, recorded
 from job import ROOT, prepare, refuse
 from plan import plan, split
 from run import EAR, Run
@@ -160,13 +157,11 @@ class Config:
             group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how | f.metadata | {"help": about})
         given = parser.parse_args(argv)
         path = given.config or default_file(given)
-        before = recorded(given.out) if given.resume else {}
+        before = recorded(given.out, {f.name: f.default for f in fields(cls)}) if given.resume else {}
         args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
         args.pop("config")
         cfg = settle(cls(**args))
-        for name in (*FIXED, *(["teacher"] if cfg.oprd_weight else [])) if before else ():
-            getattr(cfg, name) == before[name] or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --resume "
-                                                         f"cannot change the {before[name]} of the run in {cfg.out}")
+        before and check_same(cfg, before)
         return cfg
 
 
@@ -207,25 +202,6 @@ def as_flags(written: dict, path: str) -> list[str]:
     return flags
 
 
-# What a run that goes on must leave as it was: the order of its prompts, its slots and its model
-FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
-         "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
-         "estimator", "lora_rank", "oprd_weight", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd",
-         "rock", "rock_set")
-
-
-def recorded(out: str) -> dict:
-    """The configuration of the run in a folder, as it was last started."""
-    out or refuse("--resume needs --out, the folder of the run that is to go on")
-    try:
-        lines = (Path(out) / "log.jsonl").read_text(encoding="utf-8").splitlines()
-        starts = [lines[0], *(line for line in lines[1:] if line.startswith('{"type": "run"'))]
-        of_last = json.loads(starts[-1])["config"]       # it may have been given other flags
-        return {f.name: of_last.get(f.name, f.default) for f in fields(Config)}
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as e:
-        refuse(f"--resume: {out}/log.jsonl does not begin as a run's log does ({type(e).__name__}: {e})")
-
-
 def settle(cfg: Config) -> Config:
     """Refuse what cannot be; put in what an empty value stands for."""
     for name in ("mc_samples", "top_k", "steps", "batch", "minibatches", "max_prompt", "max_response", "micro_tokens",
@@ -242,12 +218,7 @@ def settle(cfg: Config) -> Config:
     "{prompt}" in cfg.prompt_template or refuse(f"--prompt-template {cfg.prompt_template!r}: without a {{prompt}}")
     cfg.eval_k == 1 or cfg.eval_temperature or refuse(f"--eval-k {cfg.eval_k}: greedy answers are all the same "
                                                       "(--eval-temperature 1 draws them)")
-    if cfg.rock or cfg.rock_set:
-        cfg.rock or refuse(f"--rock-set {cfg.rock_set}: by what weight? (--rock LAMBDA,K)")
-        rock.parse(cfg.rock)
-        ESTIMATORS[cfg.estimator or DEFAULT[cfg.kl]].head or refuse(
-            f"--rock {cfg.rock}: --estimator {cfg.estimator} has no loss at a token to weigh (--kl reverse "
-            f"--oprd-weight 1 has)")
+    rock.check(cfg, ESTIMATORS[cfg.estimator or DEFAULT[cfg.kl]])
     cfg.minibatches <= cfg.batch or refuse(f"--minibatches {cfg.minibatches}: more than the {cfg.batch} of --batch")
     if cfg.schedule == "async" and cfg.overdue != "keep" and cfg.max_lag < cfg.max_ahead:
         refuse(f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which sets the mean lag")
@@ -281,12 +252,7 @@ def settle(cfg: Config) -> Config:
     if cfg.lora_rank:
         learners == 1 or refuse(f"--lora-rank {cfg.lora_rank}: with one learner, not {learners} (--learners 1)")
         importlib.util.find_spec("peft") or refuse(f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
-    if cfg.effopd:
-        cfg.schedule != "step-off" or refuse("--schedule step-off: a controlled lag, in which --effopd has no place "
-                                             "(--schedule async or sync)")
-        cfg.lora_rank == 0 or refuse(f"--lora-rank {cfg.lora_rank}: --effopd moves the student's own weights")
-        if cfg.effopd == "accuracy" and learners > 1:
-            refuse(f"--learners {learners}: the gate of --effopd accuracy generates on one (--learners 1, --effopd kl)")
+    effopd.check(cfg, learners)
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")
@@ -338,38 +304,6 @@ def main(argv: list[str]) -> int:
     finally:
         if run:
             run.close()
-
-
-def check_out(cfg: Config) -> Path | None:
-    """Refuse a folder that cannot be written to; the checkpoint to go on from, with --resume."""
-    out = Path(cfg.out)
-    there = next(p for p in (out, *out.absolute().parents) if p.exists())
-    there.is_dir() or refuse(f"--out {cfg.out}: {there} is a file, not a folder")
-    os.access(there, os.W_OK) or refuse(f"--out {cfg.out}: {there} is not to be written to")
-    if (out / "log.jsonl").exists():
-        record.Log.taken(out) and refuse(f"--out {cfg.out}: a run is at work there")
-    if cfg.resume:
-        folder, faults = checkpoint.newest(out / "checkpoints")
-        folder or refuse(f"--resume: no whole checkpoint in {out}/checkpoints ({'; '.join(faults) or 'none at all'})")
-        for fault in faults:
-            print(f"asyncopd: {fault}: going on from {folder.name}", file=sys.stderr)
-        int(folder.name[5:]) <= cfg.steps or refuse(f"--steps {cfg.steps}: the run in {out} is at {folder.name}")
-        cfg.oprd_rank == 0 or (out / oprd.FILE).exists() or refuse(f"--resume: {out / oprd.FILE} is gone")
-        return folder
-    if out.exists() and any(out.iterdir()):
-        cfg.overwrite or refuse(f"--out {cfg.out}: not empty (--overwrite empties it)")
-        (out / "log.jsonl").exists() or refuse(f"--out {cfg.out}: holds no log.jsonl, so it is no run to overwrite")
-        for name in ("student", "teacher", "task", "eval_task"):
-            used = Path(getattr(cfg, name))
-            if used.exists() and used.resolve().is_relative_to(out.resolve()) and getattr(cfg, name):
-                refuse(f"--overwrite would delete --{name.replace('_', '-')} {used}, which lies in --out {cfg.out}")
-
-
-def empty(folder: Path) -> None:
-    """An empty folder there, which may be a link or a mount: only what is in it goes."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for entry in folder.iterdir():
-        shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
 
 
 if __name__ == "__main__":

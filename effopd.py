@@ -43,6 +43,18 @@ PROMPTS = 50             # of the gate `accuracy`
 MIN_ESS = 0.5            # a response of less, after a jump, is dropped
 
 
+def check(cfg: Config, learners: int) -> None:
+    """Refuse flags that cannot be. Raises ValueError with the remedy."""
+    if cfg.effopd and cfg.schedule == "step-off":
+        raise ValueError("--schedule step-off: a controlled lag, in which --effopd has no place (--schedule async or "
+                         "sync)")
+    if cfg.effopd and cfg.lora_rank:
+        raise ValueError(f"--lora-rank {cfg.lora_rank}: --effopd moves the student's own weights")
+    if cfg.effopd == "accuracy" and learners > 1:
+        raise ValueError(f"--learners {learners}: the gate of --effopd accuracy generates on one (--learners 1, "
+                         f"--effopd kl)")
+
+
 def triggers(step: int) -> bool:
     """1, 2, 4, 8, .."""
     return step & (step - 1) == 0

@@ -32,6 +32,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from asyncopd import Config
     from cache import Segment, Slots
+    from estimators import Estimator
 
 COUNT = 16            # fewest measurements of a mean that is judged
 PERSISTENT = 0.8      # of its early mean, what a rock keeps
@@ -57,6 +58,17 @@ def parse(text: str) -> Rule:
     if not (0 <= rule.weight < 1 <= min(rule.k, rule.every)):
         raise ValueError(f"--rock {text}: LAMBDA must be at least 0 and below 1, K and EVERY at least 1")
     return rule
+
+
+def check(cfg: Config, row: Estimator) -> None:
+    """Refuse flags that cannot be. Raises ValueError with the remedy."""
+    if cfg.rock_set and not cfg.rock:
+        raise ValueError(f"--rock-set {cfg.rock_set}: by what weight? (--rock LAMBDA,K)")
+    if cfg.rock:
+        parse(cfg.rock)
+        if not row.head:
+            raise ValueError(f"--rock {cfg.rock}: --estimator {cfg.estimator} has no loss at a token to weigh (--kl "
+                             f"reverse --oprd-weight 1 has)")
 
 
 def fixed(text: str, vocab: dict[str, int]) -> list[int]:

@@ -55,7 +55,8 @@ def tiny_models(root: Path) -> dict[str, str]:
 
 def launch(flags: dict, resume: bool) -> int:
     """The command in a forked process; its id."""
-    argv = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()] + ["--resume" if resume else "--overwrite"]
+    argv = [("--" if v else "--no-") + k.replace("_", "-") if isinstance(v, bool) else f"--{k.replace('_', '-')}={v}"
+            for k, v in flags.items()] + ["--resume" if resume else "--overwrite"]
     pid = os.fork()
     if pid:
         return pid

@@ -22,19 +22,18 @@ import multiprocessing
 import os
 import shutil
 import sys
-import traceback
 from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}       # before torch is imported
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(HERE)]
 
+import kills  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import asyncopd  # noqa: E402
 import record  # noqa: E402
 import tasks  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
@@ -100,22 +99,6 @@ def models() -> dict[str, tuple[str, str]]:
     return {"same": (student, str(folder)), "other": (student, other)}
 
 
-def launch(flags: dict, out: Path) -> int:
-    """The command in a forked process; its id."""
-    argv = [("--" if v else "--no-") + k.replace("_", "-") if isinstance(v, bool) else f"--{k.replace('_', '-')}={v}"
-            for k, v in flags.items()]
-    if pid := os.fork():
-        return pid
-    sink = os.open(f"{out}.txt", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
-    os.dup2(sink, 1), os.dup2(sink, 2)
-    sys.argv[1:], code = argv, 1
-    try:
-        code = asyncopd.main([*argv, f"--out={out}", "--overwrite"])
-    finally:
-        sys.exc_info()[0] and traceback.print_exc()
-        os._exit(code)
-
-
 def read(cell: dict, out: Path, commit: str) -> dict:
     log = [json.loads(line) for line in open(out / "log.jsonl")]
     steps, trained = [x for x in log if x["type"] == "step"], [0]
@@ -145,7 +128,7 @@ def run(wanted: list[dict], jobs: int, extra: dict, path: Path) -> None:
             cell["how"] |= extra
             out = scratch / str(len(todo))
             flags = COMMON | cell["how"] | dict(student=student, teacher=teacher, seed=cell["seed"])
-            running[launch(flags, out)] = cell, out
+            running[kills.launch(flags | dict(out=out), resume=False)] = cell, out
         pid, status = os.wait()
         cell, out = running.pop(pid)
         if os.waitstatus_to_exitcode(status):

@@ -13,7 +13,8 @@ from timeline import Trace
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CAPS = {
-    "asyncopd.py": 400,
+    "asyncopd.py": 350,
+    "folder.py": 100,
     "job.py": 200,
     "plan.py": 270,
     "run.py": 480,
@@ -27,9 +28,9 @@ CAPS = {
     "shards.py": 150,
     "learner.py": 450,
     "lora.py": 100,
-    "rock.py": 205,
+    "rock.py": 220,
     "oprd.py": 220,
-    "effopd.py": 225,
+    "effopd.py": 240,
     "estimators.py": 490,
     "checkpoint.py": 200,
     "tasks.py": 250,
