@@ -91,8 +91,8 @@ def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resu
     while True:
         for order, body in link.orders(wait=True):
             if order == "stop":
-                ranks.leave()
-                return link.send("stopped")
+                link.send("stopped")
+                return ranks.leave()
             if order in ("checkpoint", "export"):
                 try:
                     learner.checkpoint(Path(body)) if order == "checkpoint" else learner.save(Path(body))

@@ -4,6 +4,8 @@ import os
 
 import pytest
 import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor, Shard
 
 from cache import Segment, Weights
 from learner import Learner
@@ -50,6 +52,26 @@ def one_of_two(rank, work, root):
     cfg, segments = next(iter(work.values()))
     torch.save(half_gradient(cfg, segments, ranks), root / f"half{rank}.pt")
     ranks.leave()
+
+
+def in_a_hurry(rank, meeting):
+    """The end right behind a collective, with gloo's threads so far behind that they still hold its tensors."""
+    ranks = Ranks(rank, 2, meeting)
+    mesh = dist.device_mesh.init_device_mesh("cpu", (2,))
+    cores = sorted(os.sched_getaffinity(0))
+    for thread in map(int, os.listdir("/proc/self/task")):
+        os.sched_setaffinity(thread, {cores[rank % len(cores)]})
+        if thread != os.getpid():
+            os.sched_setscheduler(thread, os.SCHED_IDLE, os.sched_param(0))
+    for _ in range(5):
+        ranks.whole(DTensor.from_local(torch.ones(3), mesh, [Shard(0)]))
+    ranks.leave()
+
+
+def test_a_learner_among_several_leaves_in_peace(tmp_path):
+    """What gloo's threads still hold does not abort the process."""
+    for i in range(3):
+        torch.multiprocessing.spawn(in_a_hurry, (str(tmp_path / f"{i}"),), nprocs=2)
 
 
 def half_gradient(cfg, segments, ranks) -> dict:
