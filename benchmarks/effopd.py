@@ -3,6 +3,7 @@ EffOPD against larger learning rates: updates, tokens, seconds until the toy stu
 
     python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 20 minutes
     python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; a minute
+    python benchmarks/effopd.py direction      # is an update signal, and how far does it lead? three minutes
     python benchmarks/effopd.py table          # the README's tables, from effopd.jsonl alone
     python benchmarks/effopd.py plot           # figures/effopd.png, likewise
 
@@ -47,11 +48,13 @@ from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import effopd  # noqa: E402
+import record  # noqa: E402
 import tasks  # noqa: E402
+from asyncopd import Config  # noqa: E402
 from teacher import complete, load_model  # noqa: E402
 
 ROWS, EVERY, BASE = HERE / "effopd.jsonl", 8, 3e-5
-STEPS = {"sharpening": 192, "acquisition": 96}           # the latter gets nowhere near 80%
+STEPS = {"sharpening": 192, "sharpening, batch 256": 96, "acquisition": 96, "acquisition, batch 256": 384}
 MODELS = {"sharpening": dict(steps=200, lr=5e-4, seed=3, smoothing=0.01),       # the teacher: the student trained on
           "acquisition": dict(layers=2, hidden=96, steps=90, lr=2e-3, seed=2, smoothing=0.0)}      # the student
 FLAGS = dict(task="toy", gpus=0, engine="hf", estimator="reverse_dense", schedule="sync", batch=32, max_prompt=8,
@@ -59,9 +62,11 @@ FLAGS = dict(task="toy", gpus=0, engine="hf", estimator="reverse_dense", schedul
 VARIANTS = {      # label: (multiple of BASE, flags, a gate that accepts everything)
     "plain, x1": (1, {}, False), "plain, x3": (3, {}, False), "plain, x10": (10, {}, False),
     "plain, x30": (30, {}, False), "kl, x1": (1, dict(effopd="kl"), False),
-    "accuracy, x1": (1, dict(effopd="accuracy"), False), "no gate, x1": (1, dict(effopd="kl"), True),
+    "kl, x10": (10, dict(effopd="kl"), False), "accuracy, x1": (1, dict(effopd="accuracy"), False),
+    "no gate, x1": (1, dict(effopd="kl"), True),
     "kl, x1, async": (1, dict(schedule="async", max_ahead=4, effopd="kl"), False)}
-PAIRS = {"sharpening": list(VARIANTS), "acquisition": list(VARIANTS)[:-1]}
+PAIRS = {"sharpening": list(VARIANTS), "sharpening, batch 256": list(VARIANTS), "acquisition": list(VARIANTS)[:-1],
+         "acquisition, batch 256": ["plain, x10", "plain, x30", "kl, x10"]}
 
 
 # -- models ----------------------------------------------------------------------------------------
@@ -81,8 +86,9 @@ def models() -> dict[str, dict[str, str]]:
                 model = tasks.train_toy(name, tasks.toy_tokenizer(), batch=tasks.TOY["batch"], bar=bar, **begin)
             tasks.toy_tokenizer().save_pretrained(folder)
             model.save_pretrained(folder)
-    return {"sharpening": dict(student=student, teacher=str(made["sharpening"])),
-            "acquisition": dict(student=str(made["acquisition"]), teacher=teacher)}
+    pairs = {"sharpening": dict(student=student, teacher=str(made["sharpening"])),
+             "acquisition": dict(student=str(made["acquisition"]), teacher=teacher)}
+    return pairs | {f"{pair}, batch 256": how | dict(batch=256) for pair, how in pairs.items()}
 
 
 def accuracy(model) -> float:
@@ -111,6 +117,49 @@ def rescaled(begin: str, out: Path) -> dict:
 
 
 # -- runs ------------------------------------------------------------------------------------------
+
+@torch.no_grad()
+def forward_kl(model, teacher, prompts: list[list[int]], answers: list[list[int]]) -> float:
+    """KL(q || p) per token of fixed answers, nats, exact."""
+    found = []
+    for prompt, answer in zip(prompts, answers):
+        logp, logq = (m(torch.tensor([prompt + answer])).logits[0, len(prompt) - 1:-1].log_softmax(-1)
+                      for m in (model, teacher))
+        found.append((logq.exp() * (logq - logp[:, :logq.shape[1]])).sum(-1))
+    return torch.cat(found).mean().item()
+
+
+def direction(pair: str) -> dict:
+    """How much two seeds' updates from one trigger to the next have in common: of updates that are signal + noise,
+    independent, the cosine is |signal|^2 / |update|^2. And how far the direction of steps 16 to 32 leads: forward KL
+    on answers that the initial student has drawn to held-out prompts, at W + s D, and after 16 and 32 steps more."""
+    root = Path(tempfile.mkdtemp())
+    began = [launched(pair, "plain, x1", seed, 64, root) for seed in (0, 1)]
+    assert not any(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in began)
+    (_, flags), (_, others) = began
+    model, teacher = (load_model(flags[who], "cpu", torch.float32) for who in ("student", "teacher"))
+    names, tokenizer = list(effopd.moving(model)), tasks.toy_tokenizer()
+    prompts = [tokenizer.encode(row.prompt) for row in tasks.toy_task(200).eval]
+    answers = effopd.OwnEngine(Config(**flags), model).complete(prompts, flags["max_response"], temperature=1.0)
+
+    def at(step: int, flags: dict = flags) -> dict[str, torch.Tensor]:
+        return load_file(Path(flags["out"]) / "checkpoints" / f"step-{step}" / "model.safetensors")
+
+    def value(weights: dict[str, torch.Tensor]) -> float:
+        model.load_state_dict(weights, strict=False)
+        return forward_kl(model, teacher, prompts, answers)
+    alike, along = {}, {"begin": forward_kl(model, teacher, prompts, answers)}
+    for step in (8, 16, 32):
+        one, two = (torch.cat([(at(2 * step, of)[n] - at(step, of)[n]).flatten() for n in names])
+                    for of in (flags, others))
+        alike[f"{step} to {2 * step}"] = torch.cosine_similarity(one, two, dim=0).item()
+    before, now = at(16), at(32)
+    for s in (0, 1, 2, 4):
+        along[f"{s} D"] = value(now | {n: now[n] + s * (now[n] - before[n]) for n in names})
+    along |= {f"{more} more steps": value(at(32 + more)) for more in (16, 32)}
+    shutil.rmtree(root)
+    return dict(pair=pair, alike=alike, along=along, commit=record.provenance({}, {})["commit"])
+
 
 def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tuple[int, dict]:
     times, more, ungated = VARIANTS[variant]
@@ -157,17 +206,23 @@ def fill(path: Path, wanted: list[tuple[str, str, int]], steps: int, jobs: int) 
         code = os.waitstatus_to_exitcode(status)
         assert code == 0, f"exit code {code}: {Path(flags['out'] + '.txt').read_text()[-2000:]}"
         made = row(pair, variant, flags)
-        with open(path, "a", encoding="utf-8") as f:
-            f.write(json.dumps(made) + "\n")
+        add(path, made)
         shutil.rmtree(flags["out"])
         print(f"{pair}, {variant}, seed {made['seed']}: {[f'{a:.0%}' for _, a, _, _ in made['evals']][::4]}, "
               f"{made['done']['wall_s']:.0f} s", flush=True)
 
 
+def add(path: Path, *made: dict) -> None:
+    with open(path, "a", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in made)
+
+
 # -- tables ----------------------------------------------------------------------------------------
 
-def rows(path: Path = ROWS) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+def rows(path: Path = ROWS, what: str = "variant") -> list[dict]:
+    """Of the runs; or, with "alike", those of `direction`."""
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [r for r in found if what in r]
 
 
 def reached(r: dict, share: float) -> list | None:
@@ -211,7 +266,11 @@ def table(path: Path = ROWS) -> str:
         if (mine := [r for r in rows(path) if r["pair"] == pair and r["rescaled"]])]
     head = ["| plain, x1 | cosine of the first 8 steps' update with that of all | accuracy, moved by it to 0.25 of the "
             "norm of that | 0.5 | 1 | trained |", "|---|--:|--:|--:|--:|--:|"]
-    return "\n\n".join([*parts, "\n".join(head + moved), barriers(path)]).rstrip()
+    alike = [f"| {r['pair']} | " + " | ".join([*(f"{x:.2f}" for x in r["alike"].values()), *(
+        f"{x:.3f}" for x in r["along"].values())]) + " |" for r in rows(path, "alike")]
+    over = ["| plain, x1 | cosine of two seeds' updates, steps 8 to 16 | 16 to 32 | 32 to 64 | KL of a fixed set, step "
+            "0 | W at step 32 | W + D | W + 2 D | W + 4 D | 16 steps more | 32 steps more |", "|---|" + "--:|" * 10]
+    return "\n\n".join([*parts, "\n".join(head + moved), "\n".join(over + alike), barriers(path)]).rstrip()
 
 
 def barriers(path: Path) -> str:
@@ -266,7 +325,7 @@ def plot(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("what", nargs="?", default="run", choices=("run", "table", "plot"))
+    parser.add_argument("what", nargs="?", default="run", choices=("run", "direction", "table", "plot"))
     parser.add_argument("--only", default="", help="pairs or variants whose names begin so, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0: as in STEPS")
@@ -276,14 +335,16 @@ def main() -> None:
     path = Path(args.out)
     if args.what == "plot":
         return plot(path)
-    if args.what == "run":
+    if args.what in ("run", "direction"):
         multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         began, only = time.monotonic(), [x.strip() for x in args.only.split(";")]
         models()
+        if args.what == "direction":
+            return add(path, *map(direction, ("sharpening", "sharpening, batch 256")))
         fill(path, [(pair, variant, seed) for seed in range(args.seeds) for pair, variants in PAIRS.items()
-                    for variant in variants if any(pair.startswith(x) or variant.startswith(x) for x in only)],
+                    for variant in variants if any(pair == x or variant.startswith(x) for x in only)],
              args.steps, args.jobs)
         print(f"{time.monotonic() - began:.0f} s", flush=True)
     print(table(path))
