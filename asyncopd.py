@@ -28,7 +28,7 @@ import oprd
 import rock
 from estimators import DEFAULT, ESTIMATORS
 from folder import check_out, check_same, empty, recorded
-from job import ROOT, prepare, refuse
+from job import ROOT, fetch, prepare, refuse
 from plan import plan, split
 from run import EAR, Run
 from teacher import VLLM_LACKS
@@ -156,12 +156,15 @@ class Config:
             about = f.metadata["help"] + ("" if f.default == "" else f" [{f.default}]")
             group.add_argument("--" + f.name.replace("_", "-"), default=f.default, **how | f.metadata | {"help": about})
         given = parser.parse_args(argv)
-        path = given.config or default_file(given)
-        before = recorded(given.out, {f.name: f.default for f in fields(cls)}) if given.resume else {}
-        args = vars(parser.parse_args((as_flags(before, given.out) if before else read_flags(path)) + argv))
+        written = read_flags(given.config or default_file(given))
+        whole = parser.parse_args(written + argv)        # the file may say --resume and --out, too
+        before = recorded(whole.out, {f.name: f.default for f in fields(cls)}) if whole.resume else {}
+        if before:                                       # default < run < file, if one is named < flag
+            written = as_flags(before, whole.out) + (written if given.config else [])
+        args = vars(parser.parse_args(written + argv))
         args.pop("config")
         cfg = settle(cls(**args))
-        before and check_same(cfg, before)
+        before and check_same(replace(cfg, kl=args["kl"]), before)
         return cfg
 
 
@@ -275,6 +278,7 @@ def main(argv: list[str]) -> int:
                 return 0
             resume = check_out(cfg)
             cfg, job = prepare(cfg)
+            fetch(cfg)
             fitted = b""
             if cfg.oprd_weight and not resume:
                 fitted = alone(oprd.fit, cfg, job.prompts, plan(cfg)["teacher0"])
@@ -294,7 +298,7 @@ def main(argv: list[str]) -> int:
         return 1
     except KeyboardInterrupt:
         try:
-            saved = run.interrupted(within_s=10) if run else ""
+            saved = run.interrupted() if run else ""
         except (RuntimeError, OSError, KeyboardInterrupt):       # the learner is gone too, or it is told a second time
             saved = run.saved
         run and run.close()

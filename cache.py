@@ -151,7 +151,7 @@ class Ledger:
     def __init__(self, slots: Slots, batch: int, schedule: str, max_ahead: int, max_lag: int, overdue: str):
         self.slots, self.batch, self.lockstep = slots, batch, schedule != "async"
         self.ahead, self.max_lag, self.rule = max_ahead, max_lag, "keep" if self.lockstep else overdue
-        self.version = self.handed_out = self.prompts = self.arrivals = 0
+        self.version = self.began = self.handed_out = self.prompts = self.arrivals = 0
         self.barrier: Literal["", "cut", "weigh"] = ""             # after a jump: nothing new is handed out
         self.free = deque(range(len(slots)))
         self.tickets: dict[int, Ticket] = {}                       # by slot
@@ -185,6 +185,11 @@ class Ledger:
             new.append(t)
         return new
 
+    def due(self, t: Ticket) -> int | None:
+        """The version that t is to be drawn under, also where its first holder has died since; None: the newest.
+        After a resumption there is none older than its own: the first batches of step-off are fresher."""
+        return max(self.began, t.number // self.batch - self.ahead) if self.lockstep else None
+
     def holder_died(self, name: str) -> list[Ticket]:
         """What a worker held is to be handed out again, from where its ticket began.
 
@@ -207,7 +212,8 @@ class Ledger:
 
     def resume(self, version: int, prompts: int, tickets: list[tuple[int, Tensor | None]]) -> None:
         """Go on from a checkpoint: what was begun then is handed out first."""
-        self.version, self.prompts, self.handed_out = version, prompts, version * self.batch
+        self.version = self.began = version
+        self.prompts, self.handed_out = prompts, version * self.batch
         self.rests.extend(Ticket(-1, -1, uid, context) for uid, context in tickets)
 
     def generated(self, slot: int, finished: bool = True) -> None:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # What a run that goes on must leave as it was: the order of its prompts, its slots and its model
 FIXED = ("student", "task", "prompt_key", "filter", "prompt_template", "prompt_suffix", "thinking", "eval_task",
          "eval_n", "max_prompt", "max_response", "long_prompts", "seed", "batch", "minibatches", "schedule",
-         "estimator", "lora_rank", "oprd_weight", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd",
+         "kl", "estimator", "lora_rank", "oprd_weight", "oprd_rank", "oprd_layers", "oprd_bridge", "effopd",
          "rock", "rock_set")
 
 
@@ -40,8 +40,9 @@ def recorded(out: str, defaults: dict) -> dict:
 
 
 def check_same(cfg: Config, before: dict) -> None:
-    """Refuse what a resumption cannot change. Projected states are those of one teacher."""
-    for name in (*FIXED, *(["teacher"] if cfg.oprd_weight else [])):
+    """Refuse what a resumption cannot change. Projected states, the set of a gate and the losses of rocks are those of
+    one teacher."""
+    for name in (*FIXED, *(["teacher"] if cfg.oprd_weight or cfg.effopd == "kl" or cfg.rock else [])):
         getattr(cfg, name) == before[name] or refuse(f"--{name.replace('_', '-')} {getattr(cfg, name)}: --resume "
                                                      f"cannot change the {before[name]} of the run in {cfg.out}")
 

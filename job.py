@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from asyncopd import Config
 
 ROOT = Path(__file__).resolve().parent
+HUB_TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]     # beside the weights: configuration, tokenizer, template
 
 
 def refuse(message: str):
@@ -104,7 +105,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     plan.check(needs, free)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(cfg.student))
-    check_disk(cfg, sum(p.numel() for p in model.parameters()))
+    learned = shapes[0].adapters(cfg.lora_rank) if cfg.lora_rank else shapes[0].P
+    check_disk(cfg, shapes[0].P, learned)
     return replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher))), Job(
         prompts=prompts, eval_prompts=[p for _, p in graded], eval_rows=[row for row, _ in graded],
         grade=partial(grade, [row for row, _ in graded]),
@@ -137,14 +139,28 @@ def check_model(flag: str, name: str) -> None:
             refuse(f"{flag} {file}: damaged ({first_line(e)})")
 
 
-def check_disk(cfg: Config, parameters: int) -> None:
-    """Refuse a disk that cannot hold the student and, where they are asked for, its checkpoints and one more."""
+def fetch(cfg: Config) -> None:
+    """Models of the hub, on this machine before a worker wants them: once, where a person sees it, and without a limit
+    (--stall-s is for workers)."""
+    from huggingface_hub import snapshot_download
+    for flag, name in (("--student", cfg.student), ("--teacher", cfg.teacher)):
+        try:
+            Path(name).is_dir() or snapshot_download(name, allow_patterns=["model*.safetensors", *HUB_TEXTS])
+        except Exception as e:                           # of the network, of the hub, of the disk
+            refuse(f"{flag} {name}: could not be downloaded ({type(e).__name__}: {first_line(e)})")
+
+
+def check_disk(cfg: Config, parameters: int, learned: int) -> None:
+    """Refuse a disk that cannot hold the student and, where they are asked for, its checkpoints and one more. What lies
+    in --out already is among them, or goes."""
     half, kept = cfg.gpus > 0, min(cfg.keep or cfg.steps, cfg.steps // cfg.save_every) + 1 if cfg.save_every else 0
     student = parameters * (2 if half else 4)
-    more = (12 if half else 8) + (4 if cfg.effopd else 0)      # AdamW's moments, float32 masters; those before a jump
-    need = student + kept * (student + parameters * more)
+    more = learned * (12 if half else 8)                 # AdamW's moments, float32 masters
+    more += 4 * parameters if cfg.effopd else 0          # the weights before a jump
+    need = student + kept * (student + more)
     there = next(p for p in (Path(cfg.out), *Path(cfg.out).absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
+    ours = Path(cfg.out).rglob("*") if cfg.resume or cfg.overwrite else ()
+    free = shutil.disk_usage(there).free + sum(p.stat().st_size for p in ours if p.is_file())
     need < free or refuse(f"--out {cfg.out}: {need / 1e9:,.1f} GB for the student and {kept} checkpoints (--keep), "
                           f"where {free / 1e9:,.1f} are free")
 

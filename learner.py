@@ -166,7 +166,7 @@ class Learner:
         """
         m, n, measured, skipped = min(self.cfg.minibatches, len(segments)), len(segments), [], []
         norm, lr = torch.tensor(torch.nan), self.cfg.lr * rate(self.updates, self.cfg)
-        self.known = self.prepass(segments)
+        self.known = self.prepass(segments, link)
         for i in range(m):
             minibatch = segments[i * n // m:(i + 1) * n // m]
             count, compared = max(1, sum(map(len, minibatch))), max(1, sum(len(s.states) for s in minibatch))
@@ -214,13 +214,15 @@ class Learner:
                         "events": events}
 
     @torch.no_grad()
-    def prepass(self, segments: list[Segment]) -> dict[int, dict[str, Tensor]]:
+    def prepass(self, segments: list[Segment], link: Link | None = None) -> dict[int, dict[str, Tensor]]:
         """By slot, per token: what the estimator wants to know about the whole train batch before its first update."""
         if self.estimator.batch is None:
             return {}
-        mine = self.ranks.groups(segments, self.cfg.micro_tokens)
-        logp = [head_logp(self.head, self.rows(group), self.cached(group, "ids").long(), chunk=self.chunk,
-                          dtype=self.dtype).cpu() for group in mine]
+        mine, logp = self.ranks.groups(segments, self.cfg.micro_tokens), []
+        for group in mine:
+            logp.append(head_logp(self.head, self.rows(group), self.cached(group, "ids").long(), chunk=self.chunk,
+                                  dtype=self.dtype).cpu())
+            link and link.beat()
         self.ranks.settle(self.model)
         by_slot = {s.slot: s for s in segments}
         order, logp = zip(*self.ranks.all(([s.slot for group in mine for s in group if len(s)], torch.cat(logp))))

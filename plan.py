@@ -187,13 +187,17 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
                          logits=1024 * teacher.V * (8 + 2 * half))
             if cfg.teacher_engine == "vllm":
                 parts["cache"] = cache_bytes(cfg, teacher, "vllm", itemsize, gpu_gb)
+            elif cfg.eval_teacher:                         # one answer at least
+                parts["cache"] = longest * teacher.cached(itemsize) / cfg.teacher_gpus
         else:
             parts = dict(weights=itemsize * student.P * (1 if half else 2),      # on the CPU the copy of a push, too
                          cache=cache_bytes(cfg, student, cfg.engine, itemsize, gpu_gb))
         parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
         needs += [Need(worker, d, parts) for d in each(device)]
     if half:      # transformers reads a model into the host's memory first, all workers at the same time
-        whole = itemsize * teacher.P * cfg.teachers * (cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1)
+        head = row.support == "full" or cfg.oprd_weight > 0 and oprd.gives_head(cfg)       # which a learner wants
+        whole = itemsize * teacher.P * (cfg.learners * head + cfg.teachers * (
+            cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1))
         needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))
     slot = (cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest
             + 2 * P * W)

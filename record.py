@@ -53,6 +53,9 @@ class Log:
     def warn(self, text: str, /, **event) -> None:
         """An event that a person should see at once."""
         self.write("event", **event)
+        self.say(text)
+
+    def say(self, text: str) -> None:
         self.bar.write(f"asyncopd: {text}", file=sys.stderr)
 
     def step(self, m: dict) -> None:
@@ -82,7 +85,8 @@ def cut_log(path: Path, step: int) -> list[dict]:
     for text in path.read_text(encoding="utf-8").splitlines():
         with contextlib.suppress(json.JSONDecodeError):            # the last line of a killed run may be half written
             lines.append(json.loads(text))
-    lines = [x for x in lines if x["type"] != "done" and x.get("step", 0) <= step]
+    lines = [x for x in lines if x["type"] != "done" and x.get("step", 0) <= step
+             and not (x.get("what") == "cut" and x["version"] >= step)]
     partial = path.with_name(".log.jsonl")
     partial.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
     partial.rename(path)

@@ -157,7 +157,7 @@ class Run:
             hand = min(self.role("rollout"), key=lambda h: h.load)
             prompt = self.job.prompts[prompt_number(t.uid, len(self.job.prompts), self.cfg.seed)]
             self.slots.open(t.slot, t.uid, prompt if t.context is None else t.context, len(prompt), self.ledger.version)
-            orders[hand.name, "take"].append((self.ledger.version if self.ledger.lockstep else None, t.slot))
+            orders[hand.name, "take"].append((self.ledger.due(t), t.slot))
             t.holder, hand.load = hand.name, hand.load + 1
         for t in self.ledger.to_score():
             hand = min(self.role("teacher"), key=lambda h: h.load)
@@ -311,8 +311,10 @@ class Run:
     # -- evaluation and record ---------------------------------------------------------------------
 
     def evaluate(self, hand: Hand) -> None:
-        """Ask for answers to the held-out rows; not while the last ones are still to come."""
-        if self.job.eval_prompts and hand.name not in self.asked:
+        """Ask for answers to the held-out rows; not while the last ones are still to come, nor for those of a version
+        that were in the log before a resumption."""
+        there = hand.role == "rollout" and ("student", self.ledger.version) in self.account.accuracy
+        if self.job.eval_prompts and hand.name not in self.asked and not there:
             self.asked.add(hand.name)
             hand.send("evaluate")
 
@@ -418,15 +420,17 @@ class Run:
         self.ledger.resume(state.version, state.prompts, state.tickets)
         self.saved = str(folder)
 
-    def interrupted(self, within_s: float) -> str:
-        """Abandon the step and save; the newest checkpoint, or "" where there is none."""
-        learner, limit = self.role("learner")[:1], time.monotonic() + within_s
+    def interrupted(self) -> str:
+        """Abandon the step and save, however long that takes; the newest checkpoint, or "" where there is none."""
+        learner = self.role("learner")[:1]
         if not learner or not learner[0].ready or learner[0].stopped:
             return self.saved
         learner[0].pulse[1] = 1
         wanted = Path(self.cfg.out) / "checkpoints" / f"step-{self.ledger.version}"
         self.unwritten = False
-        while self.ledger.version and self.saved != str(wanted) and not self.unwritten and time.monotonic() < limit:
+        if self.ledger.version and self.saved != str(wanted):
+            self.log.say("interrupted, writing a checkpoint; told a second time, it ends at once")
+        while self.ledger.version and self.saved != str(wanted) and not self.unwritten:
             self.saving or self.order_checkpoint()
             self.hear()
             wanted = wanted.with_name(f"step-{self.ledger.version}")

@@ -36,13 +36,15 @@ def load_task(name: str, *, prompt_key="prompt", answer_key="answer", filter="",
     if name == "toy":
         if filter:
             raise ValueError(f"--filter {filter!r}: the toy's rows have no keys to filter by")
+        if eval_name:
+            raise ValueError(f"--eval-task {eval_name}: the toy is evaluated on rows of its own")
         return toy_task(eval_n)
     train = read_rows(name, prompt_key, answer_key, filter)
     if eval_name:
         held_out = read_rows(eval_name, prompt_key, answer_key)
     else:                                  # hold out the end of the rows, at most a tenth of them
         split = len(train) - min(eval_n, len(train) // 10)
-        train, held_out = train[:split], train[split:]
+        train, held_out = train[:split] + [r for r in train[split:] if not r.answer], train[split:]
     held_out = [r for r in held_out if r.answer][:eval_n]
     seen = {r.prompt for r in held_out}
     kept = [r for r in train if r.prompt not in seen]

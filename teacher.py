@@ -10,7 +10,8 @@ Tests: tests/test_cache.py, tests/test_supports.py, tests/test_teacher.py
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -150,15 +151,17 @@ def vocab_size(folder: str) -> int:
 
 
 @torch.no_grad()
-def complete(model, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
+def complete(model, prompts: list[list[int]], max_new: int, stop: list[int],
+             each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
     """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
     from transformers import GenerationConfig
+    ear = SimpleNamespace(put=lambda _: each_step(), end=lambda: None)
     longest = max(map(len, prompts))
     tokens = torch.tensor([[0] * (longest - len(p)) + p for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     plain = GenerationConfig(max_new_tokens=max_new, do_sample=False, eos_token_id=stop or None,      # and not the
                              pad_token_id=(stop or [0])[0])                # model's own, with penalties that shift it
-    out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=plain)
+    out = model.generate(input_ids=tokens, attention_mask=mask, generation_config=plain, streamer=ear)
     return out[:, longest:].tolist()
 
 
@@ -175,8 +178,9 @@ class HFTeacher:
     def score(self, segments: list[Segment], slots: Slots) -> None:
         score(self.model, segments, slots, self.support, self.vocab, seed=self.seed, side=self.side)
 
-    def complete(self, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
-        return complete(self.model, prompts, max_new, stop)
+    def complete(self, prompts: list[list[int]], max_new: int, stop: list[int],
+                 each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
+        return complete(self.model, prompts, max_new, stop, each_step)
 
 
 def vllm_teacher(cfg: Config, device: str, dtype: torch.dtype):
@@ -216,6 +220,20 @@ class Watch:
                 f"are its weights there?") if self.warned else ""
 
 
+def answers(teacher, cfg: Config, prompts: list[list[int]], beat: Callable[[], None]) -> list[list[int]]:
+    """Greedy, as many at a time as memory has room for."""
+    found, n, stops = [], 64, stop_ids(cfg.student, cfg.teacher)
+    while len(found) < len(prompts):
+        try:
+            found += teacher.complete(prompts[len(found):len(found) + n], cfg.max_response, stops, beat)
+            beat()
+        except torch.OutOfMemoryError:
+            if n == 1:
+                raise
+            n //= 2
+    return found
+
+
 def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[list[int]], device: str,
                    dtype: torch.dtype) -> None:
     teacher, watch = TEACHERS[cfg.teacher_engine](cfg, device, dtype), Watch(cfg)
@@ -226,11 +244,7 @@ def teacher_worker(cfg: Config, link: Link, slots: Slots, eval_prompts: list[lis
             if order == "stop":
                 return link.send("stopped")
             if order == "evaluate":
-                answers, stops = [], stop_ids(cfg.student, cfg.teacher)
-                for i in range(0, len(eval_prompts), 64):          # a sign of life in between
-                    answers += teacher.complete(eval_prompts[i:i + 64], cfg.max_response, stops)
-                    link.beat()
-                link.send("evaluated", answers=answers)
+                link.send("evaluated", answers=answers(teacher, cfg, eval_prompts, link.beat))
             waiting += body if order == "score" else []
         for group in by_length([slots.read(s) for s in waiting], cfg.micro_tokens):
             with link.span("score"):

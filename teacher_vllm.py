@@ -81,7 +81,7 @@ class VLLMTeacher:
         every = torch.full((len(words), max(self.rows, self.vocab)), -torch.inf).scatter_(1, words, logq)
         return s.ids, every.gather(1, s.ids.long())
 
-    def complete(self, prompts: list[list[int]], max_new: int, stop: list[int]) -> list[list[int]]:
+    def complete(self, prompts: list[list[int]], max_new: int, stop: list[int], each_step=None) -> list[list[int]]:
         """Greedy answers, ended by `stop` and by nothing else."""
         params = SamplingParams(max_tokens=max_new, temperature=0, stop_token_ids=stop, ignore_eos=True,
                                 detokenize=False)

@@ -326,30 +326,28 @@ def plot(path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", nargs="?", default="run", choices=("run", "direction", "table", "plot"))
-    parser.add_argument("--only", default="", help="pairs or variants whose names begin so, separated by semicolons")
+    parser.add_argument("--only", default="", help="pairs, or variants whose names begin so, separated by semicolons")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=0, help="0: as in STEPS")
     parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
     parser.add_argument("--out", default=str(ROWS), help="JSONL to add to")
     args = parser.parse_args()
     path = Path(args.out)
-    if args.what == "plot":
-        return plot(path)
     if args.what in ("run", "direction"):
         multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         began, only = time.monotonic(), [x.strip() for x in args.only.split(";")]
         models()
-        if args.what == "direction":
-            return add(path, *map(direction, ("sharpening", "sharpening, batch 256")))
+    if args.what == "direction":
+        add(path, *map(direction, ("sharpening", "sharpening, batch 256")))
+    if args.what == "run":
         fill(path, [(pair, variant, seed) for seed in range(args.seeds) for pair, variants in PAIRS.items()
                     for variant in variants if any(pair == x or variant.startswith(x) for x in only)],
              args.steps, args.jobs)
         print(f"{time.monotonic() - began:.0f} s", flush=True)
-    print(table(path))
-    if args.what == "run":
-        print(json.dumps(summary(path)))
+    plot(path) if args.what == "plot" else print(table(path))
+    print(json.dumps(summary(path)))
 
 
 if __name__ == "__main__":

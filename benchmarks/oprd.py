@@ -237,13 +237,12 @@ def main() -> None:
         groups = (args.group,) if args.group else tuple(GROUPS)
         run(rates() if args.what == "lr" else cells(groups, args.seeds), args.jobs, extra,
             args.out)
-    if args.what == "run":
-        print(json.dumps({label: dict(zip(("accuracy", "min", "max"), at(part, list(part[0]["accuracy"])[-1])))
-                          | {"lr": part[0]["how"]["lr"]} for label, part in by_label(*GROUPS, path=args.out).items()}))
     if args.what == "table":
         print(table())
     if args.what == "plot":
         plot()
+    print(json.dumps({label: dict(zip(("accuracy", "min", "max"), at(part, list(part[0]["accuracy"])[-1])))
+                      | {"lr": part[0]["how"]["lr"]} for label, part in by_label(*GROUPS, path=args.out).items()}))
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def save(fig, name: str) -> None:
     (HERE / "figures").mkdir(exist_ok=True)
     fig.tight_layout()
     fig.savefig(HERE / "figures" / f"{name}.png", dpi=110)
-    print(HERE / "figures" / f"{name}.png")
+    print(json.dumps({"figure": f"benchmarks/figures/{name}.png"}))
 
 
 if __name__ == "__main__":

@@ -2,7 +2,10 @@
 Renews what stands between markers in README.md: the tables that code and raw results print.
 
     python benchmarks/readme.py
+
+Last line: one JSON object, {"blocks", "changed"}.
 """
+import json
 import sys
 from pathlib import Path
 
@@ -51,4 +54,6 @@ def renewed(text: str) -> str:
 
 if __name__ == "__main__":
     readme = HERE.parent / "README.md"
-    readme.write_text(renewed(readme.read_text(encoding="utf-8")), encoding="utf-8")
+    old = readme.read_text(encoding="utf-8")
+    readme.write_text(renewed(old), encoding="utf-8")
+    print(json.dumps({"blocks": len(BLOCKS), "changed": old != renewed(old)}))

@@ -386,8 +386,7 @@ def main() -> None:
     if args.what == "ban":
         ban()
     print(table())
-    if args.what != "table":
-        print(json.dumps(summary()))
+    print(json.dumps(summary()))
 
 
 if __name__ == "__main__":

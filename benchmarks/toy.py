@@ -112,10 +112,9 @@ def main():
                 add(read(args.group, label, HERE.parent / folder))
                 print(table(args.group).splitlines()[-1] if args.label else label, flush=True)
     print(table(args.group))
-    if args.what == "run":
-        print(json.dumps({r["label"]: dict(before=r["done"]["accuracy_before"], after=r["done"]["accuracy_after"],
-                                           kl_before=r["done"]["kl_before"], kl_after=r["done"]["kl_after"],
-                                           finite=r["finite"], lag_max=max(r["lag_max"])) for r in rows(args.group)}))
+    print(json.dumps({r["label"]: dict(before=r["done"]["accuracy_before"], after=r["done"]["accuracy_after"],
+                                       kl_before=r["done"]["kl_before"], kl_after=r["done"]["kl_after"],
+                                       finite=r["finite"], lag_max=max(r["lag_max"])) for r in rows(args.group)}))
 
 
 if __name__ == "__main__":

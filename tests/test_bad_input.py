@@ -29,6 +29,7 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--rock=0,2,20,1", "--rock 0,2,20,1"), ("--rock=all", "--rock all"), ("--rock-set=+", "--rock-set +"),
     ("--rock=0,2 --rock-set=+,teen", "'teen'"), ("--rock=0,2 --rock-set=99", "'99'"),
     ("--rock=0,2 --rock-set=+,", "''"), ("--rock=0,2 --estimator=oprd", "--estimator oprd has no loss at a token"),
+    ("--eval-task={w}/good.jsonl", "good.jsonl"),
     # OPRD
     ("--oprd-weight=-1", "--oprd-weight -1"), ("--estimator=oprd --oprd-rank=-2", "--oprd-rank -2"),
     ("--estimator=oprd --oprd-tokens=0", "--oprd-tokens 0"), ("--oprd-rank=4", "--oprd-rank 4: without OPRD"),
@@ -148,6 +149,14 @@ def test_a_full_disk_and_too_little_shared_memory(models, tmp_path, monkeypatch,
     usage = shutil.disk_usage
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(p) if "shm" in str(p) else SimpleNamespace(free=9_999))
     assert "GB for the student" in refused(capsys, *flags) and listing(tmp_path) == []
+    saving = (*flags, "--save-every=1", "--steps=9", "--overwrite")
+    monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(p) if "shm" in str(p) else SimpleNamespace(free=900_000))
+    assert "and 3 checkpoints (--keep), where 0.0 are free" in refused(capsys, *saving)
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    (tmp_path / "run" / "checkpoints" / "old").write_bytes(b"." * 2_000_000)       # goes, or is one of those counted
+    cfg = asyncopd.Config.from_cli(["--gpus=0", "--task=toy", *saving])
+    assert asyncopd.prepare(cfg) and "GB" not in str(cfg)
+    shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1_000 if "shm" in str(p) else 1e12))
     assert "on shm" in refused(capsys, *flags) and listing(tmp_path) == []
 
@@ -167,6 +176,46 @@ def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_p
     for flag, value in (("seed", 4), ("batch", 3), ("student", models["tied"]), ("schedule", "sync")):
         assert f"--{flag} {value}: --resume cannot change" in refused(capsys, "--resume", f"--out={folder}",
                                                                       f"--{flag}={value}")
+    assert "--kl forward: --resume cannot change" in refused(capsys, "--resume", f"--out={folder}", "--kl=forward")
+    file = tmp_path / "again.yaml"                         # a file may say it too, and is held to the same
+    file.write_text(f"resume: true\nout: {folder}\nseed: 4\n")
+    assert "--seed 4: --resume cannot change" in refused(capsys, f"--config={file}")
+    file.write_text(f"resume: true\nout: {folder}\nsteps: 888\n")
+    cfg = asyncopd.Config.from_cli([f"--config={file}"])
+    assert (cfg.seed, cfg.steps, cfg.student) == (3, 888, models["student"])
+    assert "absent.yaml" in refused(capsys, "--resume", f"--out={folder}", "--config=absent.yaml")
+
+
+@pytest.mark.parametrize("how, same", [({}, True), ({"effopd": "accuracy"}, True), ({"effopd": "kl"}, False),
+                                       ({"rock": "0,2"}, False)])
+def test_another_teacher_cannot_go_on_with_what_the_first_has_said(how, same, models, tmp_path, capsys):
+    from dataclasses import asdict
+    cfg = asyncopd.Config.from_cli(["--gpus=0", "--engine=hf", "--task=toy", f"--student={models['student']}",
+                                    f"--teacher={models['teacher']}", *(f"--{k}={v}" for k, v in how.items())])
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(cfg)}) + "\n")
+    other = ["--resume", f"--out={tmp_path}/run", f"--teacher={models['tied']}"]
+    if same:
+        assert asyncopd.Config.from_cli(other).teacher == models["tied"]
+    else:
+        assert f"--teacher {models['tied']}: --resume cannot change" in refused(capsys, *other)
+
+
+def test_what_is_on_the_hub_is_fetched_before_a_worker_starts(models, monkeypatch):
+    import huggingface_hub
+
+    import job
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name))
+    cfg = asyncopd.Config(student=models["student"], teacher="org/large")
+    job.fetch(cfg)
+    assert asked == ["org/large"]
+
+    def offline(*_, **__):
+        raise OSError("no network\nat all")
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
+    with pytest.raises(ValueError, match=r"^--teacher org/large: could not be downloaded \(OSError: no network\)$"):
+        job.fetch(cfg)
 
 
 def test_the_command_itself_says_so_too(tmp_path):

@@ -107,6 +107,17 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
     assert shared_memory() <= before
 
 
+def test_a_run_that_goes_on_evaluates_no_version_twice(flags):
+    flags |= dict(schedule="sync", eval_every=2, save_every=2)
+    assert finished(started(flags | dict(steps=4)), flags) is not None
+    for last in (4, 6):                                            # from its end to its end, and two steps on
+        again = [*command(dict(out=flags["out"], steps=last)), "--resume"]
+        done = subprocess.run(again, capture_output=True, text=True, timeout=HARD_S)
+        assert done.returncode == 0, done.stderr
+        evals = [e["step"] for e in lines(flags) if e["type"] == "eval"]
+        assert evals == list(range(0, last + 1, 2)) and lines(flags)[-1]["accuracy_after"] is not None
+
+
 @pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
 def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
     """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
@@ -122,6 +133,20 @@ def test_after_so_many_restarts_the_run_ends(flags):
     process, first = start_and_wait_for(flags | dict(steps=100_000, max_restarts=0), step=3)
     os.kill(first["rollout0"], signal.SIGKILL)
     assert "rollout0 died with exit code -9, after 0 restarts (--max-restarts)" in finished(process, flags, code=1)
+
+
+def test_an_interrupt_waits_for_its_checkpoint(flags):
+    """Of a large student it takes longer than a few seconds."""
+    process, first = start_and_wait_for(flags | dict(steps=100_000), step=2)
+    os.kill(first["learner"], signal.SIGSTOP)
+    process.send_signal(signal.SIGINT)
+    time.sleep(12)
+    assert process.poll() is None
+    os.kill(first["learner"], signal.SIGCONT)
+    err = finished(process, flags, code=130)
+    said, last = (line for line in err.splitlines() if "interrupted" in line)
+    assert "a second time" in said and "step-" in last
+    assert len(list((Path(flags["out"]) / "checkpoints").iterdir())) == 1
 
 
 def test_a_second_interrupt_ends_at_once(flags):

@@ -88,6 +88,18 @@ def test_what_cannot_fit_is_refused_with_the_part_and_the_remedy():
         check(needs, {"cpu": 64.0})
 
 
+def test_who_reads_the_teacher_and_what_its_answers_take():
+    shape = Shape(**QWEN)
+
+    def needs(**more):
+        return {n.worker: n.parts for n in memory(config(8, **more), shape, shape, 80)}
+    one, dense = (needs(estimator=e)["loading"]["weights"] for e in ("reverse_mc", "reverse_dense"))
+    cfg = config(8)
+    assert dense - one == pytest.approx(cfg.learners * 2 * shape.P / 1e9), "each learner, for its head"
+    assert "cache" not in needs()["teacher0"]
+    assert needs(eval_teacher=True)["teacher0"]["cache"] * 1e9 == (cfg.max_prompt + cfg.max_response) * shape.cached(2)
+
+
 def test_a_plan_that_does_not_fit_ends_before_anything_is_loaded(models, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--task=toy", "--batch=100000000",
                            "--max-prompt=16", "--max-response=32", f"--student={models['student']}", "--out=run",

@@ -22,7 +22,7 @@ CAPS = {
     "rollout.py": 400,
     "engine_vllm.py": 250,
     "cache.py": 380,
-    "teacher.py": 240,
+    "teacher.py": 260,
     "teacher_vllm.py": 120,
     "head.py": 200,
     "shards.py": 150,

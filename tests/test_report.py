@@ -119,6 +119,7 @@ def test_no_tracker_is_imported_unasked():
 def test_a_run_that_goes_on_takes_back_what_it_will_write_again(tmp_path):
     wrote = [dict(type="run"), dict(type="eval", step=0), *(dict(type="step", step=i) for i in range(1, 5)),
              dict(type="event", what="effopd", step=2), dict(type="event", what="effopd", step=4),
-             dict(type="event", what="restarted", version=3), dict(type="done", steps=4)]
+             dict(type="event", what="restarted", version=3), dict(type="event", what="cut", version=1),
+             dict(type="event", what="cut", version=2), dict(type="done", steps=4)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in wrote) + '{"type": "st')
-    assert cut_log(tmp_path / "log.jsonl", 2) == wrote[:4] + [wrote[6], wrote[8]]
+    assert cut_log(tmp_path / "log.jsonl", 2) == wrote[:4] + [wrote[6], wrote[8], wrote[9]]

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -314,3 +315,11 @@ def test_a_nan_is_not_learnt_from_and_named(models, source):
     assert torch.equal(before, learner.model.base_model.embed_tokens.weight)
     assert skipped["why"].startswith("the gradient" if source == "logp" else source)
     assert skipped["slots"] == ([s.slot for s in segments] if source == "logp" else [2])
+
+
+@pytest.mark.parametrize("estimator", ["m2po", "decoupled_ppo"])
+def test_a_learner_that_reads_the_whole_batch_first_gives_a_sign_of_life(models, estimator):
+    beats, cfg = [], config(models, estimator, micro_tokens=1)
+    _, segments = filled(cfg, models)
+    Learner(cfg, "cpu", torch.float32).prepass(segments, SimpleNamespace(beat=lambda: beats.append(1)))
+    assert len(beats) == len(segments) > 1

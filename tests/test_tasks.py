@@ -47,7 +47,10 @@ def test_rows_come_from_a_file_with_keys_of_ones_own(tmp_path):
 def test_rows_without_an_answer_are_trained_on_and_not_graded(tmp_path):
     name = write(tmp_path / "t.jsonl", [{"prompt": "a"}] * 20)
     task = tasks.load_task(name)
-    assert task.train and task.eval == []
+    assert len(task.train) == 20 and task.eval == []
+    mixed = write(tmp_path / "m.jsonl", [{"prompt": f"q{i}"} | ({"answer": "1"} if i % 2 else {}) for i in range(40)])
+    task = tasks.load_task(mixed)
+    assert [r.prompt for r in task.eval] == ["q37", "q39"] and len(task.train) == 38, "none is lost"
 
 
 def test_what_is_evaluated_on_is_not_trained_on(tmp_path):

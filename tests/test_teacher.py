@@ -3,6 +3,7 @@ import dataclasses
 import importlib.util
 import math
 import subprocess
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,8 @@ from cache import Slots
 from estimators import ESTIMATORS, draw
 from job import prepare
 from rock import Bypass
-from teacher import TEACHERS, HFTeacher, Watch, load_model, score
+from teacher import TEACHERS, HFTeacher, Watch, answers, load_model, score
+from teacher import complete as complete_for_real
 from tests.conftest import save_tiny
 from tests.runs import command, lines, steps
 from workers import visible
@@ -161,6 +163,26 @@ def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
     assert len(said) == 1 and said[0]["worker"] == "teacher0" and "3.47 nats" in said[0]["why"]
     assert done.stderr.count("teacher0: the teacher's entropy is") == 1
     assert [e["n"] for e in lines(flags) if e.get("who") == "teacher" and e["type"] == "eval"] == [8]
+
+
+def test_the_teacher_answers_as_many_at_a_time_as_memory_has_room_for(tmp_path):
+    sizes, beats, folder = [], [], save_tiny(tmp_path / "model", seed=1)
+
+    def complete(prompts, max_new, stop, beat):
+        sizes.append(len(prompts))
+        if len(prompts) > room:
+            raise torch.OutOfMemoryError
+        return [[p[0]] for p in prompts]
+    prompts, room = [[i] for i in range(100)], 20
+    cfg, small = Config(student=folder, teacher=folder, max_response=5), SimpleNamespace(complete=complete)
+    assert answers(small, cfg, prompts, lambda: beats.append(1)) == prompts
+    assert sizes == [64, 32, 16, 16, 16, 16, 16, 16, 4] and len(beats) == 7
+    room = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        answers(small, cfg, prompts, print)
+    beats.clear()
+    complete_for_real(load_model(folder, "cpu", torch.float32), [[1, 2], [3]], 5, [], lambda: beats.append(1))
+    assert len(beats) >= 5, "a sign of life at every token"
 
 
 # -- a teacher over several GPUs -------------------------------------------------------------------
