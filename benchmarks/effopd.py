@@ -306,11 +306,11 @@ def mean(values) -> float | None:
 
 def plot(path: Path) -> None:
     from plot import plt, save
-    fig, axes = plt.subplots(1, 2, figsize=(10, 3.6), sharey=True)
+    fig, axes = plt.subplots(2, 2, figsize=(10, 6.6), sharey=True)
     styles = {"plain, x1": ("#9e9e9e", "-"), "plain, x3": ("#9e9e9e", "--"), "plain, x10": ("#3b78b8", "-"),
               "plain, x30": ("#3b78b8", ":"), "kl, x1": ("#d9822b", "-"),
-              "accuracy, x1": ("#57a55a", "-"), "no gate, x1": ("#b03030", ":")}
-    for ax, pair in zip(axes, PAIRS):
+              "kl, x10": ("#d9822b", "--"), "accuracy, x1": ("#57a55a", "-"), "no gate, x1": ("#b03030", ":")}
+    for ax, pair in zip(axes.flatten(), PAIRS):
         for variant, (color, line) in styles.items():
             mine = [r["evals"] for r in rows(path) if (r["pair"], r["variant"]) == (pair, variant)]
             if mine:
@@ -318,8 +318,9 @@ def plot(path: Path) -> None:
                                                   for i in range(len(mine[0]))], line, color=color, label=variant)
         ax.set(xlabel="updates", title=pair, ylim=(0, 100))
         ax.spines[["top", "right"]].set_visible(False)
-    axes[0].set_ylabel("right answers, %, mean of the seeds")
-    axes[1].legend(fontsize=8, frameon=False)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("right answers, %, mean of the seeds")
+    axes[1, 0].legend(fontsize=8, frameon=False)
     save(fig, "effopd")
 
 

@@ -158,7 +158,7 @@ def test_a_second_interrupt_ends_at_once(flags):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     err = finished(process, flags, code=130)
-    assert time.monotonic() - began < 3 and "step-" in err and not alive(first.values())
+    assert time.monotonic() - began < 30 and "step-" in err and not alive(first.values())     # and not in stall_s
 
 
 def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, models, tmp_path):
