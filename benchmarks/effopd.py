@@ -1,20 +1,20 @@
 """
 EffOPD against larger learning rates: updates, tokens, seconds until the toy student is right 80% and 95% of the time.
 
-    python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 20 minutes
-    python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; a minute
+    python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 80 minutes
+    python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; 2 minutes
     python benchmarks/effopd.py direction      # is an update signal, and how far does it lead? three minutes
     python benchmarks/effopd.py table          # the README's tables, from effopd.jsonl alone
     python benchmarks/effopd.py plot           # figures/effopd.png, likewise
 
 Two pairs. Sharpening: the student is the toy's, right a third of the time, and the teacher is that student trained on.
 Acquisition: the student has been stopped before it could add, and the teacher is the toy's larger one. Every run is the
-shipped command, its processes forked from this one: constant learning rate, reverse KL over all words (no noise of
-drawn words, which is larger than the effect), synchronous (one is asynchronous, --max-ahead 4). Models and rows are
-the same in all seeds, the prompts' order and the draws are not. BASE is the learning rate of x1. `no gate` takes every
-jump, of 10 D, by a patch. Accuracy: greedy, 100 held-out rows, every EVERY steps: the resolution of "updates". Tokens:
-trained, and read or drawn by the gate. Seconds: of the log's wall_s, less the evaluations, for which a synchronous run
-waits; two runs side by side share two cores, all alike.
+shipped command, its processes forked from this one: batches of 32, or of 256 where that is said, constant learning
+rate, reverse KL over all words (no noise of drawn words, which is larger than the effect), synchronous (one is
+asynchronous, --max-ahead 4). Models and rows are the same in all seeds, the prompts' order and the draws are not. BASE
+is the learning rate of x1. `no gate` takes every jump, of 10 D, by a patch. Accuracy: greedy, 100 held-out rows, every
+EVERY steps: the resolution of "updates". Tokens: trained, and read or drawn by the gate. Seconds: of the log's wall_s,
+less the evaluations, for which a synchronous run waits; two runs side by side share two cores, all alike.
 A row: pair, variant, seed, flags, commit, hardware, evals [step, accuracy, tokens, seconds], events, and for plain x1
 `rescaled`: the update of the first 8 steps, its cosine with that of all steps, and the accuracy of the student moved by
 it as far as by shares of the norm of the latter.
