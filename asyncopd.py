@@ -256,6 +256,7 @@ def settle(cfg: Config) -> Config:
         learners == 1 or refuse(f"--lora-rank {cfg.lora_rank}: with one learner, not {learners} (--learners 1)")
         importlib.util.find_spec("peft") or refuse(f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
     effopd.check(cfg, learners)
+    cfg.task == "toy" and cfg.eval_task and refuse(f"--eval-task {cfg.eval_task}: the toy has rows of its own for that")
     cfg.task or refuse("--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task != "toy" and not (cfg.student and cfg.teacher):
         refuse("--student and --teacher are missing: a folder or a hub name each")

@@ -195,7 +195,8 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> 
         parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
         needs += [Need(worker, d, parts) for d in each(device)]
     if half:      # transformers reads a model into the host's memory first, all workers at the same time
-        head = row.support == "full" or cfg.oprd_weight > 0 and oprd.gives_head(cfg)       # which a learner wants
+        given = cfg.oprd_weight > 0 and cfg.oprd_head and (student.V, student.H) == (teacher.V, teacher.H)
+        head = row.support == "full" or given            # is what a learner wants of the teacher
         whole = itemsize * teacher.P * (cfg.learners * head + cfg.teachers * (
             cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1))
         needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))

@@ -36,8 +36,6 @@ def load_task(name: str, *, prompt_key="prompt", answer_key="answer", filter="",
     if name == "toy":
         if filter:
             raise ValueError(f"--filter {filter!r}: the toy's rows have no keys to filter by")
-        if eval_name:
-            raise ValueError(f"--eval-task {eval_name}: the toy is evaluated on rows of its own")
         return toy_task(eval_n)
     train = read_rows(name, prompt_key, answer_key, filter)
     if eval_name:

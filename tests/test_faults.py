@@ -150,7 +150,7 @@ def test_an_interrupt_waits_for_its_checkpoint(flags):
 
 
 def test_a_second_interrupt_ends_at_once(flags):
-    process, first = start_and_wait_for(flags | dict(steps=100_000, save_every=2), step=5)
+    process, first = start_and_wait_for(flags | dict(steps=100_000), step=5)
     os.kill(first["learner"], signal.SIGSTOP)                      # so that the first cannot end it
     process.send_signal(signal.SIGINT)
     time.sleep(1.0)
@@ -158,11 +158,11 @@ def test_a_second_interrupt_ends_at_once(flags):
     began = time.monotonic()
     process.send_signal(signal.SIGINT)
     err = finished(process, flags, code=130)
-    assert time.monotonic() - began < 30 and "step-" in err and not alive(first.values())     # and not in stall_s
+    assert time.monotonic() - began < 30 and "nothing is saved" in err and not alive(first.values())     # not stall_s
 
 
 def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, models, tmp_path):
-    """The teacher does not know <unk>, which stands in one prompt of 36, and which a student draws once in a while."""
+    """The teacher does not know <unk>, which stands in one prompt of 40, and which a student draws once in a while."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
     teacher = AutoModelForCausalLM.from_pretrained(models["teacher"])
     teacher.base_model.embed_tokens.weight.data[2] = float("nan")
@@ -174,7 +174,7 @@ def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, mode
     err = finished(started(flags), flags)
     skipped, trained = events(flags, "skipped"), [uid for s in steps(flags) for uid, _, _ in s["trained"]]
     named = {uid for e in skipped for uid in e["uids"]}
-    always = {uid for uid in trained if prompt_number(uid, 36, 0) == 17}
+    always = {uid for uid in trained if prompt_number(uid, 40, 0) == 17}
     assert len(always) >= 3 and always <= named, "wherever it is, it is named"
     assert len(named - always) < len(trained) / 10, "and few others are"
     assert all("teacher" in e["why"] and f"prompts {e['uids']}" in err for e in skipped)

@@ -53,7 +53,7 @@ def test_long_prompts_are_left_out_and_counted_or_refused(config, tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "1" * (5 + 20 * (i == 0))}) for i in range(30)))
     cfg, job = prepare(config(task=str(path)))
-    assert len(job.prompts) == 26 and job.notes == (
-        "1 of 27 prompts are empty or longer than --max-prompt 16: left out",)
-    with pytest.raises(ValueError, match="--long-prompts refuse: 1 of 27"):
+    assert len(job.prompts) == 29 and job.notes == (
+        "1 of 30 prompts are empty or longer than --max-prompt 16: left out",)
+    with pytest.raises(ValueError, match="--long-prompts refuse: 1 of 30"):
         prepare(config(task=str(path), long_prompts="refuse"))
