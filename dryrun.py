@@ -67,9 +67,9 @@ def model(role: str, name: str) -> tuple[Shape, int, str]:
     from transformers import AutoConfig
     shipped = json.loads((ROOT / "configs" / "shapes.json").read_text())
     if not name:
-        import tasks
-        made = {k: tasks.TOY[role][k] for k in ("layers", "hidden", "seed")}
-        config, source = tasks.small_model(tasks.toy_tokenizer(), **made).config, "tasks.TOY"
+        from data import toy
+        made = {k: toy.TOY[role][k] for k in ("layers", "hidden", "seed")}
+        config, source = toy.small_model(toy.toy_tokenizer(), **made).config, "toy.TOY"
     else:
         try:     # what is shipped needs no network; what is not may come from the hub
             config = AutoConfig.from_pretrained(name, local_files_only=name in shipped)

@@ -18,10 +18,10 @@ import torch
 import oprd
 import plan
 import rock
-import tasks
+from data import tasks, toy
+from data.prompts import Row, encode, prompt_number, same_specials, same_words
 from effopd import PROMPTS
 from estimators import ESTIMATORS
-from prompts import Row, encode, prompt_number, same_specials, same_words
 from teacher import stop_ids, vocab_size
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     """Models and texts, checked, without loading a weight. The toy's models are made here on first use."""
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
     if cfg.task == "toy" and not cfg.student:
-        student, teacher = tasks.toy_models(ROOT / "runs")
+        student, teacher = toy.toy_models(ROOT / "runs")
         cfg = replace(cfg, student=student, teacher=cfg.teacher or teacher)
     task = tasks.load_task(cfg.task, prompt_key=cfg.prompt_key, answer_key=cfg.answer_key, filter=cfg.filter,
                            eval_name=cfg.eval_task, eval_n=cfg.eval_n)

@@ -131,7 +131,7 @@ def check(cfg: Config, student: Shape, teacher: Shape) -> None:
 def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) -> bytes:
     """What both sides read from FILE, from rollouts of the initial student. Raises ValueError for another origin."""
     import rollout  # which imports the teacher, and that this file
-    from prompts import prompt_number
+    from data.prompts import prompt_number
     from teacher import by_length, load_model
     engine, teacher = rollout.HFEngine(cfg, device, dtype), load_model(cfg.teacher, device, dtype)
     asked = [prompts[prompt_number(i, len(prompts), cfg.seed)] for i in range(ROLLOUTS[cfg.oprd_bridge])]

@@ -26,12 +26,12 @@ import record
 import report
 from account import Account
 from cache import Ledger, Slots, Ticket, Weights
+from data.graders import Grading, summary
+from data.prompts import prompt_number
 from effopd import MIN_ESS
 from estimators import ESTIMATORS
-from graders import Grading, summary
 from job import Job
 from learner import METRICS
-from prompts import prompt_number
 from rock import Bypass, parse
 from teacher import vocab_size
 from timeline import Trace

@@ -37,11 +37,11 @@ from torch import Tensor
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
-import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from cache import Slots  # noqa: E402
+from data import tasks, toy  # noqa: E402
+from data.prompts import encode  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
-from prompts import encode  # noqa: E402
 from rollout import HFEngine  # noqa: E402
 from teacher import load_model, response_rows  # noqa: E402
 
@@ -81,7 +81,7 @@ def visited(run: Path, lag: int, M: int) -> Positions:
     if not old.exists():
         raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end (--save-every 4 --keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
-    tokenizer = tasks.toy_tokenizer()
+    tokenizer = toy.toy_tokenizer()
     prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.prompt_template, cfg.prompt_suffix)
     slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, engine.n + engine.k)
     for s, prompt in enumerate(prompts):

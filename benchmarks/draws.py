@@ -38,8 +38,8 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 import record  # noqa: E402
-import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
+from data import toy  # noqa: E402
 from engine_vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 
 V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
@@ -60,7 +60,7 @@ def save_model(folder: Path, hidden: int, layers: int) -> str:
         tie_word_embeddings=False, eos_token_id=None, pad_token_id=None, bos_token_id=None, dtype="float32"))
     torch.nn.init.normal_(model.lm_head.weight, std=4 / hidden ** 0.5)      # the last norm makes states of size 1
     model.save_pretrained(folder)
-    tasks.toy_tokenizer().save_pretrained(folder)
+    toy.toy_tokenizer().save_pretrained(folder)
     return str(folder)
 
 

@@ -49,8 +49,8 @@ from tqdm import tqdm  # noqa: E402
 
 import effopd  # noqa: E402
 import record  # noqa: E402
-import tasks  # noqa: E402
 from asyncopd import Config  # noqa: E402
+from data import tasks, toy  # noqa: E402
 from teacher import complete, load_model  # noqa: E402
 
 ROWS, EVERY, BASE = HERE / "effopd.jsonl", 8, 3e-5
@@ -74,17 +74,17 @@ PAIRS = {"sharpening": list(VARIANTS), "sharpening, batch 256": list(VARIANTS), 
 def models() -> dict[str, dict[str, str]]:
     """Folders of both pairs; what is missing is trained."""
     import hashlib
-    student, teacher = tasks.toy_models(HERE.parent / "runs")
-    recipe = hashlib.sha256(json.dumps([tasks.TOY, MODELS]).encode()).hexdigest()[:8]
+    student, teacher = toy.toy_models(HERE.parent / "runs")
+    recipe = hashlib.sha256(json.dumps([toy.TOY, MODELS]).encode()).hexdigest()[:8]
     made = {name: HERE.parent / "runs" / f"effopd-{recipe}" / name for name in MODELS}
     for name, folder in made.items():
         if not (folder / "config.json").exists():
             begin = dict(layers=2, hidden=96) | MODELS[name]
             old = load_model(student, "cpu", torch.float32).train() if name == "sharpening" else None
             with tqdm(total=begin["steps"], unit="step") as bar, mock.patch.object(
-                    tasks, "small_model", (lambda *_, **__: old) if old else tasks.small_model):
-                model = tasks.train_toy(name, tasks.toy_tokenizer(), batch=tasks.TOY["batch"], bar=bar, **begin)
-            tasks.toy_tokenizer().save_pretrained(folder)
+                    toy, "small_model", (lambda *_, **__: old) if old else toy.small_model):
+                model = toy.train_toy(name, toy.toy_tokenizer(), batch=toy.TOY["batch"], bar=bar, **begin)
+            toy.toy_tokenizer().save_pretrained(folder)
             model.save_pretrained(folder)
     pairs = {"sharpening": dict(student=student, teacher=str(made["sharpening"])),
              "acquisition": dict(student=str(made["acquisition"]), teacher=teacher)}
@@ -93,11 +93,11 @@ def models() -> dict[str, dict[str, str]]:
 
 def accuracy(model) -> float:
     """Greedy, on the held-out rows of the runs."""
-    tokenizer, rows = tasks.toy_tokenizer(), tasks.toy_task(FLAGS["eval_n"]).eval
+    tokenizer, rows = toy.toy_tokenizer(), tasks.toy_task(FLAGS["eval_n"]).eval
     answers = complete(model, [tokenizer.encode(row.prompt) for row in rows], FLAGS["max_response"],
                        [tokenizer.eos_token_id])
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-    return sum(tasks.toy_grade(text, row.answer) for text, row in zip(texts, rows)) / len(rows)
+    return sum(toy.toy_grade(text, row.answer) for text, row in zip(texts, rows)) / len(rows)
 
 
 def rescaled(begin: str, out: Path) -> dict:
@@ -138,7 +138,7 @@ def direction(pair: str) -> dict:
     assert not any(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in began)
     (_, flags), (_, others) = began
     model, teacher = (load_model(flags[who], "cpu", torch.float32) for who in ("student", "teacher"))
-    names, tokenizer = list(effopd.moving(model)), tasks.toy_tokenizer()
+    names, tokenizer = list(effopd.moving(model)), toy.toy_tokenizer()
     prompts = [tokenizer.encode(row.prompt) for row in tasks.toy_task(200).eval]
     answers = effopd.OwnEngine(Config(**flags), model).complete(prompts, flags["max_response"], temperature=1.0)
 

@@ -77,7 +77,7 @@ def batches(examples: list[list[int]], size: int, rng: random.Random):
 
 def train(tokenizer, rows: list[dict], *, layers: int, hidden: int, epochs: float, lr: float, seed: int):
     """Plain language modelling on question and answer, every token."""
-    from tasks import small_model
+    from data.toy import small_model
     model = small_model(tokenizer, layers=layers, hidden=hidden, seed=seed, tied=True, vocab=MODELS["words"])
     examples = [tokenizer.apply_chat_template([dict(role="user", content=r["question"]),
                                                dict(role="assistant", content=r["answer"])], return_dict=False)
@@ -127,7 +127,7 @@ def held_out(cfg, folder: str, rows: list[dict]) -> dict[str, list[float]]:
     number; and the -log p of the written solution, summed, and its length."""
     from transformers import AutoTokenizer
 
-    from prompts import Row, encode
+    from data.prompts import Row, encode
     from rollout import HFEngine
     from teacher import load_model
     tokenizer = AutoTokenizer.from_pretrained(folder)

@@ -36,16 +36,16 @@ from safetensors.torch import load_file  # noqa: E402
 import asyncopd  # noqa: E402
 import checkpoint  # noqa: E402
 import record  # noqa: E402
-import tasks  # noqa: E402
+from data import toy  # noqa: E402
 
 VICTIMS = ["parent", "learner", "parent", "learner", "rollout0", "teacher0"]
 TRIES_S = 60.0            # no start may take longer than this, whatever it waits for
 
 
 def tiny_models(root: Path) -> dict[str, str]:
-    tokenizer, folders = tasks.toy_tokenizer(), {}
+    tokenizer, folders = toy.toy_tokenizer(), {}
     for seed, name in enumerate(("student", "teacher")):
-        model = tasks.small_model(tokenizer, layers=1, hidden=64, seed=seed)
+        model = toy.small_model(tokenizer, layers=1, hidden=64, seed=seed)
         model.lm_head.weight.data *= 1 + 7 * seed
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

@@ -43,7 +43,7 @@ def make(root: Path, tiny: bool) -> dict[str, str]:
     """Folders of the two models and a file of prompts that are as long as --max-prompt allows."""
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
-    from tasks import SYMBOLS, toy_tokenizer
+    from data.toy import SYMBOLS, toy_tokenizer
     tokenizer, length = toy_tokenizer(), 64 if tiny else 256
     for seed, (name, shape) in enumerate(SHAPES.items()):
         if not (root / name / "config.json").exists():

@@ -35,7 +35,7 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import record  # noqa: E402
-import tasks  # noqa: E402
+from data import toy  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
 from teacher import load_model  # noqa: E402
 
@@ -85,13 +85,13 @@ def rates() -> list[dict]:
 def models() -> dict[str, tuple[str, str]]:
     """Student and teacher of one origin, made on first use and kept; and those of two."""
     from tqdm import tqdm
-    student, other = tasks.toy_models(ROOT / "runs")
+    student, other = toy.toy_models(ROOT / "runs")
     recipe = hashlib.sha256(json.dumps([Path(student).parent.name, TEACHER]).encode()).hexdigest()[:8]
     folder = ROOT / "runs" / f"oprd-{recipe}"
     if not (folder / "config.json").exists():
-        model, tokenizer = load_model(student, "cpu", torch.float32), tasks.toy_tokenizer()
+        model, tokenizer = load_model(student, "cpu", torch.float32), toy.toy_tokenizer()
         print("making the teacher, half a minute", flush=True)
-        tasks.teach_toy("teacher", model, tokenizer, **TEACHER, batch=64, bar=tqdm(disable=True))
+        toy.teach_toy("teacher", model, tokenizer, **TEACHER, batch=64, bar=tqdm(disable=True))
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)

@@ -43,10 +43,10 @@ import transformers  # noqa: E402
 import learner  # noqa: E402
 import record  # noqa: E402
 import rock  # noqa: E402
-import tasks  # noqa: E402
 from cache import Slots  # noqa: E402
-from graders import MathGrader  # noqa: E402
-from prompts import Row, read_rows  # noqa: E402
+from data import toy  # noqa: E402
+from data.graders import MathGrader  # noqa: E402
+from data.prompts import Row, read_rows  # noqa: E402
 from teacher import complete, load_model, stop_ids  # noqa: E402
 
 ROWS = HERE / "rock.jsonl"
@@ -67,20 +67,20 @@ CASES = {"no rocks": {}, "found, K = 2": dict(rock="0,2"), "found, K = 6": dict(
 # -- the toy -----------------------------------------------------------------------------------------
 
 def styled(rng: random.Random) -> tuple[Row, str]:
-    row, solution = tasks.toy_row(rng)
+    row, solution = toy.toy_row(rng)
     columns, total = solution.split(";")
     done = [column.replace("=", "=" + rng.choice(STYLE)) + rng.choice(STYLE) for column in columns.split(",")]
     return row, ",".join(done) + ";" + total
 
 
 def tokenizer():
-    tasks.SYMBOLS = tasks.SYMBOLS.removesuffix(STYLE) + STYLE
-    return tasks.toy_tokenizer()
+    toy.SYMBOLS = toy.SYMBOLS.removesuffix(STYLE) + STYLE
+    return toy.toy_tokenizer()
 
 
 def train(words, *, layers, hidden, rows, steps, lr, seed, smoothing):
-    """As tasks.train_toy; with private rows, one stands in the place of nine style words of ten that are to be said."""
-    model = tasks.small_model(words, layers=layers, hidden=hidden, seed=seed, vocab=rows)
+    """As toy.train_toy; with private rows, one stands in the place of nine style words of ten that are to be said."""
+    model = toy.small_model(words, layers=layers, hidden=hidden, seed=seed, vocab=rows)
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
     rng, style = random.Random(seed), torch.tensor(words.convert_tokens_to_ids(list(STYLE)))
@@ -218,7 +218,7 @@ def timed(rounds: int) -> None:
         return out
     learner.head_backward = clocked
     for size in {32, 16_384} - {r["words"] for r in rows("time")}:
-        tasks.small_model(words, layers=2, hidden=96, seed=0, vocab=size).save_pretrained(folder)
+        toy.small_model(words, layers=2, hidden=96, seed=0, vocab=size).save_pretrained(folder)
         words.save_pretrained(folder)
         cfg = kills.asyncopd.Config(student=str(folder), teacher=str(folder), task="toy", mc_samples=4,
                                     estimator="reverse_mc", gpus=0, out=str(folder), rock="0,2", **KNOWN)
@@ -264,7 +264,7 @@ def ban() -> None:
         if not folder.exists():
             sys.exit(f"{folder} is not there: run \"no rocks\" --seeds={seed} first")
         model, stop = load_model(str(folder), "cpu", torch.float32), stop_ids(str(folder))
-        for banned in ("", *STYLE, STYLE, *tasks.SYMBOLS.removesuffix(STYLE)):
+        for banned in ("", *STYLE, STYLE, *toy.SYMBOLS.removesuffix(STYLE)):
             if (seed, banned) in there:
                 continue
             at = torch.tensor(words.convert_tokens_to_ids(list(banned)), dtype=torch.long)

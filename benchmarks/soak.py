@@ -24,13 +24,13 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import record  # noqa: E402
-import tasks  # noqa: E402
+from data import toy  # noqa: E402
 
 
 def models(root: Path) -> list[str]:
-    tokenizer, flags = tasks.toy_tokenizer(), []
+    tokenizer, flags = toy.toy_tokenizer(), []
     for seed, name in enumerate(("student", "teacher")):
-        model = tasks.small_model(tokenizer, layers=1, hidden=64, seed=seed)
+        model = toy.small_model(tokenizer, layers=1, hidden=64, seed=seed)
         model.lm_head.weight.data *= 1 + 7 * seed
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

@@ -15,9 +15,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"      # a name that is no folder is refused at
 def save_tiny(folder: Path, *, seed: int, layers: int = 1, tied: bool = False, sharp: float = 1.0,
               vocab: int = 32) -> str:
     """`sharp` scales the output head: random weights are close to uniform, and so is every student to every teacher."""
-    import tasks
-    tokenizer = tasks.toy_tokenizer()
-    model = tasks.small_model(tokenizer, layers=layers, hidden=64, seed=seed, tied=tied, vocab=vocab)
+    from data import toy
+    tokenizer = toy.toy_tokenizer()
+    model = toy.small_model(tokenizer, layers=layers, hidden=64, seed=seed, tied=tied, vocab=vocab)
     model.lm_head.weight.data *= sharp
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

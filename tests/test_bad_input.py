@@ -99,8 +99,8 @@ def world(models, tmp_path_factory):
     (w / "cut" / "model.safetensors").write_bytes(data[:len(data) // 2])
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (w / "notokenizer" / name).unlink()
-    import tasks
-    tokenizer = tasks.toy_tokenizer()
+    from data import toy
+    tokenizer = toy.toy_tokenizer()
     tokenizer.add_tokens(["ten"])
     tokenizer.save_pretrained(w / "otherwords")
     (w / "thesis").mkdir()
@@ -228,12 +228,12 @@ def test_the_command_itself_says_so_too(tmp_path):
 @pytest.mark.parametrize("rows", [40, 20])
 def test_a_tokenizer_with_more_words_than_the_head_has_rows(rows, models, tmp_path, capsys):
     """Rows beyond the words are padding and allowed; words beyond the rows are not."""
-    import tasks
+    from data import toy
     folder = tmp_path / "teacher"
     save_tiny(folder, seed=3)
-    tokenizer = tasks.toy_tokenizer()
-    tasks.small_model(tokenizer, layers=1, hidden=64, seed=3, vocab=rows).save_pretrained(folder)
-    more = tasks.toy_tokenizer()
+    tokenizer = toy.toy_tokenizer()
+    toy.small_model(tokenizer, layers=1, hidden=64, seed=3, vocab=rows).save_pretrained(folder)
+    more = toy.toy_tokenizer()
     more.add_tokens([f"w{i}" for i in range(25 - len(more))])
     student = tmp_path / "student"
     shutil.copytree(models["student"], student)

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 
 from account import Account
-from prompts import prompt_number
+from data.prompts import prompt_number
 from run import Run
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-import graders
-from graders import Grading, MathGrader, marked_answer, summary
+from data import graders
+from data.graders import Grading, MathGrader, marked_answer, summary
 from tests.conftest import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -142,9 +142,9 @@ def test_a_comparison_without_end_is_ended_and_the_next_pair_judged(grade, monke
 
 @pytest.mark.skipif(not SYMBOLIC, reason="math-verify is not installed")
 def test_the_comparing_process_ends_with_its_parent():
-    code = ("import graders, os; g = graders.MathGrader(); g(r'\\boxed{2^2}', '4'); print(g.process.pid, flush=True); "
-            "os.kill(os.getpid(), 9)")
-    done = subprocess.run([graders.sys.executable, "-c", code], cwd=os.path.dirname(graders.__file__), text=True,
+    code = ("import os; from data import graders; g = graders.MathGrader(); g(r'\\boxed{2^2}', '4'); "
+            "print(g.process.pid, flush=True); os.kill(os.getpid(), 9)")
+    done = subprocess.run([graders.sys.executable, "-c", code], cwd=ROOT, text=True,
                           capture_output=True)
     limit = time.monotonic() + 5
     while os.path.exists(f"/proc/{int(done.stdout)}") and time.monotonic() < limit:

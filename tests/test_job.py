@@ -5,15 +5,15 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-import tasks
+from data import toy
 from job import prepare
 from learner import Learner
 from teacher import stop_ids
 
 
 def save(folder, *, vocab=32, ends=(1,), seed=5):
-    tokenizer = tasks.toy_tokenizer()
-    model = tasks.small_model(tokenizer, layers=1, hidden=64, seed=seed, vocab=vocab)
+    tokenizer = toy.toy_tokenizer()
+    model = toy.small_model(tokenizer, layers=1, hidden=64, seed=seed, vocab=vocab)
     model.generation_config.eos_token_id = list(ends)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -45,7 +45,7 @@ def test_the_first_prompt_is_the_one_that_is_handed_out_first_as_the_models_read
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}", "answer": "1"}) for i in range(30)))
     cfg, job = prepare(config(task=str(path), prompt_template="0{prompt}", prompt_suffix="=", seed=3))
-    from prompts import prompt_number
+    from data.prompts import prompt_number
     assert job.first_prompt == f"0{prompt_number(0, 27, seed=3)}=" and len(job.prompts) == 27
 
 

@@ -46,9 +46,9 @@ def folders(tmp_path_factory):
     save_tiny(root / "other", seed=7, layers=LAYERS)
     save_tiny(root / "deep", seed=8, layers=5)
     save_tiny(root / "tied", seed=9, layers=LAYERS, tied=True)
-    import tasks
-    tokenizer = tasks.toy_tokenizer()
-    tasks.small_model(tokenizer, layers=2, hidden=32, seed=3).save_pretrained(root / "narrow")
+    from data import toy
+    tokenizer = toy.toy_tokenizer()
+    toy.small_model(tokenizer, layers=2, hidden=32, seed=3).save_pretrained(root / "narrow")
     tokenizer.save_pretrained(root / "narrow")
     return root
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from account import DONE
-from graders import EVAL
+from data.graders import EVAL
 from learner import METRICS
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps

@@ -3,9 +3,8 @@ import json
 
 import pytest
 
-import prompts
-import tasks
-from prompts import Row, encode, parse_filter, prompt_number, read_rows, same_specials, same_words
+from data import prompts, toy
+from data.prompts import Row, encode, parse_filter, prompt_number, read_rows, same_specials, same_words
 
 
 def test_every_epoch_hands_out_every_prompt_once_in_an_order_of_its_own():
@@ -127,7 +126,7 @@ def decoded(tokenizer, *args, **how) -> list[str]:
 
 
 def test_prompts_go_through_template_suffix_and_chat_template():
-    tokenizer = tasks.toy_tokenizer()
+    tokenizer = toy.toy_tokenizer()
     assert decoded(tokenizer, "12+34", "5") == ["12+34", "5"]
     assert decoded(tokenizer, "{1}", template="0{prompt}0", suffix="=") == ["0<unk>1<unk>0="]
     tokenizer.chat_template = CHAT
@@ -141,7 +140,7 @@ def test_prompts_go_through_template_suffix_and_chat_template():
 # -- whether two models read them alike ------------------------------------------------------------
 
 def test_different_vocabularies_are_refused_with_the_first_differing_ids():
-    a, b = tasks.toy_tokenizer(), tasks.toy_tokenizer()
+    a, b = toy.toy_tokenizer(), toy.toy_tokenizer()
     same_words(a, b, ["12+34="])
     b.add_tokens(["ten", "eleven"])
     with pytest.raises(ValueError, match="2 ids differ, 17 is None / 'ten', 18 is None / 'eleven'"):
@@ -153,14 +152,14 @@ def test_different_vocabularies_are_refused_with_the_first_differing_ids():
 
 def test_the_same_words_read_differently_are_refused():
     from tokenizers import normalizers
-    a, b = tasks.toy_tokenizer(), tasks.toy_tokenizer()
+    a, b = toy.toy_tokenizer(), toy.toy_tokenizer()
     b.backend_tokenizer.normalizer = normalizers.Replace("+", "")
     with pytest.raises(ValueError, match=r"read '12.34=' differently: from id 2 on"):
         same_words(a, b, ["12", "12+34="])
 
 
 def test_ends_and_special_words_that_differ_are_told_and_without_a_common_end_refused():
-    a, b = tasks.toy_tokenizer(), tasks.toy_tokenizer()
+    a, b = toy.toy_tokenizer(), toy.toy_tokenizer()
     assert same_specials(a, b, ([1], [1])) == []
     b.pad_token = "<eos>"
     notes = same_specials(a, b, ([1], [1, 2]))

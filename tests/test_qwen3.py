@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
-import tasks
+from data import toy
 from tests.conftest import ROOT
 from tests.runs import lines, run, steps
 
@@ -23,7 +23,7 @@ def qwen3(tmp_path_factory) -> dict[str, str]:
     root, rows = tmp_path_factory.mktemp("qwen3"), problems(DATA)
     tokenizer = bpe_tokenizer([text for r in rows for text in r.values()], 2048)
     for name, how in dict(student=dict(layers=2, tied=True, seed=0), teacher=dict(layers=3, seed=1)).items():
-        model = tasks.small_model(tokenizer, hidden=64, vocab=ROWS, **how)
+        model = toy.small_model(tokenizer, hidden=64, vocab=ROWS, **how)
         model.get_output_embeddings().weight.data *= 8           # random heads are close to uniform
         model.save_pretrained(root / name)
         tokenizer.save_pretrained(root / name)

@@ -9,7 +9,7 @@ import pytest
 
 import report
 from asyncopd import Config
-from prompts import Row
+from data.prompts import Row
 from record import Log, cut_log
 from tests.conftest import ROOT
 

@@ -11,9 +11,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import tasks
 from asyncopd import Config, plan, prepare
 from cache import Slots
+from data import toy
 from estimators import ESTIMATORS, Estimator, estimator_table
 from learner import METRICS, Learner, summarize
 from rollout import HFEngine, Sampler, draw_rows
@@ -29,10 +29,10 @@ WITH_LOSS = [name for name, row in ESTIMATORS.items() if row.head]       # on lo
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     """Folders of a student, of the weights that generate, and of teachers whose heads have 32 and 40 rows."""
-    root, tokenizer = tmp_path_factory.mktemp("models"), tasks.toy_tokenizer()
+    root, tokenizer = tmp_path_factory.mktemp("models"), toy.toy_tokenizer()
     for name, how in {"student": dict(layers=1, hidden=32, seed=1), "teacher": dict(layers=1, hidden=HIDDEN, seed=3),
                       "wide": dict(layers=1, hidden=HIDDEN, seed=3, vocab=40)}.items():
-        model = tasks.small_model(tokenizer, **how)
+        model = toy.small_model(tokenizer, **how)
         with torch.no_grad():
             for x in model.parameters():
                 x.mul_(3)                       # away from the uniform distribution
@@ -135,7 +135,7 @@ def test_a_new_row_in_the_table_is_all_that_a_new_estimator_takes(models):
 
 def test_no_other_module_names_an_estimator():
     names = "|".join(name for name, row in ESTIMATORS.items() if row.head)       # oprd is a module as well
-    for file in ("cache.py", "rollout.py", "learner.py", "record.py", "tasks.py"):
+    for file in ("cache.py", "rollout.py", "learner.py", "record.py", "data/tasks.py"):
         assert not re.search(rf"\b({names})\b", (ROOT / file).read_text()), file
     found = re.findall(rf'^.*\b(?:{names})\b.*$', (ROOT / "asyncopd.py").read_text(), re.M)
     assert all("knob(" in line for line in found), "in the parent only the help of a flag may name one"

@@ -4,21 +4,21 @@ import random
 
 import pytest
 
-import tasks
+from data import tasks, toy
 
 
 def test_the_toys_worked_solution_is_right_and_graded_right():
     for i in range(200):
-        row, solution = tasks.toy_row(random.Random(i))
+        row, solution = toy.toy_row(random.Random(i))
         a, b = map(int, row.prompt.rstrip("=").split("+"))
-        assert row.answer == str(a + b) and tasks.toy_grade(solution, row.answer)
+        assert row.answer == str(a + b) and toy.toy_grade(solution, row.answer)
         steps, carry = solution.split(";")[0].split(","), 0
         for step in steps:
             left, total = step.split("=")
             x, y, c = map(int, left.split("+"))
             assert c == carry and x + y + c == int(total)
             carry = int(total) // 10
-    assert not tasks.toy_grade("8+7+0=15;126", "125") and not tasks.toy_grade("", "125")
+    assert not toy.toy_grade("8+7+0=15;126", "125") and not toy.toy_grade("", "125")
 
 
 def test_the_toys_evaluation_rows_are_not_trained_on():
@@ -27,8 +27,8 @@ def test_the_toys_evaluation_rows_are_not_trained_on():
 
 
 def test_the_toys_tokenizer_reads_and_writes_every_symbol():
-    tokenizer = tasks.toy_tokenizer()
-    text = tasks.SYMBOLS
+    tokenizer = toy.toy_tokenizer()
+    text = toy.SYMBOLS
     ids = tokenizer(text)["input_ids"]
     assert len(ids) == len(text) == len(set(ids)) and tokenizer.decode(ids) == text
 

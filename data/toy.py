@@ -1,12 +1,8 @@
 """
-A task: rows to train on, rows to evaluate on, and a grader that says whether a text answers a row. And the built-in
-toy with its two models.
+The toy: a task small enough to learn on a laptop, with a student and a teacher that are ordinary Hugging Face folders.
 
-    toy                      additions of 2 and 3 digits with the carries written out; nothing is downloaded
-    FILE.jsonl, FILE.parquet a row a line, or a table; keys by --prompt-key and --answer-key
-    hf:NAME[:CONFIG][:SPLIT] a dataset of the Hugging Face hub or in a folder, through `datasets`
-What is left out: tools, several turns, reward models. Distillation needs prompts; answers are only for the evaluation.
-Tests: tests/test_tasks.py
+Additions of 2 and 3 digits with the carries written out. The two models are trained on first use and kept. What is left
+out: the split into rows to train on and to evaluate on (data/tasks.py). Tests: tests/test_tasks.py
 """
 from __future__ import annotations
 
@@ -14,45 +10,11 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
-from graders import MathGrader
-from prompts import Row, read_rows
-
-
-@dataclass(frozen=True)
-class Task:
-    train: list[Row]
-    eval: list[Row]                        # graded rows only, whose prompts are not in `train`
-    grade: Callable[[str, str], bool]      # (response text, answer) -> correct?
-
-
-def load_task(name: str, *, prompt_key="prompt", answer_key="answer", filter="", eval_name="", eval_n=200) -> Task:
-    """The task called `name`, of the rows that pass the filter; `eval_name` is read as it is. Raises ValueError."""
-    if name == "toy":
-        if filter:
-            raise ValueError(f"--filter {filter!r}: the toy's rows have no keys to filter by")
-        return toy_task(eval_n)
-    train = read_rows(name, prompt_key, answer_key, filter)
-    if eval_name:
-        held_out = read_rows(eval_name, prompt_key, answer_key)
-    else:                                  # hold out the end of the rows, at most a tenth of them
-        split = len(train) - min(eval_n, len(train) // 10)
-        train, held_out = train[:split] + [r for r in train[split:] if not r.answer], train[split:]
-    held_out = [r for r in held_out if r.answer][:eval_n]
-    seen = {r.prompt for r in held_out}
-    kept = [r for r in train if r.prompt not in seen]
-    if not kept:
-        raise ValueError(f"{name}: every prompt is evaluated on, none is left to train on (another --eval-task, or a "
-                         f"lower --eval-n)")
-    return Task(kept, held_out, MathGrader())
-
-
-# -- the toy: a task small enough to learn on a laptop, with models that are ordinary Hugging Face folders ----------
+from data.prompts import Row
 
 SYMBOLS = "0123456789+=,;"
 DIGITS = (2, 3)                            # shortest and longest operand
@@ -78,13 +40,6 @@ def toy_row(rng: random.Random) -> tuple[Row, str]:
 
 def toy_grade(text: str, answer: str) -> bool:
     return text.rsplit(";", 1)[-1].strip() == answer
-
-
-def toy_task(eval_n: int) -> Task:
-    held_out = [toy_row(random.Random(f"eval-{i}"))[0] for i in range(eval_n)]
-    seen = {row.prompt for row in held_out}
-    train = [toy_row(random.Random(f"train-{i}"))[0] for i in range(20_000)]
-    return Task([row for row in train if row.prompt not in seen], held_out, toy_grade)
 
 
 def toy_tokenizer():
