@@ -27,9 +27,9 @@ import effopd
 import oprd
 import rock
 from estimators import DEFAULT, ESTIMATORS
-from folder import check_out, check_same, empty, recorded
 from job import ROOT, fetch, prepare, refuse
 from plan import plan, split
+from record.run_folder import check_out, check_same, empty, recorded
 from run import EAR, Run
 from teacher import VLLM_LACKS
 from workers import alone

@@ -18,7 +18,7 @@ import plan
 from estimators import ESTIMATORS
 from job import ROOT, refuse
 from plan import Shape
-from record import table
+from record.report import table
 
 if TYPE_CHECKING:
     from asyncopd import Config

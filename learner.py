@@ -26,12 +26,12 @@ from torch import Tensor
 
 import oprd
 from cache import Segment, Slots, Weights
-from checkpoint import UNWRITABLE, read_training, replace, trained, write_training
 from effopd import Jumps
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
 from head import head_backward, head_logp
 from lora import Merged, merged_state, save_adapter, with_lora
 from plan import chunk_size, free_gb
+from record.checkpoint import UNWRITABLE, read_training, replace, trained, write_training
 from rock import Rocks
 from shards import Ranks, concatenated, recompute
 from teacher import kept_rows, load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
@@ -39,44 +39,6 @@ from teacher import kept_rows, load_model, one_segment, pad, response_rows, stop
 if TYPE_CHECKING:
     from asyncopd import Config
     from workers import Link
-
-METRICS = {      # every key of a step line: formula or meaning, unit
-    "step": "train batches so far, this one included",
-    "version": "of the weights after this step = publishes since the start",
-    "loss": "the estimator's surrogate: sum over positions / number of positions, nats (its value is not the KL)",
-    "kl": "unbiased estimate of the per-token KL that --kl names, current student, prefixes as visited, nats (exact "
-          "where the estimator sees the whole vocabulary)",
-    "oprd": "distance between hidden states of student and teacher, mean over compared positions and layers; "
-            "--oprd-weight times it is part of what is minimised, not of `loss` (0: not compared)",
-    "entropy": "of the student, mean over positions: -mean of w log p over the drawn tokens, nats",
-    "lag_min": "freshest token of the batch: learner version before the step - version that drew the token",
-    "lag_mean": "the same, mean over tokens",
-    "lag_max": "the same, oldest token",
-    "tokens": "response tokens of this step's batch, those of skipped updates included",
-    "sequences": "responses, or segments of responses, in this step",
-    "context": "tokens generated and trained earlier, read again as context of a segment after a cut",
-    "stored": "share of the batch's positions whose scores were cached: below 1 where --rock bypasses some, and then "
-              "what is measured, as kl, is measured on the others",
-    "rock": "share of the batch's positions that predict a rock (--rock), which count LAMBDA times in the loss",
-    "w_max": "largest importance weight p / mu of an emitted token",
-    "w_p99": "99th percentile of the same",
-    "ess": "effective sample size of these weights: (sum w)^2 / sum w^2 / n, 1 = on-policy",
-    "duplicates": "share of drawn candidates that repeat an earlier one at their position",
-    "engine_gap_max": "largest |log-prob in the engine - log-prob in the learner| on the probe at the last push, nats",
-    "engine_gap_p95": "95th percentile of the same",
-    "engine_gap_mean": "mean of the same",
-    "push_s": "seconds of that push: copying, loading and the probe",
-    "publish_s": "seconds the learner spent on publishing",
-    "push_bytes": "bytes that it wrote, and that every engine reads: the student in the dtype of compute",
-    "grad_norm": "norm of the gradient before clipping, of the step's last optimizer update",
-    "lr": "learning rate of the step's last optimizer update",
-    "skipped": "optimizer updates not made because the loss or the gradient was not finite",
-    "trained": "what was trained, for the record: [uid of the prompt, first response token, number of tokens]",
-    "gen_tok_s": "response tokens generated since the last step line / seconds since then",
-    "train_tok_s": "tokens / seconds of this step, publishing included",
-    "wait_s": "seconds the learner waited for this batch",
-    "wall_s": "seconds since the first ticket, over all resumptions",
-}
 
 
 def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resume: str, version: int, rank: int,

@@ -20,21 +20,21 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import checkpoint
 import plan
-import record
-import report
-from account import Account
 from cache import Ledger, Slots, Ticket, Weights
 from data.graders import Grading, summary
 from data.prompts import prompt_number
 from effopd import MIN_ESS
 from estimators import ESTIMATORS
 from job import Job
-from learner import METRICS
+from record import checkpoint, report
+from record.account import Account
+from record.log import Log, cut_log
+from record.metrics import METRICS
+from record.provenance import provenance
+from record.timeline import Trace
 from rock import Bypass, parse
 from teacher import vocab_size
-from timeline import Trace
 from workers import Hand
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class Run:
                            job.hidden if estimator.support == "full" else 0, dtype, states=job.states, bypass=bypass)
         self.weights = Weights(job.layout, job.probe, dtype)
         self.ledger = Ledger(self.slots, cfg.batch, cfg.schedule, cfg.max_ahead, cfg.max_lag, cfg.overdue)
-        self.log: record.Log | None = None
+        self.log: Log | None = None
         self.trace: Trace | None = None
         self.hands: list[Hand] = []
         self.account = Account()
@@ -98,19 +98,19 @@ class Run:
                        "teacher": (self.slots, self.job.eval_prompts),
                        "learner": (self.slots, self.weights, str(resume or ""), self.ledger.version)}
         (out / ".learners").unlink(missing_ok=True)      # by this file several learners find each other
-        self.quiet or record.show_start(plan.why(cfg), plan.rows(*self.job.memory), [
+        self.quiet or report.show_start(plan.why(cfg), plan.rows(*self.job.memory), [
             [f"{len(self.slots)} slots", f"{self.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{self.slot_bytes:,} bytes"],
             *[["a token's hidden states (OPRD)", f"{2 * self.job.states[1]:,} bytes"]] * (cfg.oprd_weight > 0),
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
         self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
-        self.log = record.Log(out, cfg.steps, self.quiet, done=self.ledger.version)
+        self.log = Log(out, cfg.steps, self.quiet, done=self.ledger.version)
         self.log.tracker = report.tracker(cfg.log, out, asdict(cfg)) if cfg.log else None
         self.trace = Trace(out / "trace.json", list(where))
         for name in where:
             self.hands.append(self.worker(name))
-        self.log.write("run", **record.provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
+        self.log.write("run", **provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
         resume and self.log.write("event", what="resumed", step=self.ledger.version, checkpoint=str(resume))
         while not all(h.ready for h in self.hands):
             self.hear()
@@ -416,7 +416,7 @@ class Run:
     def restore(self, folder: Path) -> None:
         state = checkpoint.read(folder)
         checkpoint.clear(folder.parent, state.version)
-        self.account.resume(state.counters, record.cut_log(Path(self.cfg.out) / "log.jsonl", state.version))
+        self.account.resume(state.counters, cut_log(Path(self.cfg.out) / "log.jsonl", state.version))
         self.ledger.resume(state.version, state.prompts, state.tickets)
         self.saved = str(folder)
 
@@ -451,7 +451,7 @@ class Run:
         out = Path(self.cfg.out)
         (out / "student" / "README.md").write_text(report.model_card(out / "log.jsonl"), encoding="utf-8")
         self.close()
-        self.quiet or record.show_end(totals, self.cfg.out)
+        self.quiet or report.show_end(totals, self.cfg.out)
 
     def stop(self) -> None:
         """Every worker ends after the orders it has; then it is gone."""

@@ -36,12 +36,13 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import record  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from cache import Slots  # noqa: E402
 from data import tasks, toy  # noqa: E402
 from data.prompts import encode  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
+from record.provenance import provenance  # noqa: E402
+from record.report import table  # noqa: E402
 from rollout import HFEngine  # noqa: E402
 from teacher import load_model, response_rows  # noqa: E402
 
@@ -195,7 +196,7 @@ def show(title: str, results: dict[str, dict], cost: dict[str, float]) -> None:
                      *(f"{v:.4g}{star}" for v in r["variance"].values()),
                      "-" if r["ess"] is None else f"{r['ess']:.3f}", f"{r['cache_bytes_per_token']:,}",
                      f"{cost[name]:,.0f}"])
-    print(f"\n{title}\n{record.table(rows)}", flush=True)
+    print(f"\n{title}\n{table(rows)}", flush=True)
 
 
 def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) -> None:
@@ -239,7 +240,7 @@ def report(kind: str, places: list[Positions], stale: list, k: int, label: str, 
     curves = {name: [audit(name, x, k) for x in places] for name in ROWS}
     draw_figure(HERE / "figures" / f"{kind}.png", curves, stale, label)
     with open(HERE / f"{kind}.jsonl", "w", encoding="utf-8") as f:
-        f.write(json.dumps({"type": "run", **record.provenance(told, {})}) + "\n")
+        f.write(json.dumps({"type": "run", **provenance(told, {})}) + "\n")
         for name, results in curves.items():
             for s, r in zip(stale, results):
                 f.write(json.dumps({"type": "audit", "estimator": name, "staleness": s, "k": k, **r}) + "\n")

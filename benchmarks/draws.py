@@ -37,10 +37,11 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-import record  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from data import toy  # noqa: E402
 from engine_vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
+from record.provenance import provenance  # noqa: E402
+from record.report import table  # noqa: E402
 
 V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
 MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
@@ -141,7 +142,7 @@ def show(title: str, s: dict) -> None:
     for form in s["tok_s"]:
         rows.append([form + (" (base)" if form == s["base"] else ""), f"{s['tok_s'][form]:,.0f}",
                      *(f"{s[what][form]:.1%}" for what in ("head", "sample")), *(f"{c:.1%}" for c in s["cost"][form])])
-    print(f"\n{title}\n{record.table(rows)}", flush=True)
+    print(f"\n{title}\n{table(rows)}", flush=True)
 
 
 def keep_freed_memory() -> None:
@@ -161,7 +162,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")            # one thread, on the first core
     torch.set_num_threads(1)
     keep_freed_memory()
-    told = record.provenance(vars(args), {})
+    told = provenance(vars(args), {})
     print(f"{told['hardware']['cpu']}, one core of {told['hardware']['cores']}; {args.responses} responses x "
           f"{args.tokens} tokens, {args.rounds} rounds; V = {V:,}, float32", flush=True)
     rows, found = [], {}

@@ -48,9 +48,9 @@ from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import effopd  # noqa: E402
-import record  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from data import tasks, toy  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 from teacher import complete, load_model  # noqa: E402
 
 ROWS, EVERY, BASE = HERE / "effopd.jsonl", 8, 3e-5
@@ -158,7 +158,7 @@ def direction(pair: str) -> dict:
         along[f"{s} D"] = value(now | {n: now[n] + s * (now[n] - before[n]) for n in names})
     along |= {f"{more} more steps": value(at(32 + more)) for more in (16, 32)}
     shutil.rmtree(root)
-    return dict(pair=pair, alike=alike, along=along, commit=record.provenance({}, {})["commit"])
+    return dict(pair=pair, alike=alike, along=along, commit=provenance({}, {})["commit"])
 
 
 def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tuple[int, dict]:

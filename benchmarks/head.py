@@ -32,11 +32,11 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-import record  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from estimators import jsd_dense, reverse_mc  # noqa: E402
 from head import head_backward  # noqa: E402
 from plan import chunk_size  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 
 M, V, SHAPES, ROWS = 2048, 151_936, [(1024, 4), (1024, 64), (2048, 4), (2048, 64)], HERE / "head.jsonl"
 
@@ -139,7 +139,7 @@ def one(H: int, N: int, gpu: bool, rounds: int) -> dict:
     return dict(H=H, N=N, M=M, V=V, gpu=gpu, dtype=str(problem.dtype), chunk=problem.chunk, seconds=seconds, peak=peak,
                 peak_ratio_naive=peak["ours"] / peak["naive"], grad_rel_err=error,
                 time_ratio_best=statistics.median(a / b for a, b in zip(seconds["ours"], others)),
-                threads=torch.get_num_threads(), **record.provenance({}, {}))
+                threads=torch.get_num_threads(), **provenance({}, {}))
 
 
 def rows() -> list[dict]:

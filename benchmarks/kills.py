@@ -34,9 +34,9 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import asyncopd  # noqa: E402
-import checkpoint  # noqa: E402
-import record  # noqa: E402
 from data import toy  # noqa: E402
+from record import checkpoint  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 
 VICTIMS = ["parent", "learner", "parent", "learner", "rollout0", "teacher0"]
 TRIES_S = 60.0            # no start may take longer than this, whatever it waits for
@@ -244,7 +244,7 @@ def main() -> None:
     summary = {"kills": sum(len(r["killed"]) for r in rows), "runs": len(rows), **{k: sum(r[k] for r in rows) for k in
                                                     ("resumed", "restarted", "identical", "lost", "twice")
                                                     if k in rows[0]}}
-    said = {"argv": [a for a in sys.argv if not a.startswith("/")], "commit": record.provenance({}, {})["commit"]}
+    said = {"argv": [a for a in sys.argv if not a.startswith("/")], "commit": provenance({}, {})["commit"]}
     with open(args.out or HERE / "kills.jsonl", "a") as f:
         f.writelines(json.dumps(said | row) + "\n" for row in rows)
     print(json.dumps(summary))

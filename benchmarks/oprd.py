@@ -34,9 +34,9 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
-import record  # noqa: E402
 from data import toy  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
+from record.provenance import hardware, provenance  # noqa: E402
 from teacher import load_model  # noqa: E402
 
 ROWS = HERE / "oprd.jsonl"
@@ -107,7 +107,7 @@ def read(cell: dict, out: Path, commit: str) -> dict:
     accuracy = {x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"}
     found = load_file(out / "oprd.safetensors") if (out / "oprd.safetensors").exists() else {}
     return cell | dict(
-        commit=commit, hardware=record.hardware(), versions=log[0]["versions"], steps=len(steps), accuracy=accuracy,
+        commit=commit, hardware=hardware(), versions=log[0]["versions"], steps=len(steps), accuracy=accuracy,
         tokens={step: trained[step] for step in accuracy}, kl=[round(x["kl"], 4) for x in steps],
         oprd=[round(x["oprd"], 5) for x in steps], lag=steps[-1]["lag_mean"], seconds=round(log[-1]["wall_s"], 1),
         cosine=[round(x, 3) for x in found["cosine"].tolist()] if found else None,
@@ -118,7 +118,7 @@ def run(wanted: list[dict], jobs: int, extra: dict, path: Path) -> None:
     """Every cell that is not there yet, `jobs` at a time; a row is written as soon as a run has ended."""
     there = {(r["group"], r["label"], r["seed"]) for r in rows(path)}
     todo = [c for c in wanted if (c["group"], c["label"], c["seed"]) not in there]
-    pairs, running, commit = models(), {}, record.provenance({}, {})["commit"]
+    pairs, running, commit = models(), {}, provenance({}, {})["commit"]
     scratch = ROOT / "runs" / f"bench-oprd-{os.getpid()}"
     scratch.mkdir(parents=True)
     while todo or running:

@@ -25,8 +25,8 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-import record  # noqa: E402
 from cache import Segment  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 from teacher import by_length, pad  # noqa: E402
 
 BUDGET, LONGEST = 2048, 512
@@ -95,7 +95,7 @@ def main():
                packed_vs_sorted=statistics.median(r["packed"] / r["sorted"] for r in rounds),
                compiled_vs_sorted=statistics.median(r["compiled"] / r["sorted"] for r in rounds),
                padding_256=padding(256), padding_64=padding(64), threads=torch.get_num_threads(),
-               **record.provenance({}, {}))
+               **provenance({}, {}))
     (HERE / "packing.jsonl").write_text(json.dumps(row) + "\n")
     print(json.dumps({k: row[k] for k in ("packed_vs_sorted", "compiled_vs_sorted", "compile_s", "padding_256",
                                           "padding_64", "gap")}))

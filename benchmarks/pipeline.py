@@ -40,7 +40,7 @@ import rollout  # noqa: E402
 import run  # noqa: E402
 import workers  # noqa: E402
 from asyncopd import Config, settle  # noqa: E402
-from learner import METRICS  # noqa: E402
+from record.metrics import METRICS  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
 BATCH = 64                   # responses per train batch; the paper's 256 takes four times as long

@@ -22,11 +22,8 @@ import benchmarks.effopd  # noqa: E402
 import benchmarks.head  # noqa: E402
 import benchmarks.oprd  # noqa: E402
 import benchmarks.rock  # noqa: E402
-from account import DONE  # noqa: E402
-from data.graders import EVAL  # noqa: E402
 from estimators import estimator_table  # noqa: E402
-from learner import METRICS  # noqa: E402
-from record import keys_table  # noqa: E402
+from record.metrics import DONE, EVAL, METRICS, keys_table  # noqa: E402
 
 BLOCKS = {
     "results": lambda: toy.table("demo"),

@@ -41,12 +41,12 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import learner  # noqa: E402
-import record  # noqa: E402
 import rock  # noqa: E402
 from cache import Slots  # noqa: E402
 from data import toy  # noqa: E402
 from data.graders import MathGrader  # noqa: E402
 from data.prompts import Row, read_rows  # noqa: E402
+from record.provenance import hardware, provenance  # noqa: E402
 from teacher import complete, load_model, stop_ids  # noqa: E402
 
 ROWS = HERE / "rock.jsonl"
@@ -233,8 +233,8 @@ def timed(rounds: int) -> None:
                 if i:                                    # the first one warms up
                     seconds[name].append(time.perf_counter() - began)
                     heads[name].append(spent[0])
-        add(dict(kind="time", words=size, stored=stored, seconds=seconds, head=heads, commit=record.provenance({}, {})[
-            "commit"], hardware=record.hardware()))
+        add(dict(kind="time", words=size, stored=stored, seconds=seconds, head=heads, commit=provenance({}, {})[
+            "commit"], hardware=hardware()))
     learner.head_backward = head
 
 
@@ -274,7 +274,7 @@ def ban() -> None:
             hook.remove()
             texts = [words.decode([t for t in a if t not in stop], skip_special_tokens=True) for a in answers]
             right = "".join(str(int(grade(text, r.answer))) for text, r in zip(texts, prompts))
-            add(dict(kind="ban", seed=seed, banned=banned, right=right, commit=record.provenance({}, {})["commit"]))
+            add(dict(kind="ban", seed=seed, banned=banned, right=right, commit=provenance({}, {})["commit"]))
             print(seed, banned, right.count("1") / len(right), flush=True)
 
 

@@ -23,8 +23,8 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
-import record  # noqa: E402
 from data import toy  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 
 
 def models(root: Path) -> list[str]:
@@ -86,7 +86,7 @@ def main() -> None:
     files = [statistics.median(sum(s["files"].values()) for s in part) for part in (second, fourth)]
     shm = [statistics.median(s["shm"] for s in part) for part in (second, fourth)]
     with open(HERE / "soak.jsonl", "w") as f:
-        f.write(json.dumps({"argv": sys.argv, **{k: v for k, v in record.provenance({}, {}).items()
+        f.write(json.dumps({"argv": sys.argv, **{k: v for k, v in provenance({}, {}).items()
                                                  if k in ("commit", "versions", "hardware")}}) + "\n")
         f.writelines(json.dumps(s) + "\n" for s in samples)
     by_process = {name: round(1000 * slope([s["step"] for s in late], [s["rss_mb"][name] for s in late]), 2)

@@ -32,10 +32,10 @@ import torch  # noqa: E402
 
 import learner  # noqa: E402
 import plan  # noqa: E402
-import record  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from cache import Slots, Weights  # noqa: E402
 from estimators import importance_weight, reverse_mc, reverse_value  # noqa: E402
+from record.provenance import provenance  # noqa: E402
 from teacher import pad, response_rows  # noqa: E402
 
 ROWS, N, PROMPT = HERE / "step.jsonl", 4, 32
@@ -222,7 +222,7 @@ def main():
     row = (toy(30) if args.what == "toy" else full() if args.what == "full" else
            round_of(shape, ["ours", "model", "ce"] if args.gpu else ["ours", "model", "body", "before"]))
     with ROWS.open("a") as f:
-        f.write(json.dumps(row | dict(threads=torch.get_num_threads()) | record.provenance({}, {})) + "\n")
+        f.write(json.dumps(row | dict(threads=torch.get_num_threads()) | provenance({}, {})) + "\n")
     found = rows(row["shape"])
     if args.what == "full":
         print(json.dumps({k: row[k] for k in ("step_s", "update_s", "publish_s", "push_bytes", "peak_gb", "plan_gb")}))

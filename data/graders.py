@@ -34,20 +34,6 @@ TAIL, LONGEST = 20_000, 500      # characters: of a text that are looked at, of 
 
 # -- what an evaluation says -----------------------------------------------------------------------
 
-EVAL = {      # keys of an eval line: formula or meaning
-    "step": "version of the weights that answered",
-    "who": "student or teacher",
-    "accuracy": "avg_at_k",
-    "n": "prompts",
-    "k": "answers to each of them",
-    "avg_at_k": "right answers / (n k)",
-    "pass_at_k": "for j = 1, 2, 4, .. k the chance that one of j answers, drawn without replacement from a prompt's k, "
-                 "c of them right, is right: mean of 1 - C(k - c, j) / C(k, j), unbiased",
-    "ci": "2.5th and 97.5th percentile of avg_at_k when prompts are drawn anew, with replacement, 2,000 times, a "
-          "prompt's answers together; it says nothing where all are right or wrong, and nothing of other seeds",
-}
-
-
 def summary(right: list[list[bool]], resamples: int = 2000) -> dict:
     """Of n prompts with k graded answers each, right [n][k]: n, k and what follows from them (EVAL)."""
     import numpy as np

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpoint
-from checkpoint import State
 from learner import Learner
+from record import checkpoint
+from record.checkpoint import State
 from tests.test_learner import ready
 
 TICKETS = [(7, None), (3, torch.tensor([4, 5, 6], dtype=torch.int32)), (9, None)]
@@ -59,7 +59,7 @@ def test_bf16_weights_come_with_float32_masters(config, tmp_path):
 
 KILLED = 9
 POINTS = ["pathlib.Path.mkdir", "pathlib.Path.rename", "pathlib.Path.write_text", "shutil.rmtree",
-          "checkpoint.save_file", "transformers.PreTrainedModel.save_pretrained",
+          "record.checkpoint.save_file", "transformers.PreTrainedModel.save_pretrained",
           "transformers.PreTrainedTokenizerBase.save_pretrained"]
 
 
@@ -80,7 +80,7 @@ def dies_at(point: int, monkeypatch) -> None:
     for name in POINTS:
         module, _, attribute = name.rpartition(".")
         import importlib
-        owner = (importlib.import_module(module) if module in ("shutil", "checkpoint") else
+        owner = (importlib.import_module(module) if module in ("shutil", "record.checkpoint") else
                  getattr(importlib.import_module(module.rpartition(".")[0]), module.rpartition(".")[2]))
         monkeypatch.setattr(owner, attribute, deadly(getattr(owner, attribute), attribute == "save_file"))
 

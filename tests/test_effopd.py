@@ -16,12 +16,12 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from cache import Ledger, Segment, Slots
-from checkpoint import State, seal, unsealed
 from effopd import GATES, OwnEngine, climb, kept, triggers
 from estimators import reverse_value
 from job import prepare
 from learner import Learner
 from plan import Shape, memory
+from record.checkpoint import State, seal, unsealed
 from rollout import HFEngine
 from shards import Ranks
 from teacher import load_model

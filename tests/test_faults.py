@@ -11,8 +11,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from account import Account
 from data.prompts import prompt_number
+from record.account import Account
 from run import Run
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps

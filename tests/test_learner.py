@@ -6,7 +6,8 @@ import torch
 
 from cache import Weights
 from estimators import DENSE, ESTIMATORS
-from learner import METRICS, Learner, summarize
+from learner import Learner, summarize
+from record.metrics import METRICS
 from teacher import load_model, sequence_logp
 from tests.test_cache import filled
 from workers import Link

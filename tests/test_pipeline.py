@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from account import DONE
-from data.graders import EVAL
-from learner import METRICS
+from record.metrics import DONE, EVAL, METRICS
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps
 

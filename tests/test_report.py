@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import pytest
 
-import report
 from asyncopd import Config
 from data.prompts import Row
-from record import Log, cut_log
+from record import report
+from record.log import Log, cut_log
 from tests.conftest import ROOT
 
 ANSWERED = [(Row(f"prompt {i}", str(i)), [f"text {i}", "other"], [i % 2 == 0, False]) for i in range(10)]

@@ -15,7 +15,8 @@ from asyncopd import Config, plan, prepare
 from cache import Slots
 from data import toy
 from estimators import ESTIMATORS, Estimator, estimator_table
-from learner import METRICS, Learner, summarize
+from learner import Learner, summarize
+from record.metrics import METRICS
 from rollout import HFEngine, Sampler, draw_rows
 from run import Run
 from teacher import load_model, score, teacher_logq
@@ -135,7 +136,7 @@ def test_a_new_row_in_the_table_is_all_that_a_new_estimator_takes(models):
 
 def test_no_other_module_names_an_estimator():
     names = "|".join(name for name, row in ESTIMATORS.items() if row.head)       # oprd is a module as well
-    for file in ("cache.py", "rollout.py", "learner.py", "record.py", "data/tasks.py"):
+    for file in ("cache.py", "rollout.py", "learner.py", "record/log.py", "data/tasks.py"):
         assert not re.search(rf"\b({names})\b", (ROOT / file).read_text()), file
     found = re.findall(rf'^.*\b(?:{names})\b.*$', (ROOT / "asyncopd.py").read_text(), re.M)
     assert all("knob(" in line for line in found), "in the parent only the help of a flag may name one"

@@ -1,7 +1,7 @@
 """
 The run folder: who may write to it, what a run in it goes on from, and what that must leave as it was.
 
-What is left out: what lies in it (record.py, checkpoint.py, report.py). Tests: tests/test_cli.py, test_bad_input.py
+What is left out: what lies in it (log.py, checkpoint.py, report.py). Tests: tests/test_cli.py, test_bad_input.py
 """
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import checkpoint
 import oprd
-import record
 from job import refuse
+from record import checkpoint, log
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -54,7 +53,7 @@ def check_out(cfg: Config) -> Path | None:
     there.is_dir() or refuse(f"--out {cfg.out}: {there} is a file, not a folder")
     os.access(there, os.W_OK) or refuse(f"--out {cfg.out}: {there} is not to be written to")
     if (out / "log.jsonl").exists():
-        record.Log.taken(out) and refuse(f"--out {cfg.out}: a run is at work there")
+        log.Log.taken(out) and refuse(f"--out {cfg.out}: a run is at work there")
     if cfg.resume:
         folder, faults = checkpoint.newest(out / "checkpoints")
         folder or refuse(f"--resume: no whole checkpoint in {out}/checkpoints ({'; '.join(faults) or 'none at all'})")

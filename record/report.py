@@ -11,7 +11,47 @@ import json
 import shlex
 from pathlib import Path
 
+from record.timeline import BUSY
+
 SAMPLES = 8          # of every evaluation: the first prompts' first answers
+
+# -- tables ----------------------------------------------------------------------------------------
+
+def table(rows: list[list[str]]) -> str:
+    """Aligned columns, the first one left, the others right."""
+    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
+    lines = ("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
+    return "\n".join("  " + line.rstrip() for line in lines)
+
+
+def show_start(why: str, plan: list[list[str]], memory: list[list[str]], changed: dict[str, object]) -> None:
+    print(f"\nwho runs where, and what it takes at most\n  {why}")
+    print(table(plan))
+    print("\nshared memory")
+    print(table(memory))
+    print("\nwhat differs from the defaults")
+    print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in changed.items()) + "\n", flush=True)
+
+
+def show_end(d: dict, out: str) -> None:
+    def percent(x):
+        return "" if x is None else f"{100 * x:.1f}%"
+    print("\n" + table([
+        ["", "student before", "student after", "teacher"],
+        ["accuracy", percent(d["accuracy_before"]), percent(d["accuracy_after"]), percent(d["accuracy_teacher"])],
+        ["KL per token, nats", f"{d['kl_before']:.4f}", f"{d['kl_after']:.4f}", "0"]]))
+    print("\n" + table([
+        ["", "rollout", "teacher", "learner"],
+        ["busy, share of the time", *(percent(d["busy"].get(role, 0)) for role in BUSY)],
+        ["tokens per second", thousands(d["gen_tok_s"]), thousands(d["score_tok_s"]) + " (busy)",
+         thousands(d["train_tok_s"])]]))
+    print(f"\n  overlap {d['overlap']:.2f} of 3   lag mean {d['lag_mean']:.2f}, max {d['lag_max']} versions   "
+          f"{d['tokens_trained']:,} tokens trained of {d['tokens_generated']:,} generated   {d['wall_s']:.1f} s")
+    print(f"  student: {out}/student   log: {out}/log.jsonl   trace: {out}/trace.json", flush=True)
+
+
+def thousands(x: float) -> str:
+    return f"{x / 1000:.1f}k" if x >= 1000 else f"{x:.0f}"
 
 # -- what the student says -------------------------------------------------------------------------
 

@@ -9,30 +9,7 @@ import math
 import time
 from collections import defaultdict, deque
 
-DONE = {      # keys of the last line: formula or meaning, unit
-    "steps": "train batches",
-    "tokens": "response tokens trained (= tokens_trained)",
-    "tokens_generated": "response tokens drawn by the rollout workers, counted by them",
-    "tokens_trained": "response tokens trained, counted by the learner",
-    "tokens_in_flight": "drawn but not trained when the last step ended: generated = trained + in flight + "
-                        "dropped + lost",
-    "tokens_dropped": "thrown away by --overdue drop, or after a jump of --effopd",
-    "tokens_lost": "drawn by a worker or a run that died before they were handed over or trained, and drawn again",
-    "wall_s": "seconds from the first ticket to the end of the last step, over all resumptions",
-    "overlap": "(rollout + teacher + learner busy seconds, each averaged over its workers) / wall, since the last "
-               "start: 3 is the most",
-    "busy": "these three shares by role",
-    "train_tok_s": "tokens_trained / wall_s",
-    "gen_tok_s": "tokens_generated / wall_s",
-    "score_tok_s": "tokens trained since the last start / seconds the teacher was busy",
-    "lag_mean": "mean over all trained tokens, versions",
-    "lag_max": "largest of any trained token, versions",
-    "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
-    "kl_after": "mean `kl` of the last 10 steps",
-    "accuracy_before": "mean over the held-out rows and --eval-k answers to each, step 0",
-    "accuracy_after": "the same, last step",
-    "accuracy_teacher": "the teacher's, one greedy answer each (--eval-teacher)",
-}
+from record.metrics import DONE
 
 
 class Account:
