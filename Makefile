@@ -1,5 +1,6 @@
 # make demo    install into .venv, train the toy with vLLM: a few minutes on a laptop
-# make test    the same installation, every test
+# make test    the same installation: style, imports, every test
+# make lint    style and imports only
 PYTHON ?= python3
 REQUIREMENTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
 PY := .venv/bin/python
@@ -7,9 +8,13 @@ PY := .venv/bin/python
 demo: .venv/installed
 	$(PY) asyncopd.py --task toy $(FLAGS)
 
-test: .venv/installed
-	.venv/bin/ruff check .
+test: lint
 	$(PY) -m pytest -q --durations=5
+
+# The second line holds every import to the contract in pyproject.toml
+lint: .venv/installed
+	.venv/bin/ruff check .
+	$(PY) tests/lint_imports.py
 
 # Everything but the pipelines of real processes
 unit: .venv/installed
@@ -25,4 +30,4 @@ unit: .venv/installed
 clean:
 	rm -rf .venv runs
 
-.PHONY: demo test unit clean
+.PHONY: demo test lint unit clean

@@ -1,4 +1,4 @@
-"""The README and the files it speaks of: sizes, tables, commands, links."""
+"""The README and the files it speaks of: names, tables, commands, links."""
 import json
 import re
 import shlex
@@ -10,25 +10,14 @@ from asyncopd import Config
 from record.report import table
 from record.timeline import Trace
 from tests.conftest import ROOT
+from tests.test_structure import core
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-OUTSIDE = ("tests", "benchmarks", "runs")                      # these are not the code that the README maps
-FILES = sorted(p.relative_to(ROOT).as_posix() for p in [*ROOT.glob("*.py"), *ROOT.glob("[a-z]*/*.py")]
-               if p.parent.name not in OUTSIDE and p.name != "__init__.py")
+FILES = [module.path for module in core().values() if not module.path.endswith("__init__.py")]
 
 
 def test_the_readme_names_every_file():
     assert [name for name in FILES if f"`{name}`" not in README] == []
-
-
-METHOD = ("estimators", "cache", "teacher", "rollout", "head", "learner", "run")
-
-
-def test_the_counts_in_the_first_lines_are_true():
-    of_method, of_all = (int(x.replace(",", "")) for x in re.findall(r"in about ([\d,]+) lines", README)[:2])
-    for names, claimed in (([f"{m}.py" for m in METHOD], of_method), (FILES, of_all)):
-        total = sum(len((ROOT / name).read_text().splitlines()) for name in names)
-        assert abs(total - claimed) <= 100, total
 
 
 def test_one_shift_and_no_broad_except():
