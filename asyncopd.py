@@ -47,12 +47,10 @@ class Config:
     mc_samples: int    = knob(4, "candidates per position, N")
     top_k: int         = knob(16, "words per position of the top-k estimators, K")
     estimator: str     = knob("", "row of estimators.ESTIMATORS (default: by --kl)", choices=("", *ESTIMATORS))
-    tail: bool         = knob(True, "forward_topk counts the words outside of the top k, as one")
-    is_weight: bool    = knob(True, "reverse_topk_pg weighs by p / mu")
     beta: float        = knob(0.5, "jsd_dense: 0 is the forward KL, 1 the reverse KL")
     # other papers: oprd.py, effopd.py, rock.py
     oprd_weight: float = knob(0.0, "add so many times OPRD, the distance between hidden states, to the divergence "
-                              "(--estimator oprd is OPRD alone)")
+                              "(--estimator none is OPRD alone)")
     oprd_rank: int     = knob(0, "project the teacher's hidden states to this rank before they are cached (0: whole)")
     oprd_layers: str   = knob("all", "of the student, that OPRD compares", choices=("all", "even", "odd", "last"))
     oprd_positions: str = knob("last", "of a response, that OPRD compares: the last or first --oprd-tokens, or all",

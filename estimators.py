@@ -262,40 +262,70 @@ def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
 
 @in_float32
-def reverse_topk_pg(logp: Tensor, logq: Tensor, logmu: Tensor, *, is_weight: bool = True, dual: float = 3.0) -> Tensor:
+def reverse_topk_pg(logp: Tensor, logq: Tensor, logmu: Tensor, *, dual: float = 3.0) -> Tensor:
     """Reverse KL on mu's top K as a policy gradient: the renormalised student's mass times the advantage.
 
     Target      KL(p || q) with p restricted to S = the top K of mu
     Candidates  mu's top K at generation
-    Gradient    -sum_S p_S w A dlogp (p_S = softmax of logp over S; no w with --no-is-weight); A < 0: none past w = dual
+    Gradient    -sum_S p_S w A dlogp (p_S = softmax of logp over S); where A < 0 none past w = dual
     Value       not the KL
-    Stale mu    S is enumerated, not drawn: w does not correct it, it adds a second bias; without w, K = V: exact
+    Stale mu    S is enumerated, not drawn: w does not correct it, it adds a second bias
     Not covered the words outside of S; the prefix
 
     logp, logq, logmu: [..., K]. Source: the form in THUNLP's OPD code; dual clip: arXiv 1912.09729, eq. 5.
     """
+    return topk_policy_gradient(logp, logq, logmu, ratio(logp, logmu), dual)
+
+
+@in_float32
+def reverse_topk_pg_no_is(logp: Tensor, logq: Tensor, logmu: Tensor, *, dual: float = 3.0) -> Tensor:
+    """`reverse_topk_pg` without the weight.
+
+    Target      KL(p || q) with p restricted to S = the top K of mu
+    Candidates  mu's top K at generation
+    Gradient    -sum_S p_S A dlogp (p_S = softmax of logp over S); K = V: that of KL(p || q)
+    Value       not the KL
+    Stale mu    S stays what mu liked; on S the gradient does not depend on mu
+    Not covered the words outside of S; the prefix
+    """
+    return topk_policy_gradient(logp, logq, logmu, ratio(logp, logp.detach()), dual)
+
+
+def topk_policy_gradient(logp: Tensor, logq: Tensor, logmu: Tensor, r: Tensor, dual: float) -> Tensor:
+    """-sum over S of p_S A r, in which the gradient runs through r alone; where A < 0 none past r = dual."""
     advantage = (logp.log_softmax(-1).exp() * (logq - logp)).detach()
     advantage = advantage.masked_fill(logmu == -torch.inf, 0.0)           # outside the nucleus: mu never says it
-    surrogate = ratio(logp, logmu if is_weight else logp.detach()) * advantage
+    surrogate = r * advantage
     return -torch.where(advantage < 0, surrogate.maximum(dual * advantage), surrogate).sum(-1)
 
 
 @in_float32
-def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor, *, tail: bool = True) -> Tensor:
+def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     """Forward KL on the teacher's K best tokens, everything else lumped into one more outcome.
 
-    Target      KL(q || p), the V - K other words counted as one (--no-tail: not at all)
+    Target      KL(q || p), the V - K other words counted as one
     Candidates  the teacher's top K at scoring
-    Gradient    -sum_K q dlogp - q_tail dlogp_tail: exact for the lumped divergence; K = V: KL(q || p)
-    Value       the lumped divergence: never above KL(q || p)
+    Gradient    -sum_K q dlogp - q_tail dlogp_tail: that of the target; K = V: KL(q || p)
+    Value       the target: never above KL(q || p)
     Stale mu    unaffected: support and weights are the teacher's
     Not covered how p divides its mass within the tail; the prefix
     """
-    head = (logq.exp() * (logq - logp)).sum(-1)
-    if not tail:
-        return head
     log_tail_p, log_tail_q = log_rest(logp), log_rest(logq)
-    return head + log_tail_q.exp() * (log_tail_q - log_tail_p)
+    return (logq.exp() * (logq - logp)).sum(-1) + log_tail_q.exp() * (log_tail_q - log_tail_p)
+
+
+@in_float32
+def forward_topk_no_tail(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """`forward_topk` without the other words.
+
+    Target      KL(q || p), only its K terms of the teacher's best words
+    Candidates  the teacher's top K at scoring
+    Gradient    -sum_K q dlogp: that of the target; K = V: KL(q || p)
+    Value       the target: below 0 where p has more mass on the set than q
+    Stale mu    unaffected: support and weights are the teacher's
+    Not covered the words outside of the set, towards which nothing pulls; the prefix
+    """
+    return (logq.exp() * (logq - logp)).sum(-1)
 
 
 def log_rest(logx: Tensor) -> Tensor:
@@ -368,17 +398,15 @@ def jsd_dense(logp: Tensor, logq: Tensor, logmu: Tensor, *, beta: float = 0.5) -
 
 
 @in_float32
-def oprd(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """No loss on log-probs: what is minimised is a distance between hidden states, in oprd.py.
+def no_divergence(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """No loss on log-probs: for a run that minimises the loss of an extension alone.
 
-    Target      |h_p - h_q|^2 / d, h the states after a block; mean over blocks
+    Target      none: the loss is an extension's
     Candidates  none: the emitted token carries the logged KL
-    Gradient    that of the target, through the blocks
-    Value       0; the target is logged as `oprd`
-    Stale mu    unaffected: the target follows from the tokens and the teacher alone
-    Not covered the LM head, a copy of the teacher's (--oprd-head) or whatever it is; the prefix
-
-    Source: OPRD (arXiv 2606.06021).
+    Gradient    none: nothing passes through the LM head
+    Value       0 at every position
+    Stale mu    unaffected: there is nothing to correct
+    Not covered everything that log-probs could teach
     """
     return torch.zeros_like(logp[..., 0])
 
@@ -443,13 +471,15 @@ ESTIMATORS = {
                                batch=lambda logp, logq, logmu: {"prox": logp}),
     "m2po": Estimator(m2po, "reverse", "sampled", unbiased=False, batch=m2po_margins),
     "reverse_topk": Estimator(reverse_topk, "reverse", "student_topk", unbiased=False),
-    "reverse_topk_pg": Estimator(reverse_topk_pg, "reverse", "student_topk", unbiased=False, knobs=("is_weight",)),
-    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk", unbiased=False, knobs=("tail",)),
+    "reverse_topk_pg": Estimator(reverse_topk_pg, "reverse", "student_topk", unbiased=False),
+    "reverse_topk_pg_no_is": Estimator(reverse_topk_pg_no_is, "reverse", "student_topk", unbiased=False),
+    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk", unbiased=False),
+    "forward_topk_no_tail": Estimator(forward_topk_no_tail, "forward", "teacher_topk", unbiased=False),
     "forward_mc": Estimator(forward_mc, "forward", "teacher_mc", unbiased=True),
     "forward_dense": Estimator(forward_dense, "forward", "full", unbiased=True),
     "reverse_dense": Estimator(reverse_dense, "reverse", "full", unbiased=True),
     "jsd_dense": Estimator(jsd_dense, "reverse", "full", unbiased=True, knobs=("beta",)),
-    "oprd": Estimator(oprd, "reverse", "sampled", unbiased=False, head=False),
+    "none": Estimator(no_divergence, "reverse", "sampled", unbiased=False, head=False),
 }
 DEFAULT = {"reverse": "reverse_mc", "forward": "forward_topk"}      # what --kl means without --estimator
 VALUE = {"reverse": reverse_value, "forward": forward_value}        # the logged `kl`, from columns drawn by mu
@@ -462,7 +492,7 @@ def estimator_table(n: int = 4, k: int = 16) -> str:
             "|---|---|---|--:|---|---|"]
     for name, e in ESTIMATORS.items():
         cells = (f"`{name}`", e.says("Target"), e.says("Candidates"),
-                 f"{e.bytes(n, k, 0)}" + (" + 2 H" if e.support == "full" else "" if e.head else " + 2 r per layer"),
+                 f"{e.bytes(n, k, 0)}" + (" + 2 H" if e.support == "full" else ""),
                  "yes" if e.unbiased else "no", e.says("Stale mu"))
         rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
     return "\n".join(rows)

@@ -1,7 +1,7 @@
 """
 OPRD (arXiv 2606.06021): on the student's own rollouts, bring its hidden states to those of the teacher.
 
-    L = mean over layers l, mean over positions t, of |h_student - h_teacher|^2 / d          --estimator oprd: L alone
+    L = mean over layers l, mean over positions t, of |h_student - h_teacher|^2 / d          --estimator none: L alone
                                                                                      --oprd-weight c: divergence + c L
 h is what leaves block l, the last one past the final norm, at the position that predicts a new token: rows that come
 from teacher.response_rows, nothing shifts here. Student layer i of S is compared with teacher layer
@@ -110,9 +110,9 @@ def settle(cfg: Config, row: Estimator) -> Config:
     weight = cfg.oprd_weight if row.head else cfg.oprd_weight or 1.0
     for f in fields(cfg):
         weight or not f.name.startswith("oprd_") or getattr(cfg, f.name) == f.default or refuse(
-            f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: without OPRD (--oprd-weight 1, --estimator oprd)")
+            f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: without OPRD (--oprd-weight 1, --estimator none)")
     weight == 0 or cfg.teacher_engine == "hf" or refuse(
-        f"--teacher-engine vllm: {f'--oprd-weight {weight:g}' if row.head else row.fn.__name__} needs the teacher's "
+        f"--teacher-engine vllm: {f'--oprd-weight {weight:g}' if row.head else '--estimator none'} needs the teacher's "
         "hidden states, which vLLM does not give (--teacher-engine hf does)")
     return replace(cfg, oprd_weight=weight, oprd_rank=cfg.oprd_rank or 8 * cfg.oprd_bridge)
 

@@ -48,7 +48,7 @@ from teacher import load_model, response_rows  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
 HIDDEN_BYTES = 2 * 2048
-ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}      # oprd has no loss on log-probs to audit
+ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}      # `none` has no loss to audit
 
 
 # -- positions -------------------------------------------------------------------------------------

@@ -32,7 +32,7 @@ def groups() -> dict[str, dict[str, list[str]]]:
                  "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
                  "schedule sync": ["--schedule=sync"]},
         "estimators": {name: [f"--estimator={name}", "--eval-every=0", "--no-eval-teacher"]
-                       for name, row in ESTIMATORS.items() if row.head},      # OPRD wants another teacher: oprd.py
+                       for name, row in ESTIMATORS.items() if row.head},      # `none` needs an extension's loss
         # at L = 1 most responses are cut, and a batch of segments holds half the tokens: twice the steps
         "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1", "--steps=200"],
                 "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,

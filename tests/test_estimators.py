@@ -199,15 +199,20 @@ def is_reverse_topk_gradient(fn, seed=0, k=K):
     return error(on_set(fn, problem(seed), top), grad_of(target, logits))
 
 
-def is_topk_pg_gradient(fn, seed=0, k=3, gap=2.5, **known):
+def is_topk_pg_gradient(fn, seed=0, k=3, gap=2.5, is_weight=True):
     logits, logq, logmu = problem(seed, gap=gap)
     logp, c = logits.log_softmax(-1), torch.zeros(V, dtype=torch.float64)
     top = logmu.topk(k).indices
     for a in top.tolist():
-        advantage, w = logq[a] - logp[a], (logp[a] - logmu[a]).exp() if known.get("is_weight", True) else 1.0
+        advantage = logq[a] - logp[a]
+        w = (logp[a] - logmu[a]).exp() if is_weight else 1.0
         if advantage > 0 or w <= 3:
             c[a] = logp[a].exp() / logp[top].exp().sum() * w * advantage
-    return error(on_set(fn, (logits, logq, logmu), top, **known), weighted(problem(seed), c))
+    return error(on_set(fn, (logits, logq, logmu), top), weighted(problem(seed), c))
+
+
+def is_topk_pg_no_is_gradient(fn, seed=0, k=3):
+    return is_topk_pg_gradient(fn, seed, k, is_weight=False)
 
 
 def is_forward_topk_gradient(fn, seed=0, k=K, tail=True):
@@ -218,7 +223,11 @@ def is_forward_topk_gradient(fn, seed=0, k=K, tail=True):
         p, q = logp[top].exp(), logq[top].exp()
         rest = (1 - q.sum()) * ((1 - q.sum()).log() - (1 - p.sum()).log()) if tail else 0.0
         return (q * (q.log() - p.log())).sum() + rest
-    return error(on_set(fn, problem(seed), top, tail=tail), grad_of(target, logits))
+    return error(on_set(fn, problem(seed), top), grad_of(target, logits))
+
+
+def is_forward_topk_no_tail_gradient(fn, seed=0, k=K):
+    return is_forward_topk_gradient(fn, seed, k, tail=False)
 
 
 def naive_margins(logp, logq, logmu, budget=0.01):
@@ -334,8 +343,8 @@ def test_reverse_topk_misses_what_the_chain_rule_says_about_the_discarded_mass(s
 @pytest.mark.parametrize("k", [1, 3, V])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_reverse_topk_pg_is_its_stated_sum_with_and_without_the_weight(seed, k):
-    for is_weight in (True, False):
-        assert is_topk_pg_gradient(estimators.reverse_topk_pg, seed, k, is_weight=is_weight) < TINY
+    assert is_topk_pg_gradient(estimators.reverse_topk_pg, seed, k) < TINY
+    assert is_topk_pg_no_is_gradient(estimators.reverse_topk_pg_no_is, seed, k) < TINY
 
 
 @pytest.mark.parametrize("k", [1, 3, V])
@@ -344,7 +353,7 @@ def test_reverse_topk_pg_without_the_weight_errs_by_the_discarded_mass(seed, k):
     logits, logq, logmu = problem(seed)
     logp, top = logits.log_softmax(-1), logmu.topk(k).indices
     outside = torch.ones(V, dtype=torch.float64).index_fill(0, top, 0.0)
-    got = on_set(estimators.reverse_topk_pg, problem(seed), top, is_weight=False)
+    got = on_set(estimators.reverse_topk_pg_no_is, problem(seed), top)
     rest = weighted(problem(seed), outside * logp.exp() * (logq - logp))
     assert error(logp[top].exp().sum() * got + rest, dense(problem(seed), "reverse")) < TINY
     if k == V:
@@ -364,7 +373,9 @@ def test_forward_topk_misses_the_divergence_within_the_tail(seed, k):
         q_T, p_T = logq[T].exp().sum(), logp[T].exp().sum()
         return q_T * kl(logq[T] - q_T.log(), logp[T] - p_T.log()) if len(T) else 0.0 * logp.sum()
     with_tail = on_set(estimators.forward_topk, problem(seed), S)
-    without = on_set(estimators.forward_topk, problem(seed), S, tail=False)
+    without = on_set(estimators.forward_topk_no_tail, problem(seed), S)
+    assert is_forward_topk_gradient(estimators.forward_topk, seed, k) < TINY or k == V, "1 - 1 has no log"
+    assert is_forward_topk_no_tail_gradient(estimators.forward_topk_no_tail, seed, k) < TINY
     assert error(truth - with_tail, grad_of(within, logits)) < TINY
     assert error(truth - without, grad_of(lambda logp: -(logq[T].exp() * logp[T]).sum(), logits)) < TINY
     assert (error(without, truth) < TINY) == (k == V)
@@ -386,7 +397,8 @@ def test_a_reverse_kl_cut_to_a_set_pushes_mass_out_of_it_at_p_equal_q():
     top = logits.topk(K).indices
     cut = on_set(lambda logp, logq, logmu: (logp.exp() * (logp - logq)).sum(-1), done, top)
     assert cut[top].min() > 1e-2, "descent lowers the logits of the set"
-    for fn in (estimators.reverse_topk, estimators.reverse_topk_pg, estimators.forward_topk):
+    for fn in (estimators.reverse_topk, estimators.reverse_topk_pg, estimators.reverse_topk_pg_no_is,
+               estimators.forward_topk):
         assert on_set(fn, done, top).abs().max() < TINY
 
 
@@ -488,7 +500,7 @@ def test_outside_the_nucleus_a_top_word_of_mu_says_nothing():
     logp, c = logits.log_softmax(-1), torch.zeros(V, dtype=torch.float64)
     for a in (0, 3):
         c[a] = logp[a].exp() / logp[top].exp().sum() * (logq[a] - logp[a])
-    got = on_set(estimators.reverse_topk_pg, (logits, logq, cut), top, is_weight=False)
+    got = on_set(estimators.reverse_topk_pg_no_is, (logits, logq, cut), top)
     assert error(got, weighted(problem(4), c)) < TINY
     assert estimators.reverse_topk_pg(logp[top], logq[top], cut[top]).abs() < 100
 
@@ -566,9 +578,11 @@ MUTANTS = {      # what is wrong -> (the check, the right one, the wrong one)
                             lambda p, q, m: estimators.reverse_topk_pg(p, q, m, dual=math.inf)),
     "weight of the whole vocabulary": (is_topk_pg_gradient, estimators.reverse_topk_pg, lambda p, q, m: -(
         p.detach().exp() * (q - p).detach() * (p - m).exp()).sum(-1)),
-    "tail dropped": (is_forward_topk_gradient, estimators.forward_topk,
-                     lambda p, q, m, tail: estimators.forward_topk(p, q, m, tail=False)),
-    "tail counted for the teacher only": (is_forward_topk_gradient, estimators.forward_topk, lambda p, q, m, tail: (
+    "weight kept": (is_topk_pg_no_is_gradient, estimators.reverse_topk_pg_no_is, estimators.reverse_topk_pg),
+    "weight dropped": (is_topk_pg_gradient, estimators.reverse_topk_pg, estimators.reverse_topk_pg_no_is),
+    "tail dropped": (is_forward_topk_gradient, estimators.forward_topk, estimators.forward_topk_no_tail),
+    "tail kept": (is_forward_topk_no_tail_gradient, estimators.forward_topk_no_tail, estimators.forward_topk),
+    "tail counted for the teacher only": (is_forward_topk_gradient, estimators.forward_topk, lambda p, q, m: (
         q.exp() * (q - p)).sum(-1) - (1 - q.exp().sum(-1)) * (1 - q.exp().sum(-1)).log()),
     "budget on the sum": (is_m2po_margins, m2po_margins, lambda p, q, m: m2po_margins(p, q, m, budget=0.01 / len(p))),
     "all tokens counted as harmful": (is_m2po_margins, m2po_margins, lambda p, q, m: m2po_margins(p, m + (p - m), m)),

@@ -57,7 +57,7 @@ def folders(tmp_path_factory):
 def config(folders, tmp_path):
     def make(teacher="continued", **flags):
         given = dict(task="toy", student=folders / "student", teacher=folders / teacher, gpus=0, engine="hf", batch=4,
-                     max_prompt=8, max_response=T, max_running=64, lr=1e-3, estimator="oprd",
+                     max_prompt=8, max_response=T, max_running=64, lr=1e-3, estimator="none",
                      out=str(tmp_path / "run")) | flags
         return Config.from_cli([f"--{k.replace('_', '-')}={v}" if not isinstance(v, bool) else
                                 f"--{'' if v else 'no-'}{k.replace('_', '-')}" for k, v in given.items()])
@@ -213,7 +213,7 @@ def test_the_head_stays_what_it_is_to_the_bit(config):
 
 
 @pytest.mark.parametrize("size", [1, 2])
-@pytest.mark.parametrize("estimator", ["oprd", "reverse_mc"])
+@pytest.mark.parametrize("estimator", ["none", "reverse_mc"])
 def test_micro_batches_change_nothing(config, size, estimator):
     cfg = config(estimator=estimator, oprd_weight=2.0, oprd_positions="first", oprd_tokens=4)
     _, segments = scored(cfg, cut=2)
@@ -279,7 +279,7 @@ def one_of_two(rank, cfgs, segments, root):
 def test_two_learners_have_the_gradient_of_one(config, tmp_path):
     """Three segments, one at a time: the second learner has nothing left when the first takes its last."""
     cfgs = [config(estimator=e, oprd_weight=2.0, oprd_layers="even", micro_tokens=1, learners=2, clip=1e9, **more)
-            for e, more in (("oprd", {}), ("reverse_mc", {}), ("oprd", dict(gradient_checkpointing=True)))]
+            for e, more in (("none", {}), ("reverse_mc", {}), ("none", dict(gradient_checkpointing=True)))]
     segments = scored(cfgs[0])[1][:3]
     torch.multiprocessing.spawn(one_of_two, (cfgs, segments, tmp_path), nprocs=2)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
@@ -387,7 +387,7 @@ def test_whether_a_head_is_given(config, teacher, flags, given):
         pytest.importorskip("peft")
     cfg = config(teacher, **flags)
     assert oprd.gives_head(cfg) == given
-    assert len(oprd.note(cfg, ESTIMATORS["oprd"])) == (not given) and oprd.note(cfg, ESTIMATORS["reverse_mc"]) == []
+    assert len(oprd.note(cfg, ESTIMATORS["none"])) == (not given) and oprd.note(cfg, ESTIMATORS["reverse_mc"]) == []
 
 
 def test_a_tied_head_is_not_given_since_the_embedding_would_come_along(config, folders):
@@ -418,9 +418,9 @@ def refused(flags) -> str:
 
 
 def test_a_teacher_of_another_origin_is_refused_and_nothing_is_created(flags, folders):
-    said = refused(flags | dict(teacher=folders / "other", estimator="oprd"))
+    said = refused(flags | dict(teacher=folders / "other", estimator="none"))
     assert "layer 0" in said and "cosine" in said and "--oprd-bridge" in said and str(folders / "other") in said
-    said = refused(flags | dict(teacher=folders / "narrow", estimator="oprd"))
+    said = refused(flags | dict(teacher=folders / "narrow", estimator="none"))
     assert "32 wide, the student's 64 (--oprd-bridge)" in said
 
 
@@ -448,9 +448,9 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
 
 
 @pytest.mark.parametrize("engine, more", [
-    ("hf", dict(estimator="oprd", oprd_positions="first", oprd_tokens=5, max_ahead=1, max_lag=1)),
+    ("hf", dict(estimator="none", oprd_positions="first", oprd_tokens=5, max_ahead=1, max_lag=1)),
     ("hf", dict(oprd_weight=1, kl="forward", top_k=4, oprd_layers="last", minibatches=2)),
-    ("vllm", dict(estimator="oprd", oprd_rank=4, max_ahead=4))])
+    ("vllm", dict(estimator="none", oprd_rank=4, max_ahead=4))])
 def test_runs_of_other_kinds(flags, engine, more):
     if engine == "vllm":
         pytest.importorskip("vllm")
@@ -458,7 +458,7 @@ def test_runs_of_other_kinds(flags, engine, more):
     assert done.returncode == 0, done.stderr
     log = steps(flags)
     assert len(log) == 12 and all(s["oprd"] != 0 and s["kl"] is not None and s["skipped"] == 0 for s in log)
-    assert all((s["loss"] == 0) == (more.get("estimator") == "oprd") for s in log)
+    assert all((s["loss"] == 0) == (more.get("estimator") == "none") for s in log)
     assert all(s["engine_gap_max"] <= 1e-4 for s in log), "version 0 has the teacher's head, in the engine too"
 
 
@@ -475,7 +475,7 @@ def test_a_dry_run_counts_the_states(capsys):
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_the_command_ends_the_fit(flags, how):
     """Before the run there is nothing to save, and nobody is left behind."""
-    flags |= dict(estimator="oprd", max_response=400, max_running=1)             # minutes of it
+    flags |= dict(estimator="none", max_response=400, max_running=1)             # minutes of it
     process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     limit, children = time.monotonic() + 60, []
     while not children and time.monotonic() < limit:             # until there is one that has begun
