@@ -19,7 +19,7 @@ import oprd
 import plan
 import rock
 from data import tasks, toy
-from data.prompts import Row, encode, prompt_number, same_specials, same_words
+from data.prompts import Row, check_same_vocabulary, check_special_tokens, encode, prompt_number
 from effopd import PROMPTS
 from estimators import ESTIMATORS
 from teacher import stop_ids, vocab_size
@@ -181,7 +181,7 @@ def check_tokenizers(cfg: Config, ours, texts: list[str]) -> list[str]:
     """Refuse models that cannot be compared word by word; what a person should know of the two, a line each."""
     from transformers import AutoTokenizer
     theirs = AutoTokenizer.from_pretrained(cfg.teacher)
-    same_words(ours, theirs, texts)
+    check_same_vocabulary(ours, theirs, texts)
     notes, words = [], max(ours.get_vocab().values()) + 1
     rows = {"student": vocab_size(cfg.student), "teacher": vocab_size(cfg.teacher)}
     for role, n in rows.items():
@@ -189,4 +189,4 @@ def check_tokenizers(cfg: Config, ours, texts: list[str]) -> list[str]:
     if len(set(rows.values())) > 1:
         notes.append(f"{words:,} words in {rows['student']:,} rows of the student and {rows['teacher']:,} of the "
                      "teacher: the others are padding")
-    return notes + same_specials(ours, theirs, (stop_ids(cfg.student), stop_ids(cfg.teacher)))
+    return notes + check_special_tokens(ours, theirs, (stop_ids(cfg.student), stop_ids(cfg.teacher)))

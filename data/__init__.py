@@ -1,1 +1,1 @@
-"""From a data set's rows to token ids, and from a response to a verdict; and the built-in toy task."""
+"""From the rows of a data set to token ids, and from a response to a verdict; and the toy task."""

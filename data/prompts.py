@@ -1,9 +1,10 @@
 """
-From a file or a hub name to token ids: rows, which of them, how they are asked, in what order; and whether two models
-read them alike.
+From a file or a data set of the hub to token ids: reading rows, choosing among them, rendering
+them as prompts, and the order in which prompts are handed out. Also the checks that two models
+read a text as the same ids.
 
-What is left out: prompts of several messages, images, and packing. Only the student's tokenizer and chat template are
-ever used; the teacher reads the same ids. Tests: tests/test_prompts.py
+Left out: prompts of several messages, images, packing. Only the student's tokenizer and chat
+template are used; the teacher reads the same ids. Tests: tests/test_prompts.py
 """
 from __future__ import annotations
 
@@ -11,88 +12,65 @@ import json
 import operator
 import random
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import NamedTuple
 
-# -- rows ------------------------------------------------------------------------------------------
+# -- rows -----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Row:
     prompt: str
-    answer: str = ""                       # "" = unknown: the row is trained on and never graded
+    answer: str = ""                       # "": unknown, so the row is trained on but never graded
 
 
 def read_rows(name: str, prompt_key: str, answer_key: str, filter: str = "") -> list[Row]:
-    """The rows of a file or data set that pass the filter. Raises ValueError with the row and the remedy.
+    """The rows of a file or data set that pass the filter (see `parse_filter`), in its order.
 
-    A key may go into a record, `reward.answer` or `messages.0.content`, and name alternatives, `question,problem`.
+    A key may reach into a record (`reward.answer`, `messages.0.content`) and may list alternatives
+    (`question,problem`). Raises ValueError, with the file and the number of the row, if the file
+    cannot be read, if a row has no prompt, and if no row is left.
     """
-    conditions, rows, read = parse_filter(filter), [], 0
-    keys = [k for key in (prompt_key, answer_key, *(c[0] for c in conditions)) for k in key.split(",")]
-    for n, record in records(name, keys):
-        read += 1
-        if isinstance(record, dict) and not all(passes(record, c, f"{name}:{n}") for c in conditions):
+    conditions = parse_filter(filter)
+    rows = []
+    number_read = 0
+    for number, record in read_records(name, columns_of(prompt_key, answer_key, conditions)):
+        where = f"{name}:{number}"
+        number_read += 1
+        # a record without keys cannot be filtered; prompt_of refuses it
+        if isinstance(record, dict) and not all(passes(record, c, where) for c in conditions):
             continue
-        prompt = lookup(record, prompt_key)
-        if not isinstance(prompt, str):
-            there = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-            raise ValueError(f"{name}:{n}: no text under --prompt-key {prompt_key!r} (there is: {there})")
-        answer = lookup(record, answer_key)
-        rows.append(Row(prompt, "" if answer is None else str(answer)))
+        rows.append(Row(prompt_of(record, prompt_key, where), answer_of(record, answer_key)))
+    if number_read == 0:
+        raise ValueError(f"{name}: holds no rows")
     if not rows:
-        raise ValueError(f"{name}: " + (f"none of its {read:,} rows passes --filter {filter!r}" if read else
-                                        "it holds no rows"))
+        raise ValueError(f"{name}: none of its {number_read:,} rows passes --filter {filter!r}")
     return rows
 
 
-def records(name: str, keys: list[str]) -> Iterator[tuple[int, object]]:
-    """(number, record) of every row; of a table only the columns that hold `keys`: others may be gigabytes."""
-    if name.startswith("hf:") or name.endswith(".parquet"):
-        yield from enumerate(table(name, keys), 1)
-        return
-    if not Path(name).is_file():
-        raise ValueError(f"{name}: no such file (a task is toy, FILE.jsonl, FILE.parquet or hf:DATASET)")
-    with open(name, "rb") as f:
-        for n, line in enumerate(f, 1):
-            if line.strip():
-                try:
-                    record = json.loads(line.decode())
-                except json.JSONDecodeError as e:
-                    raise ValueError(f"{name}:{n}: not JSON: {e.msg} at column {e.colno}") from None
-                except UnicodeDecodeError as e:
-                    raise ValueError(f"{name}:{n}: not UTF-8: {e.reason} at byte {e.start}") from None
-                yield n, record
+def prompt_of(record, key: str, where: str) -> str:
+    prompt = lookup(record, key)
+    if not isinstance(prompt, str):
+        found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
+        raise ValueError(f"{where}: no text under --prompt-key {key!r} (there is: {found})")
+    return prompt
 
 
-def table(name: str, keys: list[str]):
-    """Rows of a parquet file, or of hf:NAME[:CONFIG][:SPLIT] of the hub, through `datasets`; NAME may be a folder."""
-    def wanted(columns: list[str]) -> list[str]:
-        return [c for c in columns if c in keys or c in {k.split(".")[0] for k in keys}] or columns
-    try:
-        import datasets  # and pyarrow with it: only who asks for such a file needs them
-        import pyarrow.parquet
-    except ImportError:
-        raise ValueError(f"{name}: reading it needs `pip install datasets`") from None
-    try:
-        if not name.startswith("hf:"):
-            columns = wanted(pyarrow.parquet.read_schema(name).names)
-            return pyarrow.parquet.read_table(name, columns=columns).to_pylist()
-        repo, subset, split = (name[3:].split(":", 2) + ["", ""])[:3]
-        if not repo.strip("/. "):
-            raise ValueError("no data set is named (hf:NAME[:CONFIG][:SPLIT])")
-        rows = datasets.load_dataset(repo, subset or None, split=split or "train")
-        return rows.select_columns(wanted(rows.column_names))
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
-        raise ValueError(f"{name}: {' '.join(str(e).split())[:300]}") from None
+def answer_of(record, key: str) -> str:
+    answer = lookup(record, key)
+    if answer is None:
+        return ""
+    return str(answer)
 
 
 def lookup(record, key: str):
-    """What a record holds under the first of a key's alternatives that it has; None where it has none."""
+    """The value under the first alternative of `key` that the record has; None if it has none."""
     for alternative in key.split(","):
-        value = record
-        if isinstance(record, dict) and alternative in record:
+        if isinstance(record, dict) and alternative in record:      # a column may have dots itself
             return record[alternative]
+        value = record
         for part in alternative.split("."):
             if isinstance(value, dict):
                 value = value.get(part)
@@ -105,103 +83,226 @@ def lookup(record, key: str):
     return None
 
 
-# -- which rows ------------------------------------------------------------------------------------
+# -- files and data sets --------------------------------------------------------------------------
 
-COMPARISONS = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le, ">": operator.gt,
-               "<": operator.lt}
-
-
-def parse_filter(text: str) -> list[tuple[str, str, str]]:
-    """`difficulty>=6 and source!=aime` -> (key, comparison, value) of each condition."""
-    found = []
-    for part in re.split(r"\s+and(?:\s+|$)", text.strip()) if text.strip() else ():
-        m = re.fullmatch(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<)\s*([^=<>].*?)\s*", part)
-        if not m:
-            raise ValueError(f"--filter {text!r}: {part!r} is not KEY OP VALUE, OP one of {' '.join(COMPARISONS)} "
-                             f"(example: difficulty>=6 and source!=aime)")
-        found.append((m[1], m[2], m[3].strip("'\"")))
-    return found
+def columns_of(prompt_key: str, answer_key: str, conditions: list[Condition]) -> set[str]:
+    """Every column that the keys may refer to: each alternative, and the part before its dot."""
+    columns = set()
+    for key in (prompt_key, answer_key, *(c.key for c in conditions)):
+        for alternative in key.split(","):
+            columns |= {alternative, alternative.split(".")[0]}
+    return columns
 
 
-def passes(record: dict, condition: tuple[str, str, str], where: str) -> bool:
-    """Numbers compare as numbers, everything else as text; a row without the key does not pass."""
+def read_records(name: str, columns: set[str]) -> Iterator[tuple[int, object]]:
+    """Number (from 1) and record of each row.
+
+    Of a table only `columns` are read, since the others may be gigabytes.
+    """
+    if name.startswith("hf:") or name.endswith(".parquet"):
+        return enumerate(read_table(name, columns), 1)
+    if not Path(name).is_file():
+        raise ValueError(f"{name}: no such file (a task is toy, FILE.jsonl, FILE.parquet or "
+                         "hf:DATASET)")
+    return read_json_lines(name)
+
+
+def read_json_lines(name: str) -> Iterator[tuple[int, object]]:
+    with open(name, "rb") as f:
+        for number, line in enumerate(f, 1):
+            if not line.strip():
+                continue
+            try:
+                record = json.loads(line.decode())
+            except json.JSONDecodeError as e:
+                reason = f"not JSON: {e.msg} at column {e.colno}"
+                raise ValueError(f"{name}:{number}: {reason}") from None
+            except UnicodeDecodeError as e:
+                reason = f"not UTF-8: {e.reason} at byte {e.start}"
+                raise ValueError(f"{name}:{number}: {reason}") from None
+            yield number, record
+
+
+def read_table(name: str, columns: set[str]) -> Iterable[dict]:
+    """Rows of FILE.parquet or hf:NAME[:CONFIG][:SPLIT]; NAME is a hub data set or a folder."""
+    try:
+        import datasets  # needed for these formats only, and pyarrow with it
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{name}: to read it, run `pip install datasets`") from None
+    try:
+        if name.startswith("hf:"):
+            repo, subset, split = parse_hub_name(name)
+            rows = datasets.load_dataset(repo, subset or None, split=split or "train")
+            return rows.select_columns(chosen(rows.column_names, columns))
+        names = pyarrow.parquet.read_schema(name).names
+        return pyarrow.parquet.read_table(name, columns=chosen(names, columns)).to_pylist()
+    except (OSError, ValueError, datasets.exceptions.DatasetsError) as e:
+        reason = " ".join(str(e).split())[:300]          # on one line
+        raise ValueError(f"{name}: {reason}") from None
+
+
+def parse_hub_name(name: str) -> tuple[str, str, str]:
+    """`hf:NAME[:CONFIG][:SPLIT]` -> (NAME, CONFIG, SPLIT); a part that is not given is empty."""
+    parts = name.removeprefix("hf:").split(":", 2)
+    repo, subset, split = parts + [""] * (3 - len(parts))
+    if not repo.strip("/. "):
+        raise ValueError("the name of the data set is missing (hf:NAME[:CONFIG][:SPLIT])")
+    return repo, subset, split
+
+
+def chosen(there: list[str], columns: set[str]) -> list[str]:
+    """Those of the wanted columns that are there. If there are none, all: an error lists them."""
+    return [c for c in there if c in columns] or there
+
+
+# -- filters --------------------------------------------------------------------------------------
+
+COMPARISONS = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le,
+               ">": operator.gt, "<": operator.lt}
+CONDITION = re.compile(r"\s*([\w.-]+)\s*(==|!=|>=|<=|>|<)\s*([^=<>].*?)\s*")
+
+
+class Condition(NamedTuple):
+    key: str
+    comparison: str                        # a key of COMPARISONS
+    value: str
+
+
+def parse_filter(text: str) -> list[Condition]:
+    """The conditions of a filter such as `difficulty>=6 and source!=aime`. Raises ValueError."""
+    if not text.strip():
+        return []
+    conditions = []
+    for part in re.split(r"\s+and(?:\s+|$)", text.strip()):
+        m = CONDITION.fullmatch(part)
+        if m is None:
+            raise ValueError(
+                f"--filter {text!r}: {part!r} is not KEY OP VALUE, where OP is one of "
+                f"{' '.join(COMPARISONS)} (example: difficulty>=6 and source!=aime)")
+        conditions.append(Condition(m[1], m[2], m[3].strip("'\"")))
+    return conditions
+
+
+def passes(record: dict, condition: Condition, where: str) -> bool:
+    """Numbers compare as numbers, anything else as text; a row without the key does not pass.
+
+    Raises ValueError if <, <=, > or >= meets something that is not a number.
+    """
     key, comparison, value = condition
-    have = lookup(record, key)
-    if have is None:
+    compare = COMPARISONS[comparison]
+    found = lookup(record, key)
+    if found is None:
         return False
     try:
-        return COMPARISONS[comparison](float(have), float(value))
+        return compare(float(found), float(value))
     except (TypeError, ValueError):
         if comparison in ("==", "!="):
-            return COMPARISONS[comparison](str(have), value)
-        raise ValueError(f"{where}: --filter {key}{comparison}{value}: {key} is {have!r} there, and no number compares "
-                         f"with it") from None
+            return compare(str(found), value)
+    raise ValueError(f"{where}: --filter {key}{comparison}{value}: {key} is {found!r} here, and "
+                     f"{comparison} compares numbers only")
 
 
-# -- how they are asked ----------------------------------------------------------------------------
+# -- prompts --------------------------------------------------------------------------------------
 
 def encode(rows: list[Row], tokenizer, template: str = "{prompt}", suffix: str = "",
            thinking: bool = False) -> list[list[int]]:
-    """Token ids of each prompt: put into the template, then into the tokenizer's chat template where it has one.
+    """Token ids of each prompt, put into the template and then into the chat template, if any.
 
-    `thinking` is the chat template's enable_thinking, which templates of models that do not think ignore.
+    `thinking` goes to the chat template as enable_thinking; templates of models that do not think
+    ignore it. Raises ValueError if the chat template fails.
     """
+    if not rows:
+        return []
     texts = [template.replace("{prompt}", row.prompt) + suffix for row in rows]
-    if tokenizer.chat_template:
-        from jinja2 import TemplateError
-        try:
-            texts = [tokenizer.apply_chat_template([{"role": "user", "content": t}], tokenize=False,
-                                                   add_generation_prompt=True, enable_thinking=thinking) for t in texts]
-        except TemplateError as e:
-            raise ValueError(f"the chat template of --student fails: {e}") from None
-    return tokenizer(texts, add_special_tokens=not tokenizer.chat_template)["input_ids"] if texts else []
+    if not tokenizer.chat_template:
+        return tokenizer(texts, add_special_tokens=True)["input_ids"]
+    texts = [apply_chat_template(tokenizer, text, thinking) for text in texts]
+    return tokenizer(texts, add_special_tokens=False)["input_ids"]      # the template wrote them
+
+
+def apply_chat_template(tokenizer, text: str, thinking: bool) -> str:
+    from jinja2 import TemplateError
+    messages = [{"role": "user", "content": text}]
+    try:
+        return tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
+    except TemplateError as e:
+        raise ValueError(f"the chat template of --student fails: {e}") from None
 
 
 def prompt_number(uid: int, n: int, seed: int) -> int:
-    """Which of n prompts is the uid-th to be handed out: every epoch is a permutation of its own, by seed."""
+    """The index, among n prompts, of the uid-th prompt that a run hands out.
+
+    Each epoch goes through all n prompts in an order that depends on the seed and the epoch alone.
+    """
     epoch, i = divmod(uid, n)
-    order = PERMUTATIONS.get((n, seed, epoch))
-    if order is None:
-        order = list(range(n))
-        random.Random(f"{seed}-{epoch}").shuffle(order)
-        PERMUTATIONS.clear()               # one epoch at a time is all that is ever asked for
-        PERMUTATIONS[n, seed, epoch] = order
-    return order[i]
+    return epoch_order(n, seed, epoch)[i]
 
 
-PERMUTATIONS: dict[tuple[int, int, int], list[int]] = {}
+@lru_cache(maxsize=2)          # where an epoch ends, a run may ask for both epochs in turn
+def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
+    order = list(range(n))
+    random.Random(f"{seed}-{epoch}").shuffle(order)
+    return tuple(order)
 
 
-# -- whether two models read them alike --------------------------------------------------------------
+# -- two models, one vocabulary -------------------------------------------------------------------
 
-def same_words(student, teacher, texts: list[str] = ()) -> None:
-    """Distillation compares probabilities id by id: both tokenizers must give every id the same word, and read a text
-    as the same ids. How many rows the models have beyond their words is their own affair."""
-    s, t = ({i: word for word, i in tokenizer.get_vocab().items()} for tokenizer in (student, teacher))
-    if differing := sorted(i for i in s.keys() | t.keys() if s.get(i) != t.get(i)):
-        first = ", ".join(f"{i} is {s.get(i)!r} / {t.get(i)!r}" for i in differing[:3])
-        raise ValueError(f"--student and --teacher do not share a vocabulary: {len(differing):,} ids differ, {first} "
-                         "(None: no such id); distillation needs two models of one tokenizer")
+def check_same_vocabulary(student, teacher, texts: Sequence[str] = ()) -> None:
+    """Raises ValueError unless both tokenizers give each id the same token and encode each of the
+    texts as the same ids: distillation compares probabilities id by id.
+
+    The models' heads may have more rows than the vocabulary has tokens; that is not checked here.
+    """
+    students = {i: token for token, i in student.get_vocab().items()}
+    teachers = {i: token for token, i in teacher.get_vocab().items()}
+    ids = students.keys() | teachers.keys()
+    differing = sorted(i for i in ids if students.get(i) != teachers.get(i))
+    if differing:
+        examples = ", ".join(f"{i} is {students.get(i)!r} / {teachers.get(i)!r}"
+                             for i in differing[:3])
+        raise ValueError(
+            f"--student and --teacher do not share a vocabulary: {len(differing):,} ids differ, "
+            f"{examples} (None: no such id); distillation needs models with the same tokenizer")
     for text in texts:
-        a, b = (x(text, add_special_tokens=False)["input_ids"] for x in (student, teacher))
-        if a != b:
-            at = next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
-            raise ValueError(f"--student and --teacher have the same words and read {text[:40]!r} differently: from id "
-                             f"{at} on, {a[at:at + 4]} and {b[at:at + 4]}")
+        ours = student(text, add_special_tokens=False)["input_ids"]
+        theirs = teacher(text, add_special_tokens=False)["input_ids"]
+        if ours != theirs:
+            at = first_difference(ours, theirs)
+            raise ValueError(
+                f"--student and --teacher have the same vocabulary but encode {text[:40]!r} "
+                f"differently: from token {at} on, {ours[at:at + 4]} and {theirs[at:at + 4]}")
 
 
-def same_specials(student, teacher, ends: tuple[list[int], list[int]]) -> list[str]:
-    """Refuse two models that never end a response alike; what else differs, a line each, for a person to read."""
+def first_difference(a: Sequence, b: Sequence) -> int:
+    for i, (x, y) in enumerate(zip(a, b)):
+        if x != y:
+            return i
+    return min(len(a), len(b))
+
+
+def check_special_tokens(student, teacher, ends: tuple[list[int], list[int]]) -> list[str]:
+    """How the special tokens of two models differ: one line per difference, for a person to read.
+
+    `ends` holds the ids that end a response, first the student's, then the teacher's. Raises
+    ValueError if both models have such ids and none in common.
+    """
     ours, theirs = ends
-    words = student.convert_ids_to_tokens
+    tokens = student.convert_ids_to_tokens
+    notes = []
     if ours and theirs and not set(ours) & set(theirs):
-        raise ValueError(f"--student ends a response with {words(ours)}, --teacher with {words(theirs)}: put one of "
-                         "them into eos_token_id of the other's generation_config.json")
-    notes = [] if ours == theirs else [
-        f"a response ends with any of {words(sorted({*ours, *theirs}))}: {words(ours)} end the student's, "
-        f"{words(theirs)} the teacher's"]
+        raise ValueError(
+            f"--student ends a response with {tokens(ours)}, --teacher with {tokens(theirs)}: add "
+            "a token of the one to eos_token_id in the other's generation_config.json")
+    if ours != theirs:
+        either = sorted({*ours, *theirs})
+        notes.append(f"a response ends with any of {tokens(either)}: the student uses "
+                     f"{tokens(ours)}, the teacher {tokens(theirs)}")
     for role in ("bos_token", "unk_token", "pad_token"):
-        a, b = getattr(student, role, None), getattr(teacher, role, None)
-        if a != b:
-            notes.append(f"{role} is {a!r} to the student and {b!r} to the teacher: prompts are read by the student's")
+        our_token = getattr(student, role, None)
+        their_token = getattr(teacher, role, None)
+        if our_token != their_token:
+            notes.append(f"{role} is {our_token!r} for the student and {their_token!r} for the "
+                         "teacher: the student's tokenizer encodes the prompts")
     return notes

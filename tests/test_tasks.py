@@ -1,4 +1,4 @@
-"""Prompts, answers, order and grading."""
+"""The toy and tasks from files: rows to train on, rows to evaluate on, answers."""
 import json
 import random
 
@@ -23,7 +23,8 @@ def test_the_toys_worked_solution_is_right_and_graded_right():
 
 def test_the_toys_evaluation_rows_are_not_trained_on():
     task = tasks.load_task("toy", eval_n=50)
-    assert len(task.eval) == 50 and not {r.prompt for r in task.eval} & {r.prompt for r in task.train}
+    evaluated = {r.prompt for r in task.eval}
+    assert len(task.eval) == 50 and not evaluated & {r.prompt for r in task.train}
 
 
 def test_the_toys_tokenizer_reads_and_writes_every_symbol():
@@ -34,12 +35,13 @@ def test_the_toys_tokenizer_reads_and_writes_every_symbol():
 
 
 def write(path, lines):
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines))
+    path.write_text("\n".join(json.dumps(line) for line in lines))
     return str(path)
 
 
-def test_rows_come_from_a_file_with_keys_of_ones_own(tmp_path):
-    name = write(tmp_path / "t.jsonl", [{"question": f"q{i}", "answer": str(i)} for i in range(30)])
+def test_rows_come_from_a_file_under_the_given_keys(tmp_path):
+    rows = [{"question": f"q{i}", "answer": str(i)} for i in range(30)]
+    name = write(tmp_path / "t.jsonl", rows)
     task = tasks.load_task(name, prompt_key="question", eval_n=200)
     assert len(task.train) == 27 and [r.prompt for r in task.eval] == ["q27", "q28", "q29"]
 
@@ -48,12 +50,13 @@ def test_rows_without_an_answer_are_trained_on_and_not_graded(tmp_path):
     name = write(tmp_path / "t.jsonl", [{"prompt": "a"}] * 20)
     task = tasks.load_task(name)
     assert len(task.train) == 20 and task.eval == []
-    mixed = write(tmp_path / "m.jsonl", [{"prompt": f"q{i}"} | ({"answer": "1"} if i % 2 else {}) for i in range(40)])
-    task = tasks.load_task(mixed)
-    assert [r.prompt for r in task.eval] == ["q37", "q39"] and len(task.train) == 38, "none is lost"
+    rows = [{"prompt": f"q{i}", "answer": "1" if i % 2 else None} for i in range(40)]
+    task = tasks.load_task(write(tmp_path / "m.jsonl", rows))
+    assert [r.prompt for r in task.eval] == ["q37", "q39"]
+    assert len(task.train) == 38, "none is lost"
 
 
-def test_what_is_evaluated_on_is_not_trained_on(tmp_path):
+def test_rows_of_the_evaluation_are_not_trained_on(tmp_path):
     train = write(tmp_path / "t.jsonl", [{"prompt": f"q{i}", "answer": "1"} for i in range(10)])
     held = write(tmp_path / "e.jsonl", [{"prompt": f"q{i}", "answer": "1"} for i in range(8, 12)])
     task = tasks.load_task(train, eval_name=held)
@@ -62,8 +65,10 @@ def test_what_is_evaluated_on_is_not_trained_on(tmp_path):
         tasks.load_task(train, eval_name=train)
 
 
-def test_the_filter_is_for_the_rows_that_are_trained_on(tmp_path):
-    train = write(tmp_path / "t.jsonl", [{"prompt": f"q{i}", "level": i, "answer": "1"} for i in range(10)])
+def test_the_filter_applies_to_the_rows_to_train_on_only(tmp_path):
+    rows = [{"prompt": f"q{i}", "level": i, "answer": "1"} for i in range(10)]
+    train = write(tmp_path / "t.jsonl", rows)
     held = write(tmp_path / "e.jsonl", [{"prompt": "e", "answer": "1"}])
     task = tasks.load_task(train, eval_name=held, filter="level>=4 and level!=9")
-    assert [r.prompt for r in task.train] == ["q4", "q5", "q6", "q7", "q8"] and [r.prompt for r in task.eval] == ["e"]
+    assert [r.prompt for r in task.train] == ["q4", "q5", "q6", "q7", "q8"]
+    assert [r.prompt for r in task.eval] == ["e"]
