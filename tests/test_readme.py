@@ -73,6 +73,8 @@ def test_every_command_parses(page, command):
         assert f"\n{script}:" in (ROOT / "Makefile").read_text()
         return
     assert program == ".venv/bin/python" and (ROOT / script).exists()
+    if page == "docs/extending.md":                                    # its commands need its recipes: test_docs.py
+        return
     if script == "asyncopd.py" and not any(flag.startswith(FLAGS_TO_COME) for flag in flags):
         Config.from_cli([f if f != "8" else "0" for f in flags])       # eight GPUs are not here to be counted
 
