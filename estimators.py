@@ -1,23 +1,45 @@
 """
-All KL estimators of this repository, in one file, meant to be read top to bottom.
+Every KL estimator of this repository, in one file that is read from top to bottom.
+
+An estimator is a loss: a function of log-probs whose gradient pulls the student towards the
+teacher. It is correct only together with the way its words were chosen, so the table at the end,
+ESTIMATORS, states for each loss which words it needs. Everything that records, scores or trains
+obeys that table. `--kl reverse --mc-samples 4` means DEFAULT["reverse"], the row `reverse_mc`;
+its gradient is that of the function `reverse_mc`, the first loss below.
+
+Three words
+    candidates  the words at a position whose log-probs a loss receives. The position itself
+                belongs to one emitted token; further candidates are never emitted.
+    support     the sampling design: where the candidates come from. They are drawn from mu or from
+                q, or they are the best words of one of the two, or all words.
+    stale       the student has been updated since it generated a response. The words were then
+                drawn from mu, while the gradient is wanted under p.
 
 Notation (the same names are used in every other module)
     p    the student being trained      logp   requires grad
     mu   the student that generated     logmu  frozen, may be stale
     q    the teacher                    logq   frozen
-    N Monte Carlo candidates or K top tokens at a position (the last dimension), V vocabulary
+    N words drawn at a position or K top words, in the last dimension; V words in the vocabulary
     A = logq - logp, A_mu = logq - logmu, w = p / mu; all three are constants to the gradient
+    dlogp is the gradient of logp; sum_V runs over the vocabulary, E_mu is an expectation under mu
     A position is that of the token y_t itself: nothing in this file shifts.
 
-Rules every estimator here obeys
-    1. pure: log-probs with the full-vocabulary normaliser in, [..., C]; one value per position out, [...].
-    2. `.backward()` on its mean is the gradient the docstring states. A = 0 for a p that equals q.
-    3. the docstring says which distribution the candidates must come from.
-    4. tests/test_estimators.py checks 2 exactly, by enumeration, and benchmarks/audit.py measures it.
+Rules for every estimator
+    1. It is pure: log-probs [..., C], normalised over the whole vocabulary, go in; one value per
+       position [...] comes out.
+    2. `.backward()` on the mean of the values gives, in expectation over the candidates, the
+       gradient that the docstring states. It is 0 at p = q = mu, but for `forward_topk_no_tail`.
+    3. The docstring answers the six QUESTIONS: what is minimised, which candidates it needs, its
+       gradient, what its value means, what a stale mu does to it, what it does not correct.
+    4. "Exact" and "unbiased" hold up to two clamps: |log w| <= LOG_RATIO_MAX and logq >= LOG_MIN.
 
-Traps: the mean of logp - logq at tokens drawn from p is the KL, but its gradient is 0 in expectation; and a
-reverse KL summed over a top-k set as it is pushes mass out of the set even at p = q.
+Two traps. The mean of logp - logq at tokens drawn from p is the KL, but its gradient is 0 in
+expectation. A reverse KL summed over a top-k set without renormalising pushes mass out of the set
+even at p = q.
+
 What is left out: reward-to-go. Distillation is local to a token, so the discount is 0 throughout.
+Tests: tests/test_estimators.py checks every stated gradient by enumeration, tests/test_rollout.py
+checks `draw`, and benchmarks/audit.py measures bias and variance.
 """
 from __future__ import annotations
 
@@ -30,46 +52,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-LOG_RATIO_MAX = 20.0    # a log-ratio is clamped to +-20 before exp: e^20 is 5e8, past any use, and stays finite
-LOG_MIN = -100.0        # a word that the teacher rules out (logq -inf) costs 100 nats, and no infinity
-BLOCK = 64              # words per block of `draw`: at V = 150,000 and N = 64 its two levels cost the same
+LOG_RATIO_MAX = 20.0    # log-ratios are clamped to +-20 before exp: e^20 = 5e8 is past any use
+LOG_MIN = -100.0        # a word that the teacher excludes (logq = -inf) costs 100 nats
+BLOCK = 64              # words per block in `draw`: both levels cost the same at V = 150k, N = 64
+QUESTIONS = ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered")
 
 
-# -- draws, weights, values ------------------------------------------------------------------------
-
-def shaped(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """The logits [R, V], float32, of the distribution that is really sampled: -inf outside the nucleus of top_p."""
-    x = logits.float() if temperature == 1.0 else logits.float() / temperature
-    if top_p < 1.0:
-        value, order = x.softmax(-1).sort(descending=True)
-        outside = value.cumsum(-1) - value >= top_p      # the smallest set of words whose probabilities reach top_p
-        x = x.masked_fill(outside.gather(1, order.argsort(1)), -torch.inf)
-    return x
-
-
-def draw(logits: Tensor, u: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Invert the cumulative distribution of softmax(logits) at u: ids [R, N] and their log-probs, float32, [R, N].
-
-    logits [R, V] of any float dtype; u [R, N] uniform on [0, 1), float64 so that words of probability 1e-12 are drawn
-    as often as they should be. Two levels: a block of words by the blocks' masses, then a word inside of it, so that
-    only a softmax and one sum pass over V whatever N is. The log-probs are those of the very weights drawn by.
-    """
-    weight = shaped(logits, temperature, top_p).softmax(-1)
-    if weight.shape[1] % BLOCK:                          # a pad of nothing would copy
-        weight = pad(weight, (0, -weight.shape[1] % BLOCK))
-    mass = (weight := weight.view(len(u), -1, BLOCK)).sum(-1).double()
-    edge = mass.cumsum(-1)
-    target = (u * edge[:, -1:]).clamp(max=edge[:, -1:] * (1 - 1e-15))
-    block = torch.searchsorted(edge, target, right=True)                      # first block whose edge lies beyond
-    words, mass = weight[torch.arange(len(u), device=u.device)[:, None], block], mass.gather(1, block)
-    inside = words.double().cumsum(-1)                                        # [R, N, BLOCK]
-    rest = (target - edge.gather(1, block) + mass) / mass                     # a share: mass is rounded to float32
-    word = torch.searchsorted(inside, (rest.clamp(0, 1 - 1e-15) * inside[..., -1])[..., None], right=True)
-    return block * BLOCK + word.squeeze(-1), words.gather(-1, word).squeeze(-1).log() - edge[:, -1:].log().float()
-
+# -- what the estimators share --------------------------------------------------------------------
 
 def importance_weight(logp: Tensor, logmu: Tensor) -> Tensor:
-    """w = p / mu, detached, never clipped beyond LOG_RATIO_MAX. Any shape."""
+    """w = p / mu as a constant, clamped to e^-20 .. e^20. Any shape."""
     return (logp - logmu).detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
 
 
@@ -78,28 +70,23 @@ def ratio(logp: Tensor, logmu: Tensor) -> Tensor:
     return (logp - logmu).clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
 
 
+def at_least_float32(x: Tensor) -> Tensor:
+    """x in float32 or float64: bf16 holds three digits, too few for the exp of a difference."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def in_float32(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Log-probs of any type are worked on in float32 or more: bf16 holds 3 digits, and w is the exp of a difference."""
+    """Give `fn` log-probs in float32 or float64, whatever arrives, and no logq below LOG_MIN."""
     @wraps(fn)
     def wrapped(logp: Tensor, logq: Tensor, logmu: Tensor, **knobs) -> Tensor:
-        logp, logq, logmu = (x if x.dtype == torch.float64 else x.float() for x in (logp, logq, logmu))
-        return fn(logp, logq.clamp(min=LOG_MIN), logmu, **knobs)
+        logp = at_least_float32(logp)
+        logq = at_least_float32(logq).clamp(min=LOG_MIN)
+        logmu = at_least_float32(logmu)
+        return fn(logp, logq, logmu, **knobs)
     return wrapped
 
 
-@in_float32
-def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Unbiased estimate of KL(p || q) at a position from candidates drawn i.i.d. from mu: mean of w (logp - logq)."""
-    return (importance_weight(logp, logmu) * (logp - logq)).detach().mean(-1)
-
-
-@in_float32
-def forward_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Unbiased estimate of KL(q || p) from candidates drawn i.i.d. from mu: mean of (q / mu) (logq - logp)."""
-    return (importance_weight(logq, logmu) * (logq - logp)).detach().mean(-1)
-
-
-# -- reverse KL at drawn tokens --------------------------------------------------------------------
+# -- reverse KL at drawn tokens -------------------------------------------------------------------
 
 @in_float32
 def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -108,9 +95,10 @@ def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     Target      KL(p || q)
     Candidates  N drawn i.i.d. from mu, duplicates kept
     Gradient    E_mu[ w (logp - logq) dlogp ]: that of the target for every N >= 1
-    Value       not the KL: this is a surrogate, log `reverse_value` instead
-    Stale mu    exact in expectation while mu > 0 wherever p > 0; variance grows with E_mu[w^2]
-    Not covered the prefix y_<t is still distributed as under mu, not under p
+    Value       not the KL: this is a surrogate, `reverse_value` is the estimate to log
+    Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20; variance grows with
+                E_mu[w^2]
+    Not covered the prefix: y_<t has the distribution of mu, not that of p
 
     logp, logq, logmu: [..., N] log-probs of the same candidates. Returns [...].
     Source: AsyncOPD (arXiv 2606.24143), the multi-sample estimator; N = 1 is its MC1.
@@ -122,18 +110,19 @@ def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
 @in_float32
 def reverse_mc_no_is(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """`reverse_mc` without the weight: what a synchronous loop computes, run asynchronously.
+    """`reverse_mc` without the importance weight: a synchronous loop's loss, run asynchronously.
 
     Target      KL(p || q), if mu were p
     Candidates  N drawn i.i.d. from mu, duplicates kept
-    Gradient    -sum_V mu A dlogp where the target's is -sum_V p A dlogp
+    Gradient    -sum_V mu A dlogp, where that of the target is -sum_V p A dlogp
     Value       not the KL
-    Stale mu    biased by the missing w: the words that p has come to prefer since are undercounted
-    Not covered action staleness at all; the prefix
+    Stale mu    biased by the missing w: words that p has come to prefer are counted too rarely
+    Not covered that the tokens were drawn from mu; the prefix
 
     Source: the ablation of AsyncOPD (arXiv 2606.24143).
     """
-    return -((logq - logp).detach() * logp).mean(-1)
+    advantage = (logq - logp).detach()
+    return -(advantage * logp).mean(-1)
 
 
 @in_float32
@@ -142,18 +131,21 @@ def reverse_old_adv(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p || q) - KL(p || mu)
     Candidates  the emitted token, drawn from mu
-    Gradient    -sum_V p A_mu dlogp: exactly that of the target
+    Gradient    -sum_V p A_mu dlogp: that of the target
     Value       not the target: a surrogate
-    Stale mu    the second term rewards leaving mu, and the more so the staler mu is; at mu = p it has no gradient
+    Stale mu    the second term rewards distance from mu, more so the staler mu is; at mu = p it
+                has no gradient
     Not covered the prefix
 
     Source: AsyncOPD (arXiv 2606.24143), the old-advantage ablation.
     """
-    return -(importance_weight(logp, logmu) * (logq - logmu) * logp).mean(-1)
+    w = importance_weight(logp, logmu)
+    advantage = logq - logmu
+    return -(w * advantage * logp).mean(-1)
 
 
 def clipped(r: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
-    """PPO's loss: no gradient once r has left [1 - low, 1 + high] on the side that the advantage asks for."""
+    """PPO's loss: no gradient once r has left [1 - low, 1 + high] in the advantage's direction."""
     return -torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
 
 
@@ -163,9 +155,11 @@ def reverse_ppo(logp: Tensor, logq: Tensor, logmu: Tensor, *, eps: float = 0.2) 
 
     Target      KL(p || q) - KL(p || mu), within the clip range of w
     Candidates  the emitted token, drawn from mu
-    Gradient    -sum_V p A_mu dlogp where the clip does not bind (A_mu > 0: w < 1 + eps; else w > 1 - eps)
+    Gradient    -sum_V p A_mu dlogp over the words where the clip does not bind (A_mu > 0:
+                w < 1 + eps; otherwise w > 1 - eps)
     Value       not the KL
-    Stale mu    that of `reverse_old_adv`, less the words past the clip: old data say ever less
+    Stale mu    as `reverse_old_adv`, without the words past the clip: the staler mu is, the fewer
+                words count
     Not covered the change of the advantage since mu; the prefix
 
     Source: PPO (arXiv 1707.06347), eq. 7.
@@ -174,15 +168,16 @@ def reverse_ppo(logp: Tensor, logq: Tensor, logmu: Tensor, *, eps: float = 0.2) 
 
 
 @in_float32
-def reverse_ppo_recomputed(logp: Tensor, logq: Tensor, logmu: Tensor, *, eps: float = 0.2) -> Tensor:
-    """PPO with the reward of the student now.
+def reverse_ppo_recomputed(logp: Tensor, logq: Tensor, logmu: Tensor, *,
+                           eps: float = 0.2) -> Tensor:
+    """PPO with the reward logq - logp, recomputed with the current student.
 
     Target      KL(p || q), within the clip range of w
     Candidates  the emitted token, drawn from mu
     Gradient    -sum_V p A dlogp over the words where the clip does not bind
     Value       not the KL
-    Stale mu    biased exactly where the clip binds: it drops words that still have a long way to go
-    Not covered those words; the prefix
+    Stale mu    biased only where the clip binds: it drops words that still have far to go
+    Not covered the words past the clip; the prefix
 
     Source: AsyncOPD (arXiv 2606.24143), recomputed advantage with clip.
     """
@@ -192,13 +187,15 @@ def reverse_ppo_recomputed(logp: Tensor, logq: Tensor, logmu: Tensor, *, eps: fl
 @in_float32
 def decoupled_ppo(logp: Tensor, logq: Tensor, logmu: Tensor, *, prox: Tensor, eps: float = 0.2,
                   cap: float = 5.0) -> Tensor:
-    """PPO that clips around the student at the start of the train batch, prox, and weighs by prox / mu.
+    """PPO that clips around prox, the student at the start of the train batch. Weight: prox / mu.
 
     Target      KL(p || q) - KL(p || mu), within the clip range of p / prox
     Candidates  the emitted token, drawn from mu
-    Gradient    -sum_V p A_mu dlogp over the words with prox / mu <= cap where the clip of p / prox does not bind
+    Gradient    -sum_V p A_mu dlogp over the words with prox / mu <= cap where the clip of p / prox
+                does not bind
     Value       not the KL
-    Stale mu    the clip no longer binds on old data, so the pull away from mu is met in full; prox = mu: `reverse_ppo`
+    Stale mu    the clip does not bind merely because data are old, so the term that rewards
+                distance from mu acts in full; prox = mu: `reverse_ppo`
     Not covered the words past the cap; the change of the advantage since mu; the prefix
 
     prox: log-probs [..., 1] like logmu. Source: AReaL (arXiv 2505.24298), eq. 5.
@@ -208,132 +205,177 @@ def decoupled_ppo(logp: Tensor, logq: Tensor, logmu: Tensor, *, prox: Tensor, ep
     return (behave * clipped(ratio(logp, prox), logq - logmu, eps, eps)).mean(-1)
 
 
+def batch_prox(logp: Tensor, logq: Tensor, logmu: Tensor) -> dict[str, Tensor]:
+    """The train batch for `decoupled_ppo`: its log-probs [M, 1] before the first update."""
+    return {"prox": logp}
+
+
 @in_float32
 def m2po(logp: Tensor, logq: Tensor, logmu: Tensor, *, low: Tensor, high: Tensor) -> Tensor:
-    """PPO whose clip range follows from how far the train batch has drifted: see `m2po_margins`.
+    """PPO whose clip range depends on how far the train batch has drifted: see `m2po_margins`.
 
     Target      KL(p || q) - KL(p || mu), within margins chosen per train batch
     Candidates  the emitted token, drawn from mu
     Gradient    -sum_V p A_mu dlogp over the words where the margins do not bind
     Value       not the KL
-    Stale mu    no clip while the second moment of log w is within budget; then only the outliers are clipped
+    Stale mu    no clip while the second moment of log w is within the budget; beyond it only the
+                outliers are clipped
     Not covered the change of the advantage since mu; the prefix
 
-    low, high: what `m2po_margins` returns. Source: M2PO (arXiv 2510.01161).
+    low, high: the result of `m2po_margins`. Source: M2PO (arXiv 2510.01161).
     """
     return clipped(ratio(logp, logmu), logq - logmu, low, high).mean(-1)
 
 
-def m2po_margins(logp: Tensor, logq: Tensor, logmu: Tensor, budget: float = 0.01, floor_low: float = 0.3,
-                 floor_high: float = 0.5) -> dict[str, Tensor]:
-    """The widest clip range that keeps the harmful tokens of a train batch within budget. [M, 1] in, [1, 1] out.
+def m2po_margins(logp: Tensor, logq: Tensor, logmu: Tensor, budget: float = 0.01,
+                 floor_low: float = 0.3, floor_high: float = 0.5) -> dict[str, Tensor]:
+    """The widest clip range that keeps the harmful tokens of a train batch within the budget.
 
-    Harmful is a token that the clip could act on: A_mu > 0 with w > 1, or A_mu < 0 with w < 1. tau is the largest
-    number with mean over the harmful of min(log w^2, tau^2) <= budget (none if the mean of log w^2 itself is within
-    budget); low = max(1 - e^-tau, floor_low), high = max(e^tau - 1, floor_high).
+    logp, logq, logmu: [M, 1], all tokens of the batch. Returns low and high, [1, 1] each.
+    A token is harmful if the clip could act on it: A_mu > 0 with w > 1, or A_mu < 0 with w < 1.
+    tau is the largest number for which the mean over the harmful tokens of min((log w)^2, tau^2)
+    is at most the budget, and infinite if the mean of (log w)^2 itself is. Then
+    low = max(1 - e^-tau, floor_low) and high = max(e^tau - 1, floor_high).
     """
-    log_w, advantage = (logp - logmu).detach(), logq - logmu
+    log_w = (logp - logmu).detach()
+    advantage = logq - logmu
     squares = log_w[log_w * advantage > 0].square().sort().values
     if squares.numel() == 0 or squares.mean() <= budget:
         tau = logp.new_tensor(torch.inf)
-    else:      # with the i smallest below tau^2: their sum + (n - i) tau^2 = n budget; the first i that is consistent
-        n, below = len(squares), squares.cumsum(0) - squares
-        level = (n * budget - below) / torch.arange(n, 0, -1, device=squares.device)
-        tau = level[(level <= squares).nonzero()[0, 0]].sqrt()
-    return {"low": (-torch.expm1(-tau)).clamp(min=floor_low).view(1, 1),
-            "high": torch.expm1(tau).clamp(min=floor_high).view(1, 1)}
+    else:
+        tau = largest_tau(squares, budget)
+    low = (-torch.expm1(-tau)).clamp(min=floor_low)
+    high = torch.expm1(tau).clamp(min=floor_high)
+    return {"low": low.view(1, 1), "high": high.view(1, 1)}
 
 
-# -- a set of top tokens ---------------------------------------------------------------------------
+def largest_tau(squares: Tensor, budget: float) -> Tensor:
+    """tau for which the mean of min(squares, tau^2) is the budget.
+
+    squares: [n] in ascending order, with a mean above the budget. If the i smallest of them lie
+    below tau^2, then (their sum) + (n - i) tau^2 = n budget, which gives one level tau^2 for each
+    i. The right i is the first whose level does not exceed the next square.
+    """
+    n = len(squares)
+    sum_below = squares.cumsum(0) - squares
+    remaining = torch.arange(n, 0, -1, device=squares.device)
+    level = (n * budget - sum_below) / remaining
+    right = (level <= squares).nonzero()[0, 0]
+    return level[right].sqrt()
+
+
+# -- a set of top words ---------------------------------------------------------------------------
 
 @in_float32
 def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Reverse KL between p and q, both renormalised on the K words that mu liked best. Differentiated as it is.
+    """Reverse KL between p and q, both renormalised on mu's K best words, differentiated directly.
 
     Target      KL(p_S || q_S) on S = the top K of mu
     Candidates  mu's top K at generation
-    Gradient    that of the target: misses KL between the masses in and out of S, and all of the outside (K = V: exact)
+    Gradient    that of the target; it lacks the KL between the masses inside and outside S and all
+                of the outside; K = V: that of KL(p || q)
     Value       the target
-    Stale mu    S stays what mu liked; teacher scores outside of it do not exist, so nothing can repair it
+    Stale mu    S remains the choice of mu; the teacher has scored no other word, so nothing can
+                correct it
     Not covered how much mass lies in S (p may move all of it out at no cost); the prefix
+
+    If top_p < 1 leaves fewer than K words to mu, words that mu never emits fill S and count.
     """
-    logp, logq = logp.log_softmax(-1), logq.log_softmax(-1)
-    return (logp.exp() * (logp - logq)).sum(-1)
+    logp_S = logp.log_softmax(-1)
+    logq_S = logq.log_softmax(-1)
+    return (logp_S.exp() * (logp_S - logq_S)).sum(-1)
 
 
 @in_float32
 def reverse_topk_pg(logp: Tensor, logq: Tensor, logmu: Tensor, *, dual: float = 3.0) -> Tensor:
-    """Reverse KL on mu's top K as a policy gradient: the renormalised student's mass times the advantage.
+    """Reverse KL on mu's K best words as a policy gradient: renormalised mass times advantage.
 
     Target      KL(p || q) with p restricted to S = the top K of mu
     Candidates  mu's top K at generation
-    Gradient    -sum_S p_S w A dlogp (p_S = softmax of logp over S); where A < 0 none past w = dual
+    Gradient    -sum_S p_S w A dlogp with p_S = softmax of logp over S; where A < 0, only the words
+                with w <= dual
     Value       not the KL
-    Stale mu    S is enumerated, not drawn: w does not correct it, it adds a second bias
-    Not covered the words outside of S; the prefix
+    Stale mu    S is enumerated, not drawn: w corrects nothing here and adds a second bias
+    Not covered the words outside S; the prefix
 
-    logp, logq, logmu: [..., K]. Source: the form in THUNLP's OPD code; dual clip: arXiv 1912.09729, eq. 5.
+    logp, logq, logmu: [..., K]. Source: THUNLP's OPD code, in the form that recomputes the
+    advantage with the current student and has no PPO clip; dual clip: arXiv 1912.09729, eq. 5.
     """
     return topk_policy_gradient(logp, logq, logmu, ratio(logp, logmu), dual)
 
 
 @in_float32
-def reverse_topk_pg_no_is(logp: Tensor, logq: Tensor, logmu: Tensor, *, dual: float = 3.0) -> Tensor:
-    """`reverse_topk_pg` without the weight.
+def reverse_topk_pg_no_is(logp: Tensor, logq: Tensor, logmu: Tensor, *,
+                          dual: float = 3.0) -> Tensor:
+    """`reverse_topk_pg` without the importance weight.
 
     Target      KL(p || q) with p restricted to S = the top K of mu
     Candidates  mu's top K at generation
-    Gradient    -sum_S p_S A dlogp (p_S = softmax of logp over S); K = V: that of KL(p || q)
+    Gradient    -sum_S p_S A dlogp with p_S = softmax of logp over S; K = V: that of KL(p || q)
     Value       not the KL
-    Stale mu    S stays what mu liked; on S the gradient does not depend on mu
-    Not covered the words outside of S; the prefix
+    Stale mu    S remains the choice of mu; given S, the gradient does not depend on mu
+    Not covered the words outside S; the prefix
     """
-    return topk_policy_gradient(logp, logq, logmu, ratio(logp, logp.detach()), dual)
+    one = ratio(logp, logp.detach())          # 1, with the gradient dlogp
+    return topk_policy_gradient(logp, logq, logmu, one, dual)
 
 
-def topk_policy_gradient(logp: Tensor, logq: Tensor, logmu: Tensor, r: Tensor, dual: float) -> Tensor:
-    """-sum over S of p_S A r, in which the gradient runs through r alone; where A < 0 none past r = dual."""
+def topk_policy_gradient(logp: Tensor, logq: Tensor, logmu: Tensor, r: Tensor,
+                         dual: float) -> Tensor:
+    """-sum_S p_S A r, where only r has a gradient; none past r = dual where A < 0.
+
+    All arguments but dual are [..., K]; returns [...]. Words outside mu's nucleus (logmu = -inf)
+    do not count, because mu never emits them.
+    """
     advantage = (logp.log_softmax(-1).exp() * (logq - logp)).detach()
-    advantage = advantage.masked_fill(logmu == -torch.inf, 0.0)           # outside the nucleus: mu never says it
+    advantage = advantage.masked_fill(logmu == -torch.inf, 0.0)
     surrogate = r * advantage
     return -torch.where(advantage < 0, surrogate.maximum(dual * advantage), surrogate).sum(-1)
 
 
 @in_float32
 def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Forward KL on the teacher's K best tokens, everything else lumped into one more outcome.
+    """Forward KL on the teacher's K best words and the tail: all other words as one outcome.
 
     Target      KL(q || p), the V - K other words counted as one
     Candidates  the teacher's top K at scoring
-    Gradient    -sum_K q dlogp - q_tail dlogp_tail: that of the target; K = V: KL(q || p)
+    Gradient    -sum_K q dlogp - q_tail dlogp_tail: that of the target; K = V: that of KL(q || p)
     Value       the target: never above KL(q || p)
     Stale mu    unaffected: support and weights are the teacher's
     Not covered how p divides its mass within the tail; the prefix
+
+    In float32 the gradient of the tail is inexact where the student's tail is small: off by 3 to
+    4% at a mass of 1e-5, and absent below 1e-7, where `log_rest` clamps.
     """
-    log_tail_p, log_tail_q = log_rest(logp), log_rest(logq)
-    return (logq.exp() * (logq - logp)).sum(-1) + log_tail_q.exp() * (log_tail_q - log_tail_p)
+    best = (logq.exp() * (logq - logp)).sum(-1)
+    log_tail_p = log_rest(logp)
+    log_tail_q = log_rest(logq)
+    return best + log_tail_q.exp() * (log_tail_q - log_tail_p)
 
 
 @in_float32
 def forward_topk_no_tail(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """`forward_topk` without the other words.
+    """`forward_topk` without the tail.
 
-    Target      KL(q || p), only its K terms of the teacher's best words
+    Target      the terms of KL(q || p) that belong to the teacher's K best words
     Candidates  the teacher's top K at scoring
-    Gradient    -sum_K q dlogp: that of the target; K = V: KL(q || p)
-    Value       the target: below 0 where p has more mass on the set than q
+    Gradient    -sum_K q dlogp: that of the target; K = V: that of KL(q || p)
+    Value       the target: it can be negative where p has more mass on the set than q
     Stale mu    unaffected: support and weights are the teacher's
-    Not covered the words outside of the set, towards which nothing pulls; the prefix
+    Not covered the words outside the set, which lose mass to it even at p = q; the prefix
     """
     return (logq.exp() * (logq - logp)).sum(-1)
 
 
 def log_rest(logx: Tensor) -> Tensor:
-    """log(1 - sum exp(logx)) over the last dimension, kept finite where rounding leaves no rest. Returns [...]."""
+    """log(1 - sum exp(logx)) over the last dimension: [..., K] -> [...].
+
+    The sum is clamped to e^-1e-7, so that the result stays finite where rounding leaves no rest.
+    """
     return torch.log(-torch.expm1(logx.logsumexp(-1).clamp(max=-1e-7)))
 
 
-# -- what the teacher draws; the whole vocabulary (logp, logq [..., V]); neither looks at logmu ------
+# -- losses that do not look at logmu: drawn by the teacher, over all words, none -----------------
 
 @in_float32
 def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -351,7 +393,7 @@ def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
 @in_float32
 def forward_dense(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Forward KL over the whole vocabulary.
+    """Forward KL over the whole vocabulary. logp, logq: [..., V].
 
     Target      KL(q || p)
     Candidates  none: all words
@@ -365,7 +407,7 @@ def forward_dense(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
 @in_float32
 def reverse_dense(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Reverse KL over the whole vocabulary.
+    """Reverse KL over the whole vocabulary. logp, logq: [..., V].
 
     Target      KL(p || q)
     Candidates  none: all words
@@ -379,120 +421,228 @@ def reverse_dense(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
 @in_float32
 def jsd_dense(logp: Tensor, logq: Tensor, logmu: Tensor, *, beta: float = 0.5) -> Tensor:
-    """The generalised Jensen-Shannon divergence over the whole vocabulary, between forward and reverse KL.
+    """The generalised Jensen-Shannon divergence over the whole vocabulary. logp, logq: [..., V].
 
     Target      beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p
     Candidates  none: all words
     Gradient    that of the target
-    Value       the target; beta = 0 stands for KL(q || p) and beta = 1 for KL(p || q), which it tends to, rescaled
+    Value       the target; at beta = 0 KL(q || p), the limit of target / beta, and at beta = 1
+                KL(p || q), the limit of target / (1 - beta)
     Stale mu    exact: no word was drawn
     Not covered the prefix
 
     Source: GKD (arXiv 2306.13649), eq. 1.
     """
-    if beta in (0.0, 1.0):
-        return reverse_dense(logp, logq, logmu) if beta else forward_dense(logp, logq, logmu)
+    if beta == 0.0:
+        return forward_dense(logp, logq, logmu)
+    if beta == 1.0:
+        return reverse_dense(logp, logq, logmu)
     b = logp.new_tensor(beta)
     logm = torch.logaddexp(logq + b.log(), logp + torch.log1p(-b))
-    return (beta * logq.exp() * (logq - logm) + (1 - beta) * logp.exp() * (logp - logm)).sum(-1)
+    from_q = beta * logq.exp() * (logq - logm)
+    from_p = (1 - beta) * logp.exp() * (logp - logm)
+    return (from_q + from_p).sum(-1)
 
 
 @in_float32
 def no_divergence(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """No loss on log-probs: for a run that minimises the loss of an extension alone.
+    """No loss on log-probs, for a run that minimises the loss of an extension alone.
 
-    Target      none: the loss is an extension's
-    Candidates  none: the emitted token carries the logged KL
+    Target      none: the loss is that of the extension
+    Candidates  none: the emitted token serves the logged KL
     Gradient    none: nothing passes through the LM head
     Value       0 at every position
     Stale mu    unaffected: there is nothing to correct
-    Not covered everything that log-probs could teach
+    Not covered the LM head, which gets no gradient
     """
     return torch.zeros_like(logp[..., 0])
 
 
-# -- the table -------------------------------------------------------------------------------------
+# -- the logged KL, and how candidates are drawn --------------------------------------------------
+
+@in_float32
+def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """Estimate of KL(p || q) from candidates drawn i.i.d. from mu: mean of w (logp - logq).
+
+    Unbiased if mu > 0 wherever p > 0. With top_p < 1 that is false outside the nucleus.
+    """
+    return (importance_weight(logp, logmu) * (logp - logq)).detach().mean(-1)
+
+
+@in_float32
+def forward_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """Estimate of KL(q || p) from candidates drawn i.i.d. from mu: mean of q / mu (logq - logp).
+
+    Unbiased if mu > 0 wherever q > 0. With top_p < 1 that is false outside the nucleus.
+    """
+    return (importance_weight(logq, logmu) * (logq - logp)).detach().mean(-1)
+
+
+def shaped(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
+    """The logits of the distribution that is sampled: [R, V] of any float dtype to [R, V] float32.
+
+    They are divided by the temperature and are -inf outside the nucleus, the smallest set of most
+    probable words whose probabilities sum to at least top_p.
+    """
+    x = logits.float()
+    if temperature != 1.0:
+        x = x / temperature
+    if top_p < 1.0:
+        value, order = x.softmax(-1).sort(descending=True)
+        mass_before = value.cumsum(-1) - value
+        outside = mass_before >= top_p
+        rank = order.argsort(1)              # where each word stands in the sorted order
+        x = x.masked_fill(outside.gather(1, rank), -torch.inf)
+    return x
+
+
+def draw(logits: Tensor, u: Tensor, temperature: float = 1.0,
+         top_p: float = 1.0) -> tuple[Tensor, Tensor]:
+    """Draw N words for every row of logits: ids [R, N] and their log-probs, float32, [R, N].
+
+    logits [R, V] of any float dtype. u [R, N] uniform on [0, 1), float64, so that words with a
+    probability of 1e-12 are drawn as often as they should be.
+
+    Lay the words end to end on a line, each as long as its probability. The word in which u falls
+    is a draw from the distribution (inversion). A cumulative sum over all V words in float64 would
+    be slow, so the line is searched at two levels: first among blocks of BLOCK words, then inside
+    the block that was hit. Only a softmax and one sum pass over V, whatever N is. The log-probs
+    returned are those of the very weights that the words were drawn by.
+    """
+    # The line, cut into blocks; words of weight 0 fill the last one. Padding by 0 would copy.
+    weight = shaped(logits, temperature, top_p).softmax(-1)
+    if weight.shape[1] % BLOCK:
+        weight = pad(weight, (0, -weight.shape[1] % BLOCK))
+    blocks = weight.view(len(u), -1, BLOCK)                      # [R, V / BLOCK, BLOCK]
+
+    # Level 1: the first block that ends beyond the target. The line is 1 long up to rounding, so
+    # u is scaled to its true length and kept just below the end.
+    block_mass = blocks.sum(-1).double()
+    block_end = block_mass.cumsum(-1)
+    length = block_end[:, -1:]
+    target = (u * length).clamp(max=length * (1 - 1e-15))
+    block = torch.searchsorted(block_end, target, right=True)    # [R, N]
+
+    # Level 2: the word inside the block. The block's mass was summed in float32, its words are
+    # summed in float64. So the place in the block is carried over as a share, from 0 to 1.
+    row = torch.arange(len(u), device=u.device)[:, None]
+    words = blocks[row, block]                                   # [R, N, BLOCK]
+    mass = block_mass.gather(1, block)
+    share = (target - block_end.gather(1, block) + mass) / mass
+    word_end = words.double().cumsum(-1)
+    target_inside = share.clamp(0, 1 - 1e-15) * word_end[..., -1]
+    word = torch.searchsorted(word_end, target_inside[..., None], right=True)
+
+    ids = block * BLOCK + word.squeeze(-1)
+    drawn_weight = words.gather(-1, word).squeeze(-1)
+    return ids, drawn_weight.log() - length.log().float()
+
+
+# -- the table ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row. `support` says what a slot must hold; everything that records, scores or trains obeys it:
+    """One row of the table: a loss and what it needs. `support` is the sampling design:
 
-    sampled       the emitted token                candidates    N drawn by the student, the emitted token first
-    student_topk  the emitted token, then the student's K best at generation
-    teacher_topk  the emitted token, then the teacher's K best at scoring
-    teacher_mc    the emitted token, then N drawn by the teacher
-    full          the emitted token, and the teacher's last hidden state, from which the learner makes all V
+    sampled       the emitted token
+    candidates    N words drawn by the student, of which the emitted token is the first
+    student_topk  the emitted token, then the student's K best words at generation
+    teacher_topk  the emitted token, then the teacher's K best words at scoring
+    teacher_mc    the emitted token, then N words drawn by the teacher
+    full          the emitted token, and the teacher's last hidden state, from which the learner
+                  computes the log-probs of all V words
     """
     fn: Callable[..., Tensor]
-    kl: Literal["reverse", "forward"]                 # which one is logged
+    """The loss: (logp, logq, logmu) [..., C], and further arguments by name, to [...]."""
+    kl: Literal["reverse", "forward"]
+    """The KL that is logged."""
     support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
-    unbiased: bool                                    # expected gradient = that of the dense divergence, for any mu
-    knobs: tuple[str, ...] = ()                       # flags that fn takes by their names
-    batch: Callable[..., dict[str, Tensor]] | None = None      # (logp, logq, logmu) [M, C] of a whole train batch, by
-    # the student before its first update -> what fn takes by name besides, [M, C] or [1, 1]
-    head: bool = True                                 # fn is a loss on log-probs, which passes through the LM head
+    unbiased: bool = False
+    """The expected gradient is that of the dense divergence, for every mu that covers p."""
+    knobs: tuple[str, ...] = ()
+    """Flags that fn takes by their names."""
+    batch: Callable[..., dict[str, Tensor]] | None = None
+    """For a loss that depends on its whole train batch: (logp, logq, logmu) [M, C] of all its
+    positions, by the student before its first update, to further arguments of fn, [M, C] or
+    [1, 1]."""
+    head: bool = True
+    """fn is a loss on log-probs, which passes through the LM head."""
 
     def columns(self, n: int, k: int) -> int:
-        """Token ids per position in a slot. Column 0 is always the emitted token: it carries the logged KL."""
-        return {"sampled": 1, "candidates": n, "student_topk": 1 + k, "teacher_topk": 1 + k, "teacher_mc": 1 + n,
-                "full": 1}[self.support]
+        """Word ids per position in a slot. Column 0 is the emitted token, for the logged KL."""
+        by_support = {"sampled": 1, "candidates": n, "student_topk": 1 + k, "teacher_topk": 1 + k,
+                      "teacher_mc": 1 + n, "full": 1}
+        return by_support[self.support]
 
     def drawn(self, n: int) -> int:
-        """How many of the columns are drawn by the student, the emitted token among them."""
+        """The number of columns that the student draws, including the emitted token."""
         return n if self.support == "candidates" else 1
 
     def top(self, k: int) -> int:
-        """How many of its own best words the student records after the drawn ones."""
+        """The number of its own best words that the student records after the drawn ones."""
         return k if self.support == "student_topk" else 0
 
     def scored(self, x: Tensor) -> Tensor:
-        """The columns that `fn` works on, out of all of a slot's columns [..., C]."""
+        """The columns that `fn` receives, out of all columns [..., C] of a slot."""
         return x if self.support in ("sampled", "candidates") else x[..., 1:]
 
     def bytes(self, n: int, k: int, hidden: int) -> int:
-        """Per token in a slot: id, logmu and logq of every column, 4 bytes each; `hidden` of a hidden state."""
+        """Per token in a slot: id, logmu and logq of every column, 4 bytes each, and where the
+        teacher's hidden state is kept, its `hidden` bytes."""
         return 12 * self.columns(n, k) + (hidden if self.support == "full" else 0)
 
     def bind(self, flags: object) -> Callable[..., Tensor]:
+        """`fn` with its knobs set to the values of the flags with the same names."""
         return partial(self.fn, **{name: getattr(flags, name) for name in self.knobs})
 
-    def says(self, line: str) -> str:
-        """A line of the docstring of `fn`."""
-        return next(x.split(line)[1].strip() for x in self.fn.__doc__.splitlines() if x.strip().startswith(line))
+    def says(self, question: str) -> str:
+        """The answer that the docstring of `fn` gives to one of QUESTIONS, on one line."""
+        answer: list[str] = []
+        for line in map(str.strip, self.fn.__doc__.splitlines()):
+            if line.startswith(question):
+                answer.append(line.removeprefix(question).strip())
+            elif answer and (line == "" or line.startswith(QUESTIONS)):
+                break
+            elif answer:
+                answer.append(line)
+        return " ".join(answer)
 
 
-ESTIMATORS = {
+ESTIMATORS = {      # the choices of --estimator: the loss, the logged KL, the support
     "reverse_mc": Estimator(reverse_mc, "reverse", "candidates", unbiased=True),
-    "reverse_mc_no_is": Estimator(reverse_mc_no_is, "reverse", "candidates", unbiased=False),
-    "reverse_ppo": Estimator(reverse_ppo, "reverse", "sampled", unbiased=False),
-    "reverse_ppo_recomputed": Estimator(reverse_ppo_recomputed, "reverse", "sampled", unbiased=False),
-    "reverse_old_adv": Estimator(reverse_old_adv, "reverse", "sampled", unbiased=False),
-    "decoupled_ppo": Estimator(decoupled_ppo, "reverse", "sampled", unbiased=False,
-                               batch=lambda logp, logq, logmu: {"prox": logp}),
-    "m2po": Estimator(m2po, "reverse", "sampled", unbiased=False, batch=m2po_margins),
-    "reverse_topk": Estimator(reverse_topk, "reverse", "student_topk", unbiased=False),
-    "reverse_topk_pg": Estimator(reverse_topk_pg, "reverse", "student_topk", unbiased=False),
-    "reverse_topk_pg_no_is": Estimator(reverse_topk_pg_no_is, "reverse", "student_topk", unbiased=False),
-    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk", unbiased=False),
-    "forward_topk_no_tail": Estimator(forward_topk_no_tail, "forward", "teacher_topk", unbiased=False),
+    "reverse_mc_no_is": Estimator(reverse_mc_no_is, "reverse", "candidates"),
+    "reverse_ppo": Estimator(reverse_ppo, "reverse", "sampled"),
+    "reverse_ppo_recomputed": Estimator(reverse_ppo_recomputed, "reverse", "sampled"),
+    "reverse_old_adv": Estimator(reverse_old_adv, "reverse", "sampled"),
+    "decoupled_ppo": Estimator(decoupled_ppo, "reverse", "sampled", batch=batch_prox),
+    "m2po": Estimator(m2po, "reverse", "sampled", batch=m2po_margins),
+    "reverse_topk": Estimator(reverse_topk, "reverse", "student_topk"),
+    "reverse_topk_pg": Estimator(reverse_topk_pg, "reverse", "student_topk"),
+    "reverse_topk_pg_no_is": Estimator(reverse_topk_pg_no_is, "reverse", "student_topk"),
+    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk"),
+    "forward_topk_no_tail": Estimator(forward_topk_no_tail, "forward", "teacher_topk"),
     "forward_mc": Estimator(forward_mc, "forward", "teacher_mc", unbiased=True),
     "forward_dense": Estimator(forward_dense, "forward", "full", unbiased=True),
     "reverse_dense": Estimator(reverse_dense, "reverse", "full", unbiased=True),
     "jsd_dense": Estimator(jsd_dense, "reverse", "full", unbiased=True, knobs=("beta",)),
-    "none": Estimator(no_divergence, "reverse", "sampled", unbiased=False, head=False),
+    "none": Estimator(no_divergence, "reverse", "sampled", head=False),
 }
-DEFAULT = {"reverse": "reverse_mc", "forward": "forward_topk"}      # what --kl means without --estimator
-VALUE = {"reverse": reverse_value, "forward": forward_value}        # the logged `kl`, from columns drawn by mu
-DENSE = {"reverse": reverse_dense, "forward": forward_dense}        # the same from all words: the reference
+DEFAULT = {"reverse": "reverse_mc", "forward": "forward_topk"}    # --kl without --estimator
+VALUE = {"reverse": reverse_value, "forward": forward_value}      # logged KL, from words mu drew
+DENSE = {"reverse": reverse_dense, "forward": forward_dense}      # the same KL over all words
 
 
 def estimator_table(n: int = 4, k: int = 16) -> str:
     """The table of the README, in Markdown, from ESTIMATORS and the docstrings."""
-    rows = [f"| estimator | target | candidates | bytes per token, N = {n}, K = {k} | unbiased | under a stale mu |",
+    rows = [f"| estimator | target | candidates | bytes per token, N = {n}, K = {k} | unbiased "
+            "| under a stale mu |",
             "|---|---|---|--:|---|---|"]
-    for name, e in ESTIMATORS.items():
-        cells = (f"`{name}`", e.says("Target"), e.says("Candidates"),
-                 f"{e.bytes(n, k, 0)}" + (" + 2 H" if e.support == "full" else ""),
-                 "yes" if e.unbiased else "no", e.says("Stale mu"))
-        rows.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+    for name, row in ESTIMATORS.items():
+        size = f"{row.bytes(n, k, 0)}"
+        if row.support == "full":
+            size += " + 2 H"
+        unbiased = "yes" if row.unbiased else "no"
+        cells = [f"`{name}`", row.says("Target"), row.says("Candidates"), size, unbiased,
+                 row.says("Stale mu")]
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)

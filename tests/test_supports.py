@@ -14,7 +14,7 @@ import torch
 from asyncopd import Config, plan, prepare
 from cache import Slots
 from data import toy
-from estimators import ESTIMATORS, Estimator, estimator_table
+from estimators import ESTIMATORS, QUESTIONS, Estimator, estimator_table
 from learner import Learner, summarize
 from record.metrics import METRICS
 from rollout import HFEngine, Sampler, draw_rows
@@ -146,10 +146,27 @@ def test_no_other_module_names_an_estimator():
 
 def test_the_table_has_a_row_for_each_and_every_docstring_its_six_lines():
     assert len(estimator_table().splitlines()) == 2 + len(ESTIMATORS)
+    assert QUESTIONS == ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered")
     for name, row in ESTIMATORS.items():
         assert row.fn.__name__ == ("no_divergence" if name == "none" else name)
-        for line in ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered"):
-            assert len(row.says(line)) > 3, (name, line)
+        for question in QUESTIONS:
+            assert len(row.says(question)) > 3, (name, question)
+
+
+def test_an_answer_ends_where_the_next_question_or_the_prose_begins():
+    def loss(logp, logq, logmu):
+        """A loss.
+
+        Target      one line
+        Candidates  two
+                    lines
+        Gradient    the last
+
+            indented prose
+        """
+    row = Estimator(loss, "reverse", "sampled")
+    answers = [row.says(question) for question in QUESTIONS]
+    assert answers == ["one line", "two lines", "the last", "", "", ""]
 
 
 # -- what the engine records, what the teacher scores -----------------------------------------------
