@@ -1,25 +1,32 @@
 """
-The audit: every estimator against the dense gradient it stands for, on a stale student.
+The audit: every estimator against the dense gradient it stands for, with a stale student.
 
-    python benchmarks/audit.py                   # a small softmax, everything enumerated; about half a minute
-    python benchmarks/audit.py --run runs/x      # also where a run of the toy has been (--save-every 4 --keep 0)
+    python benchmarks/audit.py                # a small softmax, enumerated; about half a minute
+    python benchmarks/audit.py --run runs/x   # also at the positions that a run of the toy visited
+                                              # (made with --save-every 4 --faults.keep 0)
 
-A position has three distributions over V words: p (the student now), mu (the student that drew, stale), q (the
-teacher). Gradients are with respect to the logits of p. Expectations run over every word that could have been drawn.
+A position has three distributions over V words: p (the student now), mu (the student that drew,
+stale) and q (the teacher). Gradients are with respect to the logits of p. Expectations run over
+every word that could have been drawn.
 
     bias      |E[gradient] - dense gradient| / |dense gradient|, over all positions; 0 = unbiased
     cosine    between the two; 1 = the right direction
-    var N     trace of the gradient's variance, mean over positions: N = 1 enumerated, N = 4, 16, 64 drawn. Marked *
-              where there is no N: the emitted token alone (the value of N = 1 is repeated), or nothing random (0)
+    var N     trace of the gradient's variance, mean over positions: N = 1 enumerated, N = 4, 16, 64
+              drawn. Marked * for rows without N: those of the emitted token alone repeat the value
+              of N = 1, and those that draw nothing have 0
     ESS       effective share of the samples, 1 / E_mu[w^2]; - where no word is drawn from mu
-    bytes     per token in the cache at N = 4, K = 16; a hidden state of H = 2,048 in bf16 where one is kept
-    ms        CPU time per 1,000 positions at V = 151,936, one thread: log-softmax, loss, backward; best of 9, here
+    bytes     per token in the cache at N = 4, K = 16, with a hidden state of H = 2,048 in bf16
+              where one is kept
+    ms        CPU time per 1,000 positions at V = 151,936 on this machine, one thread: log-softmax,
+              loss and backward; the best of 9
 
-The dense gradient is that of the KL a row is named after; of the Jensen-Shannon divergence for jsd_dense. prox of
-decoupled_ppo is p, as in the first update of a batch; the margins of m2po follow from one drawn token per position.
-The figure shows bias and variance against staleness: versions of the run, or the size of the drift from mu to p.
-Figures: benchmarks/figures/audit.png and, of a run, audit-run.png; raw numbers: audit.jsonl and audit-run.jsonl beside
-this file. The last line printed is one JSON object, of the small softmax:
+The dense gradient is that of the KL that a row logs, and that of the Jensen-Shannon divergence for
+jsd_dense. prox of decoupled_ppo is p, as in the first update of a batch; the margins of m2po follow
+from one drawn token per position. `none` has no loss on log-probs and is left out.
+The figures show bias and variance against staleness: versions of the run, or the size of the drift
+from mu to p. Figures: benchmarks/figures/audit.png and, of a run, audit-run.png; raw numbers:
+benchmarks/audit.jsonl and audit-run.jsonl. Tests: tests/test_audit.py
+The last line printed is one JSON object about the small softmax:
 {"<estimator>": {"bias", "cosine", "variance": {"1", "4", "16", "64"}, "cache_bytes_per_token"}, ...}
 """
 from __future__ import annotations
@@ -48,10 +55,10 @@ from teacher import load_model, response_rows  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
 HIDDEN_BYTES = 2 * 2048
-ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}      # `none` has no loss to audit
+ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}
 
 
-# -- positions -------------------------------------------------------------------------------------
+# -- positions ------------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Positions:
@@ -66,21 +73,25 @@ class Positions:
 
 
 def small_softmax(drift: float, seed: int = 0, M: int = 16, V: int = 64) -> Positions:
-    """Peaked distributions of V words; q is another one, correlated with p; mu is p before a step of size `drift`."""
+    """Peaked distributions; q is correlated with p; mu is p before a step of size `drift`."""
     g = torch.Generator().manual_seed(seed)
     common, p, q, step = (torch.randn(M, V, generator=g, dtype=torch.float64) for _ in range(4))
     logits = 2 * common + p
-    return Positions(logits, (2 * common + q).log_softmax(-1), (logits + drift * step).log_softmax(-1))
+    logq = (2 * common + q).log_softmax(-1)
+    logmu = (logits + drift * step).log_softmax(-1)
+    return Positions(logits, logq, logmu)
 
 
 @torch.no_grad()
 def visited(run: Path, lag: int, M: int) -> Positions:
-    """M positions of toy responses drawn by the weights that are `lag` versions older than the run's last."""
-    said = next(x for x in map(json.loads, open(run / "log.jsonl")) if x["type"] == "run")["config"]
-    cfg = Config(**{f.name: said[f.name] for f in fields(Config) if f.name in said})
+    """M positions of toy responses, drawn by weights `lag` versions older than the run's last."""
+    lines = map(json.loads, open(run / "log.jsonl"))
+    recorded = next(x for x in lines if x["type"] == "run")["config"]
+    cfg = Config(**{f.name: recorded[f.name] for f in fields(Config) if f.name in recorded})
     old = run / "student" if lag == 0 else run / "checkpoints" / f"step-{cfg.steps - lag}"
     if not old.exists():
-        raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end (--save-every 4 --keep 0)")
+        raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end "
+                         "(--save-every 4 --faults.keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
     tokenizer = toy.toy_tokenizer()
     prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.prompt_template, cfg.prompt_suffix)
@@ -102,7 +113,7 @@ def visited(run: Path, lag: int, M: int) -> Positions:
     return Positions(logits[0], logits[1].log_softmax(-1), logits[2].log_softmax(-1))
 
 
-# -- one estimator ---------------------------------------------------------------------------------
+# -- one estimator --------------------------------------------------------------------------------
 
 def gradients(row: Estimator, x: Positions, ids: Tensor) -> Tensor:
     """d loss / d logits for every set of ids [M, R, C] -> [M, R, V]."""
@@ -110,12 +121,12 @@ def gradients(row: Estimator, x: Positions, ids: Tensor) -> Tensor:
     leaf = x.logits[:, None].expand(M, R, -1).clone().requires_grad_()
     logp, logq, logmu = (y.expand(M, R, -1).gather(-1, ids) for y in
                          (leaf.log_softmax(-1), x.logq[:, None], x.logmu[:, None]))
-    known = {}
+    of_batch = {}
     if row.batch is not None:      # one token per position makes the batch; prox is p itself
         one = torch.multinomial(x.logmu.exp(), 1, generator=torch.Generator().manual_seed(1))
         found = row.batch(*(y.gather(-1, one) for y in (x.logp, x.logq, x.logmu)))
-        known = {name: logp.detach() if y.shape[0] > 1 else y for name, y in found.items()}
-    row.fn(logp, logq, logmu, **known).sum().backward()
+        of_batch = {name: logp.detach() if len(y) > 1 else y for name, y in found.items()}
+    row.fn(logp, logq, logmu, **of_batch).sum().backward()
     return leaf.grad
 
 
@@ -133,17 +144,25 @@ def outcomes(row: Estimator, x: Positions, k: int) -> tuple[Tensor, Tensor]:
 def definition(name: str, row: Estimator, x: Positions) -> Tensor:
     """The dense gradient [M, V], by differentiating the divergence as it is written down."""
     leaf = x.logits.clone().requires_grad_()
-    p, q = leaf.softmax(-1), x.logq.exp()
+    p = leaf.softmax(-1)
+    q = x.logq.exp()
     m = (p + q) / 2
 
     def kl(a: Tensor, b: Tensor) -> Tensor:
         return (a * (a.log() - b.log())).sum()
-    (kl(q, m) / 2 + kl(p, m) / 2 if name == "jsd_dense" else kl(p, q) if row.kl == "reverse" else kl(q, p)).backward()
+
+    if name == "jsd_dense":
+        divergence = kl(q, m) / 2 + kl(p, m) / 2
+    elif row.kl == "reverse":
+        divergence = kl(p, q)
+    else:
+        divergence = kl(q, p)
+    divergence.backward()
     return leaf.grad
 
 
 def variance(row: Estimator, x: Positions, n: int, k: int, draws: int = 2000) -> float:
-    """Trace, mean over positions: enumerated at n = 1 and where there is no n, else from so many draws."""
+    """Trace, mean over positions: enumerated at n = 1 and for rows without n, else from `draws`."""
     if n == 1 or row.support not in ("candidates", "teacher_mc"):
         ids, probability = outcomes(row, x, k)
         g = gradients(row, x, ids)
@@ -151,14 +170,16 @@ def variance(row: Estimator, x: Positions, n: int, k: int, draws: int = 2000) ->
         return (probability * off.square().sum(-1)).sum(1).mean().item()
     source = (x.logq if row.support == "teacher_mc" else x.logmu).exp()
     g = torch.Generator().manual_seed(n)
-    ids = torch.multinomial(source, draws * n, replacement=True, generator=g).view(len(source), draws, n)
+    ids = torch.multinomial(source, draws * n, replacement=True, generator=g)
+    ids = ids.view(len(source), draws, n)
     return gradients(row, x, ids).var(1).sum(-1).mean().item()
 
 
 def audit(name: str, x: Positions, k: int, counts=COUNTS) -> dict:
     row = ROWS[name]
     ids, probability = outcomes(row, x, k)
-    got, want = (probability[..., None] * gradients(row, x, ids)).sum(1), definition(name, row, x)
+    got = (probability[..., None] * gradients(row, x, ids)).sum(1)
+    want = definition(name, row, x)
     w2 = (2 * x.logp - x.logmu).exp().sum(-1).mean()                    # E_mu[w^2]
     return {"bias": ((got - want).norm() / want.norm()).item(),
             "cosine": torch.cosine_similarity(got.flatten(), want.flatten(), 0).item(),
@@ -168,51 +189,72 @@ def audit(name: str, x: Positions, k: int, counts=COUNTS) -> dict:
 
 
 def costs(k: int, rounds: int = 9, V: int = 151_936, M: int = 8) -> dict[str, float]:
-    """Milliseconds of CPU time per 1,000 positions, the best of `rounds`; in turns, so that a busy spell hits all."""
-    g, best = torch.Generator().manual_seed(0), dict.fromkeys(ROWS, float("inf"))
+    """Milliseconds of CPU time per 1,000 positions, the best of `rounds`.
+
+    The rows take turns, so that a busy spell of the machine hits all of them.
+    """
+    g = torch.Generator().manual_seed(0)
+    best = dict.fromkeys(ROWS, float("inf"))
     x, y = (torch.randn(M, V, generator=g) for _ in range(2))
     for name in list(ROWS) * rounds:
         row = ROWS[name]
         C = row.columns(4, k) - (row.support not in ("sampled", "candidates"))
         ids = torch.arange(M * C).view(M, C) * 1009 % V
-        leaf, start = x.clone().requires_grad_(), time.process_time()
+        leaf = x.clone().requires_grad_()
+        start = time.process_time()
         logp = leaf.log_softmax(-1)
         if row.support == "full":
             logq = y.log_softmax(-1)
         else:
-            logp, logq = logp.gather(-1, ids), y[:, :C] - 12
-        row.fn(logp, logq, logq, **(row.batch(logq, logq, logq) if row.batch else {})).sum().backward()
-        best[name] = min(best[name], 1000 * (time.process_time() - start) * 1000 / M)
+            logp = logp.gather(-1, ids)
+            logq = y[:, :C] - 12
+        of_batch = row.batch(logq, logq, logq) if row.batch else {}
+        row.fn(logp, logq, logq, **of_batch).sum().backward()
+        milliseconds = 1000 * (time.process_time() - start)
+        best[name] = min(best[name], milliseconds * 1000 / M)
     return best
 
 
-# -- table, figure, record -------------------------------------------------------------------------
+# -- table, figure, record ------------------------------------------------------------------------
 
 def show(title: str, results: dict[str, dict], cost: dict[str, float]) -> None:
     rows = [["", "bias", "cosine", *(f"var {n}" for n in COUNTS), "ESS", "bytes", "ms"]]
     for name, r in results.items():
         star = "" if ROWS[name].support in ("candidates", "teacher_mc") else "*"
-        rows.append([name, f"{r['bias']:.4f}" if r["bias"] > 1e-9 else "0", f"{r['cosine']:.4f}",
+        bias = f"{r['bias']:.4f}" if r["bias"] > 1e-9 else "0"
+        ess = "-" if r["ess"] is None else f"{r['ess']:.3f}"
+        rows.append([name, bias, f"{r['cosine']:.4f}",
                      *(f"{v:.4g}{star}" for v in r["variance"].values()),
-                     "-" if r["ess"] is None else f"{r['ess']:.3f}", f"{r['cache_bytes_per_token']:,}",
-                     f"{cost[name]:,.0f}"])
+                     ess, f"{r['cache_bytes_per_token']:,}", f"{cost[name]:,.0f}"])
     print(f"\n{title}\n{table(rows)}", flush=True)
 
 
+FAMILIES = {"other": "#5e6fb5", "unbiased": "#1a9850", "sampled": "#d6604d"}       # colours
+MARKERS = "osD^vP"
+LINES = ["-", "--", "-.", ":", (0, (6, 2, 1, 2)), (0, (1, 1))]
+
+
+def family(row: Estimator) -> str:
+    """One of FAMILIES: unbiased rows, rows of the emitted token alone, all other rows."""
+    if row.unbiased:
+        return "unbiased"
+    return "sampled" if row.support == "sampled" else "other"
+
+
 def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) -> None:
-    """Bias left, variance at N = 4 right; one colour per family, and a legend with one family per column."""
+    """Bias left, variance at N = 4 right; a colour and a column of the legend per family.
+
+    matplotlib fills the columns from the left, so the largest family comes first.
+    """
     import matplotlib
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(1, 2, figsize=(9, 5.4), dpi=150)
-    families = {"unbiased": "#1a9850", "sampled": "#d6604d", "other": "#5e6fb5"}
-    members = {family: [name for name, row in ROWS.items() if family == (
-        "unbiased" if row.unbiased else row.support if row.support in families else "other")] for family in families}
     at = range(len(stale))
-    for family, names in members.items():
-        for i, name in enumerate(names):
-            how = dict(color=families[family], marker="osD^v"[i], markersize=5, linewidth=1.4, label=name,
-                       linestyle=["-", "--", "-.", ":", (0, (6, 2, 1, 2))][i])
+    for kind, color in FAMILIES.items():
+        for i, name in enumerate(name for name, row in ROWS.items() if family(row) == kind):
+            how = dict(color=color, marker=MARKERS[i], markersize=5, linewidth=1.4, label=name,
+                       linestyle=LINES[i])
             axes[0].plot(at, [r["bias"] for r in curves[name]], **how)
             if max(r["variance"]["4"] for r in curves[name]) > 0:
                 axes[1].plot(at, [r["variance"]["4"] for r in curves[name]], **how)
@@ -220,7 +262,7 @@ def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) ->
     axes[1].set_title("variance of the gradient (trace)\nN = 4, or the emitted token alone", fontsize=10)
     axes[1].set_yscale("log")
     axes[0].annotate("unbiased: 0 throughout", (at[-1], 0), (0, 6), textcoords="offset points", ha="right",
-                     fontsize=8.5, color=families["unbiased"])
+                     fontsize=8.5, color=FAMILIES["unbiased"])
     for ax in axes:
         ax.set_xticks(list(at), [f"{s:g}" for s in stale])
         ax.set_xlabel(label, fontsize=9)
@@ -235,17 +277,17 @@ def draw_figure(path: Path, curves: dict[str, dict], stale: list, label: str) ->
     figure.savefig(path)
 
 
-def report(kind: str, places: list[Positions], stale: list, k: int, label: str, told: dict) -> None:
+def report(kind: str, places: list[Positions], stale: list, k: int, label: str, settings: dict) -> None:
     """The curves over staleness: a figure, and the raw numbers behind it."""
     curves = {name: [audit(name, x, k) for x in places] for name in ROWS}
     draw_figure(HERE / "figures" / f"{kind}.png", curves, stale, label)
     with open(HERE / f"{kind}.jsonl", "w", encoding="utf-8") as f:
-        f.write(json.dumps({"type": "run", **provenance(told, {})}) + "\n")
+        f.write(json.dumps({"type": "run", **provenance(settings, {})}) + "\n")
         for name, results in curves.items():
             for s, r in zip(stale, results):
                 f.write(json.dumps({"type": "audit", "estimator": name, "staleness": s, "k": k, **r}) + "\n")
     for i, s in enumerate(stale):
-        show(f"{label}: {s:g}", {name: c[i] for name, c in curves.items()}, told["cost_ms"])
+        show(f"{label}: {s:g}", {name: c[i] for name, c in curves.items()}, settings["cost_ms"])
 
 
 def main() -> None:
@@ -256,14 +298,14 @@ def main() -> None:
     parser.add_argument("--drift", type=float, default=0.5, help="of the small softmax: size of the step from mu to p")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    told = {**vars(args), "run": str(args.run or ""), "cost_ms": costs(args.k)}
+    settings = {**vars(args), "run": str(args.run or ""), "cost_ms": costs(args.k)}
     report("audit", [small_softmax(d) for d in DRIFTS], list(DRIFTS), args.k,
-           f"staleness: drift of the logits (V = 64, K = {args.k})", told)
+           f"staleness: drift of the logits (V = 64, K = {args.k})", settings)
     if args.run:
         report("audit-run", [visited(args.run, lag, args.positions) for lag in LAGS], list(LAGS), 4,
-               "staleness: versions (toy, V = 32, K = 4)", told)
+               "staleness: versions (toy, V = 32, K = 4)", settings)
     small = {name: audit(name, small_softmax(args.drift), args.k) for name in ROWS}
-    show(f"the pair of the last line: drift {args.drift}, V = 64, K = {args.k}", small, told["cost_ms"])
+    show(f"the pair of the last line: drift {args.drift}, V = 64, K = {args.k}", small, settings["cost_ms"])
     print(json.dumps({name: {key: x for key, x in r.items() if key != "ess"} for name, r in small.items()}))
 
 
