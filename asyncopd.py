@@ -22,17 +22,15 @@ from typing import get_type_hints
 import torch
 import yaml
 
-import dryrun
-import effopd
-import oprd
-import rock
+from control import dryrun
+from control.controller import EAR, Run
+from control.plan import plan, split
+from control.preflight import ROOT, fetch, prepare, refuse
 from estimators import DEFAULT, ESTIMATORS
-from job import ROOT, fetch, prepare, refuse
-from plan import plan, split
+from extensions import effopd, oprd, rock
 from record.run_folder import check_out, check_same, empty, recorded
-from run import EAR, Run
 from teacher import VLLM_LACKS
-from workers import alone
+from transport.process import alone
 
 # -- flags -----------------------------------------------------------------------------------------
 

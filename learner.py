@@ -24,21 +24,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-import oprd
-from cache import Segment, Slots, Weights
-from effopd import Jumps
+from cache import Segment, Slots
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
-from head import head_backward, head_logp
-from lora import Merged, merged_state, save_adapter, with_lora
-from plan import chunk_size, free_gb
+from extensions import oprd
+from extensions.effopd import Jumps
+from extensions.rock import Rocks
+from models.alignment import kept_rows, one_segment, pad, response_rows
+from models.footprint import chunk_size, free_gb
+from models.head import head_backward, head_logp, teacher_logq
+from models.loading import load_model, stop_ids
+from models.lora import Merged, merged_state, save_adapter, with_lora
+from models.sharding import Ranks, concatenated, recompute
 from record.checkpoint import UNWRITABLE, read_training, replace, trained, write_training
-from rock import Rocks
-from shards import Ranks, concatenated, recompute
-from teacher import kept_rows, load_model, one_segment, pad, response_rows, stop_ids, teacher_logq
+from transport.weights import Weights
 
 if TYPE_CHECKING:
     from asyncopd import Config
-    from workers import Link
+    from transport.link import Link
 
 
 def learner_worker(cfg: Config, link: Link, slots: Slots, weights: Weights, resume: str, version: int, rank: int,

@@ -4,113 +4,31 @@ From tokens to log-probs: alignment, and the teacher, which fills in the scores 
 `response_rows` is the only place where a sequence is shifted; teacher, learner and engine all go through it. The
 teacher is a plain transformers forward pass, exact, with its own full normaliser; what it writes beside logq (its top
 K, draws of its own, its last hidden state) is what the table entry of the running estimator asks for. Only ids come in:
-nothing is ever tokenized twice. teacher_vllm.py holds the same two methods in vLLM.
+nothing is ever tokenized twice. engines/vllm_teacher.py holds the same two methods in vLLM.
 Tests: tests/test_cache.py, tests/test_supports.py, tests/test_teacher.py
 """
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
-from torch import Tensor
 
-import oprd
 from cache import Segment, Slots
 from estimators import ESTIMATORS, LOG_MIN, LOG_RATIO_MAX, draw
+from extensions import oprd
+from models.alignment import by_length, kept_rows, pad, response_rows
+from models.head import teacher_logq
+from models.loading import load_model, stop_ids, vocab_size
 
 if TYPE_CHECKING:
     from asyncopd import Config
-    from workers import Link
+    from transport.link import Link
 
 # -- models and alignment --------------------------------------------------------------------------
-
-def pad(segments: list[Segment], device) -> tuple[Tensor, Tensor]:
-    """Right-padded token ids [B, L] and their mask, bool. Example: tokens 5 6 7 and 8 9 -> [[5,6,7],[8,9,0]]."""
-    tokens = torch.nn.utils.rnn.pad_sequence([s.tokens.long() for s in segments], batch_first=True)
-    length = torch.tensor([[len(s.tokens)] for s in segments])
-    return tokens.to(device), (torch.arange(tokens.shape[1]) < length).to(device)
-
-
-def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
-    """The one shift: hidden states [B, L, H] -> [M, H], row m being the state that *predicts* new token m.
-
-    Token y_t sits at index start + t, so the state one index before it predicts it. Rows come in the order of the
-    segments, each with its len(segment) new tokens, M in all: the order of torch.cat([s.ids for s in segments]).
-    """
-    return torch.cat([hidden[b, s.start - 1:s.start - 1 + len(s)] for b, s in enumerate(segments)])
-
-
-def kept_rows(rows: Tensor, segments: list[Segment]) -> Tensor:
-    """Of a row per new token, [M, ..], those of the tokens whose scores are cached: the order of their cached rows."""
-    if segments[0].kept is None:                         # then they all are, of every segment
-        return rows
-    return rows[torch.cat([s.kept for s in segments]).to(rows.device)]
-
-
-def by_length(segments: list[Segment], token_budget: int) -> Iterator[list[Segment]]:
-    """Micro-batches of similar length, at most token_budget padded tokens each (or one segment, if longer)."""
-    group: list[Segment] = []
-    for s in sorted(segments, key=lambda s: -len(s.tokens)):
-        if group and len(group[0].tokens) * (len(group) + 1) > token_budget:
-            yield group
-            group = []
-        group.append(s)
-    if group:
-        yield group
-
-
-def load_model(folder: str, device: str, dtype: torch.dtype):
-    """A transformers causal LM and its tokenizer's folder, ready to be called; no remote code."""
-    import transformers
-    transformers.logging.disable_progress_bar()
-    if "," in device:                                    # several GPUs: accelerate deals its layers out to them
-        return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map="auto").eval()
-    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).eval()
-
-
-def stop_ids(*folders: str) -> list[int]:
-    """The tokens that end a response: those of the generation configs, and the tokenizers' own.
-
-    Of student and teacher: a word that ends the teacher's responses and not the student's would go on for ever.
-    """
-    from transformers import AutoTokenizer, GenerationConfig
-    found = set()
-    for folder in folders:
-        try:
-            eos = GenerationConfig.from_pretrained(folder).eos_token_id
-        except OSError:                                  # a folder without one
-            eos = None
-        found |= {*(eos if isinstance(eos, list) else [eos]), AutoTokenizer.from_pretrained(folder).eos_token_id}
-    return sorted(found - {None})
-
-
-def sequence_logp(model, tokens: list[int]) -> Tensor:
-    """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
-    segment = one_segment(tokens)
-    rows = response_rows(model.base_model(input_ids=segment.tokens[None].to(model.device)).last_hidden_state, [segment])
-    logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
-    return logp.gather(-1, segment.tokens[segment.start:, None].to(logp.device)).squeeze(-1)
-
-
-def one_segment(tokens: list[int]) -> Segment:
-    """A sequence as if all of it but the first token were a response."""
-    blank = torch.empty(len(tokens) - 1, 0)
-    return Segment(-1, torch.tensor(tokens), 1, 1, blank, blank, blank, blank, blank)
-
-
-def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
-    """Log-probs [M, vocab], float32, of the student's `vocab` words from the teacher's last states [M, H].
-
-    The normaliser is the teacher's own. A model's head may have more rows than there are words, padded to a round
-    number: those that only the teacher has are cut off, those that only the student has are impossible to the teacher.
-    """
-    logq = head(rows).float().log_softmax(-1)[:, :vocab]
-    return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)
-
 
 @torch.no_grad()
 def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *, seed: int = 0,
@@ -144,12 +62,6 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
         at += m
 
 
-def vocab_size(folder: str) -> int:
-    """Rows of a model's head."""
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(folder).get_text_config().vocab_size
-
-
 @torch.no_grad()
 def complete(model, prompts: list[list[int]], max_new: int, stop: list[int],
              each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
@@ -168,7 +80,7 @@ def complete(model, prompts: list[list[int]], max_new: int, stop: list[int],
 # -- the worker ------------------------------------------------------------------------------------
 
 class HFTeacher:
-    """The teacher in transformers: every support, and the reference for `teacher_vllm.VLLMTeacher`."""
+    """The teacher in transformers: every support, and the reference for `engines.vllm_teacher.VLLMTeacher`."""
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.teacher, device, dtype)
@@ -184,8 +96,8 @@ class HFTeacher:
 
 
 def vllm_teacher(cfg: Config, device: str, dtype: torch.dtype):
-    import teacher_vllm  # and with it vLLM: only where it is asked for
-    return teacher_vllm.VLLMTeacher(cfg, device, dtype)
+    from engines import vllm_teacher  # and with it vLLM: only where it is asked for
+    return vllm_teacher.VLLMTeacher(cfg, device, dtype)
 
 
 TEACHERS = {"hf": HFTeacher, "vllm": vllm_teacher}       # --teacher-engine

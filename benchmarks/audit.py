@@ -47,11 +47,12 @@ from asyncopd import Config  # noqa: E402
 from cache import Slots  # noqa: E402
 from data import tasks, toy  # noqa: E402
 from data.prompts import encode  # noqa: E402
+from engines.hf import HFEngine  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
+from models.alignment import response_rows  # noqa: E402
+from models.loading import load_model  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from record.report import table  # noqa: E402
-from rollout import HFEngine  # noqa: E402
-from teacher import load_model, response_rows  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
 HIDDEN_BYTES = 2 * 2048

@@ -39,7 +39,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from asyncopd import Config  # noqa: E402
 from data import toy  # noqa: E402
-from engine_vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
+from engines.vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from record.report import table  # noqa: E402
 

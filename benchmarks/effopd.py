@@ -47,11 +47,12 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-import effopd  # noqa: E402
 from asyncopd import Config  # noqa: E402
 from data import tasks, toy  # noqa: E402
+from extensions import effopd  # noqa: E402
+from models.loading import load_model  # noqa: E402
 from record.provenance import provenance  # noqa: E402
-from teacher import complete, load_model  # noqa: E402
+from teacher import complete  # noqa: E402
 
 ROWS, EVERY, BASE = HERE / "effopd.jsonl", 8, 3e-5
 STEPS = {"sharpening": 192, "sharpening, batch 256": 96, "acquisition": 96, "acquisition, batch 256": 384}

@@ -128,8 +128,8 @@ def held_out(cfg, folder: str, rows: list[dict]) -> dict[str, list[float]]:
     from transformers import AutoTokenizer
 
     from data.prompts import Row, encode
-    from rollout import HFEngine
-    from teacher import load_model
+    from engines.hf import HFEngine
+    from models.loading import load_model
     tokenizer = AutoTokenizer.from_pretrained(folder)
     prompts = encode([Row(r["question"]) for r in rows], tokenizer)
     solutions = [tokenizer(r["answer"] + "<|im_end|>")["input_ids"] for r in rows]

@@ -34,8 +34,8 @@ from torch.utils.checkpoint import checkpoint  # noqa: E402
 
 from asyncopd import Config  # noqa: E402
 from estimators import jsd_dense, reverse_mc  # noqa: E402
-from head import head_backward  # noqa: E402
-from plan import chunk_size  # noqa: E402
+from models.footprint import chunk_size  # noqa: E402
+from models.head import head_backward  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 
 M, V, SHAPES, ROWS = 2048, 151_936, [(1024, 4), (1024, 64), (2048, 4), (2048, 64)], HERE / "head.jsonl"

@@ -36,8 +36,8 @@ from safetensors.torch import load_file  # noqa: E402
 
 from data import toy  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
+from models.loading import load_model  # noqa: E402
 from record.provenance import hardware, provenance  # noqa: E402
-from teacher import load_model  # noqa: E402
 
 ROWS = HERE / "oprd.jsonl"
 TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student's continuation: 100%

@@ -4,7 +4,7 @@ first of these through torch.compile.
 
     python benchmarks/packing.py           # a minute on two cores
 
-sorted: teacher.by_length's micro-batches, no mask. packed: the same token budget filled with whole sequences one after
+sorted: by_length's micro-batches, no mask. packed: the same token budget filled with whole sequences, one after
 the other, positions from 0 in each, and a block mask, as transformers makes it from such positions: no attention across
 sequences. Forward and backward of one layer of Qwen3-0.6B's width, float32, 24 sequences of lognormal length (sigma
 0.8), at most 512 tokens; rounds in turn. Both must give the same hidden states.
@@ -26,8 +26,8 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 from cache import Segment  # noqa: E402
+from models.alignment import by_length, pad  # noqa: E402
 from record.provenance import provenance  # noqa: E402
-from teacher import by_length, pad  # noqa: E402
 
 BUDGET, LONGEST = 2048, 512
 

@@ -30,17 +30,18 @@ import tempfile
 import time
 from pathlib import Path
 
+from engines import table
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-import job  # noqa: E402
-import rollout  # noqa: E402
-import run  # noqa: E402
-import workers  # noqa: E402
 from asyncopd import Config, settle  # noqa: E402
+from control import controller as run  # noqa: E402
+from control import preflight as job  # noqa: E402
 from record.metrics import METRICS  # noqa: E402
+from transport import process as workers  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
 BATCH = 64                   # responses per train batch; the paper's 256 takes four times as long
@@ -141,7 +142,7 @@ def learner(cfg, link, slots, weights, device, dtype):
 
 
 RUNS_OWN = {"gen_tok_s", "wall_s", "push_s", "engine_gap_mean", "engine_gap_p95", "engine_gap_max"}
-rollout.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
+table.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
 workers.WORKERS |= {"teacher": teacher, "learner": learner}
 
 

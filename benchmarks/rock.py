@@ -41,13 +41,14 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import learner  # noqa: E402
-import rock  # noqa: E402
 from cache import Slots  # noqa: E402
 from data import toy  # noqa: E402
 from data.graders import MathGrader  # noqa: E402
 from data.prompts import Row, read_rows  # noqa: E402
+from extensions import rock  # noqa: E402
+from models.loading import load_model, stop_ids  # noqa: E402
 from record.provenance import hardware, provenance  # noqa: E402
-from teacher import complete, load_model, stop_ids  # noqa: E402
+from teacher import complete  # noqa: E402
 
 ROWS = HERE / "rock.jsonl"
 STYLE, PRIVATE = "~!", 32              # the style words; the first row that only the teacher's head has

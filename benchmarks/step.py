@@ -25,18 +25,21 @@ import sys
 import time
 from pathlib import Path
 
+from models import footprint
+
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
 import learner  # noqa: E402
-import plan  # noqa: E402
 from asyncopd import Config  # noqa: E402
-from cache import Slots, Weights  # noqa: E402
+from cache import Slots  # noqa: E402
+from control import plan  # noqa: E402
 from estimators import importance_weight, reverse_mc, reverse_value  # noqa: E402
+from models.alignment import pad, response_rows  # noqa: E402
 from record.provenance import provenance  # noqa: E402
-from teacher import pad, response_rows  # noqa: E402
+from transport.weights import Weights  # noqa: E402
 
 ROWS, N, PROMPT = HERE / "step.jsonl", 4, 32
 SHAPES = {      # responses, tokens of each, and the model
@@ -162,7 +165,7 @@ def toy(pairs: int) -> dict[str, float]:
 def full() -> dict:
     """One learner's whole step at the 0.6B shape in a process of its own, and what plan.py said it would take."""
     one, segments, _ = ready("0.6B")
-    shape = plan.Shape.of(one.model.config)
+    shape = footprint.Shape.of(one.model.config)
     need = next(n for n in plan.memory(one.cfg, shape, shape) if n.worker == "learner")
     weights = Weights({n: p.shape for n, p in one.model.named_parameters()}, list(range(64)), torch.float32)
     seconds = {"first step": timed(lambda: one.step(segments, 0))}
@@ -180,7 +183,7 @@ def flops(shape: str, head_tokens: int) -> float:
     """Of a forward and backward pass: 6 per parameter and token, and attention's 12 L A T^2 B, halved: causal."""
     from transformers import Qwen3Config
     B, T, size = SHAPES[shape]
-    x = plan.Shape.of(Qwen3Config(**size))
+    x = footprint.Shape.of(Qwen3Config(**size))
     return 6 * ((x.P - x.V * x.H) * B * T + x.V * x.H * head_tokens) + 6 * x.L * x.A * T * T * B
 
 

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import oprd
-from job import refuse
+from control.preflight import refuse
+from extensions import oprd
 from record import checkpoint, log
 
 if TYPE_CHECKING:

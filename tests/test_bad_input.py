@@ -204,7 +204,7 @@ def test_another_teacher_cannot_go_on_with_what_the_first_has_said(how, same, mo
 def test_what_is_on_the_hub_is_fetched_before_a_worker_starts(models, monkeypatch):
     import huggingface_hub
 
-    import job
+    from control import preflight as job
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name))
     cfg = asyncopd.Config(student=models["student"], teacher="org/large")

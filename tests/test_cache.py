@@ -4,8 +4,12 @@ import threading
 import pytest
 import torch
 
-from cache import Slots, Weights
-from teacher import by_length, load_model, pad, response_rows, score, sequence_logp
+from cache import Slots
+from models.alignment import by_length, pad, response_rows
+from models.head import sequence_logp
+from models.loading import load_model
+from teacher import score
+from transport.weights import Weights
 
 
 def filled(lengths, *, prompt=3, columns=2, T=8) -> Slots:

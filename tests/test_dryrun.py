@@ -10,9 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import transformers
 
-import dryrun
-import plan
 from asyncopd import Config, main
+from control import dryrun
+from models import footprint
 from tests.conftest import ROOT
 
 SNAPSHOTS = ROOT / "tests" / "snapshots"
@@ -34,7 +34,7 @@ def no_cache(monkeypatch):
         raise OSError("not here")
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
-    monkeypatch.setattr(plan, "free_gb", dict)
+    monkeypatch.setattr(footprint, "free_gb", dict)
     dryrun.model.cache_clear()
 
 
@@ -98,7 +98,7 @@ def test_roles_on_one_gpu_take_turns(gpus, seconds):
 
 
 def test_on_a_machine_with_as_many_gpus_theirs_is_the_memory_that_counts(monkeypatch):
-    monkeypatch.setattr(plan, "free_gb", lambda: {"cuda:0": 70.0, "gpu": 96.0})
+    monkeypatch.setattr(footprint, "free_gb", lambda: {"cuda:0": 70.0, "gpu": 96.0})
     out = said("gsm8k", 1)
     assert "this machine's 96 GB" in out and out.count(" 70.0") == 3
     assert "assumed to have 80 GB" in said("gsm8k", 3)

@@ -15,21 +15,23 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from cache import Ledger, Segment, Slots
-from effopd import GATES, OwnEngine, climb, kept, triggers
+from cache import Segment, Slots
+from control.plan import memory
+from control.preflight import prepare
+from control.scheduler import Ledger
+from engines.hf import HFEngine
 from estimators import reverse_value
-from job import prepare
+from extensions.effopd import GATES, OwnEngine, climb, kept, triggers
 from learner import Learner
-from plan import Shape, memory
+from models.footprint import Shape
+from models.loading import load_model
+from models.sharding import Ranks
 from record.checkpoint import State, seal, unsealed
-from rollout import HFEngine
-from shards import Ranks
-from teacher import load_model
 from tests.conftest import ROOT
 from tests.runs import lines, steps
 from tests.test_supports import HIDDEN, config, filled
 from tests.test_supports import models as folders  # noqa: F401
-from workers import Link
+from transport.link import Link
 
 
 @pytest.fixture
@@ -371,7 +373,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, {root!r})
 import torch, transformers
 torch.set_num_threads(1)
-import asyncopd, effopd, run
+import asyncopd
+from control import controller as run
+from extensions import effopd
 multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
 {patch}
 sys.exit(asyncopd.main(sys.argv[1:]))

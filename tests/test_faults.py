@@ -11,9 +11,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from control.controller import Run
 from data.prompts import prompt_number
 from record.account import Account
-from run import Run
 from tests.conftest import ROOT
 from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps
 

@@ -5,7 +5,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from asyncopd import Config
 from estimators import ESTIMATORS
-from head import head_backward, head_logp
+from models.head import head_backward, head_logp
 
 M, H, V, C = 11, 6, 40, 5
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
+from control.preflight import prepare
 from data import toy
-from job import prepare
 from learner import Learner
-from teacher import stop_ids
+from models.loading import stop_ids
 
 
 def save(folder, *, vocab=32, ends=(1,), seed=5):

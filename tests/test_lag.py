@@ -7,7 +7,8 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from cache import Ledger, Slots
+from cache import Slots
+from control.scheduler import Ledger
 from rollout import Worker
 
 T = 60

@@ -4,13 +4,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from cache import Weights
 from estimators import DENSE, ESTIMATORS
 from learner import Learner, summarize
+from models.head import sequence_logp
+from models.loading import load_model
 from record.metrics import METRICS
-from teacher import load_model, sequence_logp
 from tests.test_cache import filled
-from workers import Link
+from transport.link import Link
+from transport.weights import Weights
 
 
 def ready(lengths, columns=4):

@@ -7,9 +7,9 @@ from transformers import AutoTokenizer
 
 from asyncopd import Config
 from learner import Learner
-from lora import Merged, save_adapter, with_lora
-from plan import Shape
-from teacher import load_model
+from models.footprint import Shape
+from models.loading import load_model
+from models.lora import Merged, save_adapter, with_lora
 from tests.conftest import save_tiny
 from tests.runs import run, steps
 from tests.test_learner import ready

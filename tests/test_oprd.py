@@ -13,21 +13,21 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import asyncopd
-import oprd
-import plan
-import teacher
 from asyncopd import Config, check_out
 from cache import Segment, Slots
+from control import plan
+from control.preflight import prepare
 from estimators import ESTIMATORS
-from job import prepare
+from extensions import oprd
+from extensions.oprd import Side, Sums, compared, pairs
 from learner import Learner, summarize
-from oprd import Side, Sums, compared, pairs
-from plan import Shape
-from shards import Ranks
-from teacher import HFTeacher, load_model
+from models.footprint import Shape
+from models.loading import load_model
+from models.sharding import Ranks
+from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
 from tests.runs import alive, command, run, start_and_wait_for, steps
-from workers import alone
+from transport.process import alone
 
 LAYERS, WIDTH, T = 3, 64, 12
 
@@ -163,7 +163,7 @@ def test_states_that_are_one_position_late_would_be_seen(config, monkeypatch, la
         return torch.cat([hidden[b, s.start:s.start + len(s)] for b, s in enumerate(segments)])
     cfg = config(oprd_head=False)
     if late:
-        monkeypatch.setattr(teacher, "response_rows", shifted)
+        monkeypatch.setattr("teacher.response_rows", shifted)
     _, segments = scored(cfg)
     monkeypatch.undo()
     got, metrics = gradient(cfg, segments)

@@ -6,9 +6,11 @@ from dataclasses import replace
 import pytest
 import torch
 
-import plan
 from asyncopd import Config
-from plan import Shape, check, chunk_size, memory, split
+from control import plan
+from control.plan import check, memory, split
+from models import footprint
+from models.footprint import Shape, chunk_size
 from tests.conftest import ROOT
 
 QWEN = dict(P=4_022_468_096, V=151_936, L=36, H=2560, I=9728, A=4096, K=1024)      # Qwen3-4B
@@ -72,7 +74,7 @@ def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):
 
 def test_the_chunk_is_bounded_by_what_is_free_and_by_the_flag():
     cfg = config(0)
-    assert chunk_size(cfg, 151_936) * 151_936 * 4 <= 1e9 * plan.CHUNK_GB
+    assert chunk_size(cfg, 151_936) * 151_936 * 4 <= 1e9 * footprint.CHUNK_GB
     assert chunk_size(cfg, 151_936, free_gb=0.8) * 151_936 * 4 <= 1e8 and chunk_size(cfg, 151_936, free_gb=0) == 16
     assert chunk_size(replace(cfg, chunk=7), 151_936) == 7
     assert chunk_size(replace(cfg, estimator="reverse_dense"), 151_936) < chunk_size(cfg, 151_936) / 5

@@ -49,8 +49,8 @@ def loaded_again_by_both(folder: str, before: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from asyncopd import Config
-    from rollout import ENGINES
-    from teacher import sequence_logp
+    from engines.table import ENGINES
+    from models.head import sequence_logp
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 30?"}], tokenize=False,
                                          add_generation_prompt=True)

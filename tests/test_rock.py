@@ -10,12 +10,14 @@ import torch
 from safetensors.torch import load_file
 
 from cache import Segment, Slots
+from engines.hf import HFEngine
 from estimators import ESTIMATORS
+from extensions.rock import AUDITED, COUNT, Bypass, Rocks, audited, choose, parse
 from learner import Learner, summarize
-from rock import AUDITED, COUNT, Bypass, Rocks, audited, choose, parse
-from rollout import HFEngine
-from shards import Ranks
-from teacher import Watch, kept_rows, load_model, score
+from models.alignment import kept_rows
+from models.loading import load_model
+from models.sharding import Ranks
+from teacher import Watch, score
 from tests.runs import command, lines, run, start_and_wait_for, steps
 from tests.test_supports import HIDDEN, VOCAB, T, config, gradient
 from tests.test_supports import models as folders  # noqa: F401
@@ -62,7 +64,7 @@ def rocky(folders, estimator="reverse_mc", rocks=ROCKS, weight=0.0, **more):
 @pytest.fixture(autouse=True)
 def every_row_is_a_word(monkeypatch):
     """The tiny models draw rows that the tokenizer has no word for; --rock-set refuses these."""
-    import rock
+    from extensions import rock
     monkeypatch.setattr(rock, "fixed", lambda text, vocab: [int(x) for x in text.split(",")])
 
 
@@ -136,7 +138,7 @@ def test_a_step_counts_what_was_bypassed(folders):
 @pytest.mark.parametrize("name", ["reverse_mc", "m2po", "decoupled_ppo", "forward_topk", "forward_mc", "reverse_dense"])
 def test_a_response_or_a_batch_of_which_nothing_is_stored_breaks_nothing(folders, name, monkeypatch):
     cfg = rocky(folders, name, rocks=range(VOCAB))
-    monkeypatch.setattr("rock.AUDITED", 0.0)
+    monkeypatch.setattr("extensions.rock.AUDITED", 0.0)
     responses = drawn(cfg, folders)
     slots, segments = scored(cfg, responses, bypass := bypassing(cfg, range(VOCAB)))
     assert [len(s.ids) for s in segments] == [0] * 5 and Watch(cfg).see(segments) == ""

@@ -3,11 +3,14 @@ import numpy as np
 import pytest
 import torch
 
-from cache import Slots, Weights
+from cache import Slots
+from engines.hf import HFEngine
+from engines.table import ENGINES
 from estimators import BLOCK, draw, shaped
-from rollout import ENGINES, HFEngine
-from teacher import load_model, sequence_logp
+from models.head import sequence_logp
+from models.loading import load_model
 from tests.conftest import save_tiny
+from transport.weights import Weights
 
 # -- the draw --------------------------------------------------------------------------------------
 
@@ -178,7 +181,7 @@ def test_candidates_follow_the_engines_own_softmax_tail_words_included(sharp):
                                    lambda x, u, t, top_p: draw(x, u, t, 0.995)],
                          ids=["numbers not uniform", "another temperature", "no tail"])
 def test_the_check_above_can_fail(sharp, monkeypatch, wrong):
-    monkeypatch.setattr("rollout.draw", wrong)
+    monkeypatch.setattr("engines.sampling.draw", wrong)
     ids, p = draws_and_softmax(sharp)
     assert chi_square(ids, p) > 10
 

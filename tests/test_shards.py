@@ -7,13 +7,14 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, Shard
 
-from cache import Segment, Weights
+from cache import Segment
 from learner import Learner
-from shards import Ranks
-from teacher import load_model
+from models.loading import load_model
+from models.sharding import Ranks
 from tests.conftest import save_tiny
 from tests.test_supports import config, filled
 from tests.test_supports import models as folders  # noqa: F401
+from transport.weights import Weights
 
 CASES = {"untied, two minibatches": ("reverse_mc", dict(minibatches=2, micro_tokens=20)),
          "what a whole batch knows": ("m2po", dict(minibatches=2, micro_tokens=20)),

@@ -13,13 +13,16 @@ import torch
 
 from asyncopd import Config, plan, prepare
 from cache import Slots
+from control.controller import Run
 from data import toy
+from engines.hf import HFEngine
+from engines.sampling import Sampler, draw_rows
 from estimators import ESTIMATORS, QUESTIONS, Estimator, estimator_table
 from learner import Learner, summarize
+from models.head import teacher_logq
+from models.loading import load_model
 from record.metrics import METRICS
-from rollout import HFEngine, Sampler, draw_rows
-from run import Run
-from teacher import load_model, score, teacher_logq
+from teacher import score
 
 torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parent.parent

@@ -8,17 +8,19 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import plan
 from asyncopd import Config
 from cache import Slots
+from control import plan
+from control.preflight import prepare
 from estimators import ESTIMATORS, draw
-from job import prepare
-from rock import Bypass
-from teacher import TEACHERS, HFTeacher, Watch, answers, load_model, score
+from extensions.rock import Bypass
+from models import footprint
+from models.loading import load_model
+from teacher import TEACHERS, HFTeacher, Watch, answers, score
 from teacher import complete as complete_for_real
 from tests.conftest import save_tiny
 from tests.runs import command, lines, steps
-from workers import visible
+from transport.process import visible
 
 T, N, K = 12, 4, 5
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"      # in vLLM two ways to the same numbers
@@ -192,7 +194,7 @@ def test_a_teacher_takes_as_many_gpus_as_it_is_told_and_the_others_move_up():
     assert plan.plan(cfg) == {"rollout0": "cuda:0", "rollout1": "cuda:1", "rollout2": "cuda:2",
                               "teacher0": "cuda:3,4", "teacher1": "cuda:5,6", "learner": "cuda:7"}
     assert plan.split(8, 0, 0, 0, teacher_gpus=3) == (3, 1, 2)
-    shape = plan.Shape(P=10 ** 9, V=1000, L=2, H=8, I=8, A=8, K=8)
+    shape = footprint.Shape(P=10 ** 9, V=1000, L=2, H=8, I=8, A=8, K=8)
     cfg = dataclasses.replace(cfg, estimator="reverse_mc", engine="hf")
     parts = {n.device: n.parts["weights"] for n in plan.memory(cfg, shape, shape) if n.worker == "teacher0"}
     assert parts == {"cuda:3": pytest.approx(1.0), "cuda:4": pytest.approx(1.0)}        # 2 GB in bf16

@@ -13,11 +13,12 @@ from collections import defaultdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import oprd
-import plan
+from control import plan
+from control.preflight import ROOT, refuse
 from estimators import ESTIMATORS
-from job import ROOT, refuse
-from plan import Shape
+from extensions import oprd
+from models import footprint
+from models.footprint import Shape
 from record.report import table
 
 if TYPE_CHECKING:
@@ -34,7 +35,7 @@ def show(cfg: Config) -> None:
     known = {role: model(role, name) for role, name in named.items()}
     student, teacher = (known[role][0] for role in named)
     oprd.check(cfg, student, teacher)
-    here, last = plan.free_gb(), f"cuda:{cfg.gpus - 1}"
+    here, last = footprint.free_gb(), f"cuda:{cfg.gpus - 1}"
     gb, whose = (here["gpu"], "this machine's") if last in here else (GPU["gb"], "GPUs assumed to have")
     needs = plan.memory(cfg, student, teacher, gb)
     free = {f"cuda:{i}": here[f"cuda:{i}"] if last in here else gb for i in range(cfg.gpus)}

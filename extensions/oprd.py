@@ -4,7 +4,8 @@ OPRD (arXiv 2606.06021): on the student's own rollouts, bring its hidden states 
     L = mean over layers l, mean over positions t, of |h_student - h_teacher|^2 / d          --estimator none: L alone
                                                                                      --oprd-weight c: divergence + c L
 h is what leaves block l, the last one past the final norm, at the position that predicts a new token: rows that come
-from teacher.response_rows, nothing shifts here. Student layer i of S is compared with teacher layer
+from models import alignment
+from alignment.response_rows, nothing shifts here. Student layer i of S is compared with teacher layer
 round(i (T - 1) / (S - 1)). The target follows from the tokens and from a frozen teacher, so there is no importance
 weight, whatever the lag. The LM head gets no gradient: it is a copy of the teacher's (--oprd-head), or needs a KL.
 
@@ -33,7 +34,7 @@ from cache import Segment, Slots
 if TYPE_CHECKING:
     from asyncopd import Config
     from estimators import Estimator
-    from plan import Shape
+    from models.footprint import Shape
 
 FILE = "oprd.safetensors"            # in the run folder: what `fit` found
 ROLLOUTS = {False: 256, True: 2000}  # of `fit`; for a bridge
@@ -130,10 +131,11 @@ def check(cfg: Config, student: Shape, teacher: Shape) -> None:
 @torch.no_grad()
 def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) -> bytes:
     """What both sides read from FILE, from rollouts of the initial student. Raises ValueError for another origin."""
-    import rollout  # which imports the teacher, and that this file
     from data.prompts import prompt_number
-    from teacher import by_length, load_model
-    engine, teacher = rollout.HFEngine(cfg, device, dtype), load_model(cfg.teacher, device, dtype)
+    from engines.hf import HFEngine
+    from models.alignment import by_length
+    from models.loading import load_model
+    engine, teacher = HFEngine(cfg, device, dtype), load_model(cfg.teacher, device, dtype)
     asked = [prompts[prompt_number(i, len(prompts), cfg.seed)] for i in range(ROLLOUTS[cfg.oprd_bridge])]
     answers = engine.complete(asked, min(LONGEST, cfg.max_response), temperature=1.0)
     segments = [Segment(-1, torch.tensor(x + y), len(x), len(x), *[torch.empty(len(y), 0)] * 4)
@@ -183,7 +185,7 @@ class Sums:
 
 def states(model, group: list[Segment]) -> list[Tensor]:
     """Of every layer, [M, d] at the new tokens."""
-    from teacher import pad, response_rows
+    from models.alignment import pad, response_rows
     tokens, mask = pad(group, model.device)
     out = model.base_model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
     return [response_rows(x, group) for x in out.hidden_states[1:]]

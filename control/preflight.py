@@ -15,19 +15,19 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import oprd
-import plan
-import rock
+from control import plan
 from data import tasks, toy
 from data.prompts import Row, check_same_vocabulary, check_special_tokens, encode, prompt_number
-from effopd import PROMPTS
 from estimators import ESTIMATORS
-from teacher import stop_ids, vocab_size
+from extensions import oprd, rock
+from extensions.effopd import PROMPTS
+from models import footprint
+from models.loading import stop_ids, vocab_size
 
 if TYPE_CHECKING:
     from asyncopd import Config
 
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
 HUB_TEXTS = ["*.json", "*.txt", "*.model", "*.jinja"]     # beside the weights: configuration, tokenizer, template
 
 
@@ -94,8 +94,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
                  for k in answers]
         return texts, [[task.grade(text, row.answer) for text in k] for k, row in zip(texts, rows)]
 
-    free = plan.free_gb()
-    shapes = [plan.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)]
+    free = footprint.free_gb()
+    shapes = [footprint.Shape.of(AutoConfig.from_pretrained(m)) for m in (cfg.student, cfg.teacher)]
     oprd.check(cfg, *shapes)
     notes += oprd.note(cfg, ESTIMATORS[cfg.estimator])
     own = cfg.oprd_weight or cfg.effopd == "accuracy"    # these generate in transformers, whatever --engine is

@@ -26,16 +26,16 @@ import torch
 from torch import Tensor
 
 from cache import Segment
+from engines.hf import HFEngine
+from engines.sampling import VALIDATION
 from estimators import DENSE, VALUE, importance_weight
-from head import head_logp
-from rollout import VALIDATION, HFEngine
-from shards import layers, shard_of
-from teacher import teacher_logq
+from models.head import head_logp, teacher_logq
+from models.sharding import layers, shard_of
 
 if TYPE_CHECKING:
     from asyncopd import Config
     from learner import Learner
-    from workers import Link
+    from transport.link import Link
 
 GATES = {"kl": operator.lt, "accuracy": operator.gt}     # --effopd: which of two values is the better one
 KEPT = 64                # responses in the set of the gate `kl`

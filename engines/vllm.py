@@ -1,7 +1,7 @@
 """
 The engine in vLLM, through its extension points: `LLMEngine.step`, a logits processor, a worker extension.
 
-Imported only by who asks for `--engine vllm`: importing it imports vLLM. The same methods as rollout.HFEngine, which is
+Imported only by who asks for `--engine vllm`: importing it imports vLLM. The same methods as hf.HFEngine, which is
 the reference for what they do. What is left out: tensor parallelism, prefix caching, vLLM's own transfer of weights.
 Tests: tests/test_rollout.py
 """
@@ -23,8 +23,9 @@ from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, i
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality  # noqa: E402
 
-from rollout import DRAW, Engine, Sampler, draw_rows, draws  # noqa: E402
-from teacher import stop_ids  # noqa: E402
+from engines.base import Engine  # noqa: E402
+from engines.sampling import DRAW, Sampler, draw_rows, draws  # noqa: E402
+from models.loading import stop_ids  # noqa: E402
 
 if TYPE_CHECKING:
     from asyncopd import Config
@@ -45,8 +46,8 @@ class VLLMEngine(Engine):
                        max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
                        gpu_memory_utilization=cfg.gpu_share, enforce_eager=device == "cpu",
                        enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
-                       distributed_executor_backend="uni", logits_processors=["engine_vllm:Draws"],
-                       worker_extension_cls="engine_vllm.Extension")
+                       distributed_executor_backend="uni", logits_processors=["engines.vllm:Draws"],
+                       worker_extension_cls="engines.vllm.Extension")
         self.engine = self.llm.llm_engine
         self.request: dict[int, str] = {}        # key -> vLLM's name for it
         self.emitted: dict[int, list[int]] = {}

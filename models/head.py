@@ -19,6 +19,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from models.alignment import one_segment, response_rows
+
 
 @torch.no_grad()
 def head_logp(head: torch.nn.Linear, rows: Tensor, ids: Tensor, *, chunk: int, dtype: torch.dtype) -> Tensor:
@@ -100,3 +102,21 @@ def float32_gradient(parameter: Tensor) -> Tensor | None:
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def sequence_logp(model, tokens: list[int]) -> Tensor:
+    """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
+    segment = one_segment(tokens)
+    rows = response_rows(model.base_model(input_ids=segment.tokens[None].to(model.device)).last_hidden_state, [segment])
+    logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
+    return logp.gather(-1, segment.tokens[segment.start:, None].to(logp.device)).squeeze(-1)
+
+
+def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
+    """Log-probs [M, vocab], float32, of the student's `vocab` words from the teacher's last states [M, H].
+
+    The normaliser is the teacher's own. A model's head may have more rows than there are words, padded to a round
+    number: those that only the teacher has are cut off, those that only the student has are impossible to the teacher.
+    """
+    logq = head(rows).float().log_softmax(-1)[:, :vocab]
+    return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)

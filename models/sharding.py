@@ -22,7 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from cache import Segment
-from teacher import by_length
+from models.alignment import by_length
 
 
 def layers(model) -> list[torch.nn.Module]:

@@ -29,7 +29,8 @@ from vllm import LLM, SamplingParams  # noqa: E402
 
 from cache import Segment, Slots  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
-from teacher import kept_rows, vocab_size  # noqa: E402
+from models.alignment import kept_rows  # noqa: E402
+from models.loading import vocab_size  # noqa: E402
 
 if TYPE_CHECKING:
     from asyncopd import Config

@@ -1,7 +1,7 @@
 """
 The parent of a run: starts the workers, routes slot numbers between them, hears what they report, ends them.
 
-The decisions are cache.Ledger's and the algorithm is learner.Learner's: here is only who is told what, and what is
+The decisions are scheduler.Ledger's and the algorithm is learner.Learner's: here is only who is told what, and what is
 written down. Nothing of a model or a text is known here but what a `Job` says. A rollout or teacher worker that dies is
 started anew and its tickets are handed out again; a learner that dies ends the run, which can be resumed. What is left
 out: moving a dead worker's tickets to its siblings. Tests: tests/test_pipeline.py, tests/test_faults.py
@@ -20,22 +20,24 @@ from typing import TYPE_CHECKING
 
 import torch
 
-import plan
-from cache import Ledger, Slots, Ticket, Weights
+from cache import Slots
+from control import plan
+from control.preflight import Job
+from control.scheduler import Ledger, Ticket
 from data.graders import Grading, summary
 from data.prompts import prompt_number
-from effopd import MIN_ESS
 from estimators import ESTIMATORS
-from job import Job
+from extensions.effopd import MIN_ESS
+from extensions.rock import Bypass, parse
+from models.loading import vocab_size
 from record import checkpoint, report
 from record.account import Account
 from record.log import Log, cut_log
 from record.metrics import METRICS
 from record.provenance import provenance
 from record.timeline import Trace
-from rock import Bypass, parse
-from teacher import vocab_size
-from workers import Hand
+from transport.process import Hand
+from transport.weights import Weights
 
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection

@@ -1,0 +1,1 @@
+"""Who does what and when: the parent of a run, its plan and its checks."""

@@ -1,0 +1,1 @@
+"""What generates: transformers, vLLM, and how a position is drawn."""

@@ -1,0 +1,1 @@
+"""Further papers, one file each."""

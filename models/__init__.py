@@ -1,0 +1,1 @@
+"""What a language model is here: loading, alignment, the head, memory."""

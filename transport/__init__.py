@@ -1,0 +1,1 @@
+"""How processes talk: pipes, their life, published weights."""
