@@ -76,3 +76,11 @@ def empty(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for entry in folder.iterdir():
         shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+
+
+def recorded_flags(out: str) -> dict[str, object]:
+    """By names with dots, the flags of the run in a folder as it was last started.
+
+    Raises ValueError where `out` is empty or holds no log of a run.
+    """
+    raise NotImplementedError(out)

@@ -1,0 +1,334 @@
+"""
+The seam: what a further paper may add to a run, without a line of the core that knows it.
+
+An extension is one file, extensions/NAME.py or any Python file, that defines one subclass of `Extension`. It is
+switched on by `--extend NAME[,NAME]` (or by the path of the file) and has flags of its own, --NAME.FIELD. A hook that
+is not overridden does nothing. Every process that needs an extension makes its own instance; what the processes share
+lies in tensors that the parent allocates.
+
+    the parent            check, slot_tensors, shared_tensors, extra_gb, prepare
+    a rollout worker      stored
+    a teacher worker      record
+    a learner             attach, weight, loss, after_step, after_flush, published, state
+
+The core offers three services for it: slots that store the scores of some positions only (`sparse`, `stored`),
+additional tensors in every slot (`slot_tensors`), and a flush, which ends what is in flight when an extension has
+moved the weights (`Outcome.flush`, `after_flush`).
+
+Shapes: B segments, M new tokens in all of them, m those that an extension looks at, d the width of a hidden state.
+What is left out: hooks into the engines and the scheduler. Recipes: docs/extending.md. Tests: tests/test_extension.py
+"""
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from types import ModuleType
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from cache import Segment, Slots
+from config import Config, require
+
+FOLDER = Path(__file__).resolve().parent / "extensions"
+
+
+# -- what the hooks take and return ----------------------------------------------------------------
+
+@dataclass(frozen=True)
+class SlotTensor:
+    """A tensor that every slot has: `shape` without the slots' dimension; the first dimension counts used rows."""
+    shape: tuple[int, ...]
+    dtype: torch.dtype = torch.float32
+    unusable: str = "it is nan"                  # why an update cannot be made of a nan in it, for the log
+
+
+@dataclass(frozen=True)
+class ModelPair:
+    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape of each."""
+    student: Any
+    teacher: Any
+    slot_bytes: int = 0                          # of one slot, the extensions' tensors included
+
+
+@dataclass(frozen=True)
+class Step:
+    """A finished train batch, before its weights are published. Every learner sees all of it."""
+    segments: list[Segment]
+    measured: list[dict[str, Tensor]]            # per learner: y, kl, loss, w, ... [m] of the positions it measured
+    version: int                                 # of the weights before the step; they become version + 1
+    link: Any = None                             # transport.link.Link of this learner; None outside of a run
+
+
+@dataclass
+class Outcome:
+    """What an extension did after a step."""
+    events: list[dict] = field(default_factory=list)               # lines of the log: {"what": ..., ...}
+    metrics: dict[str, float] = field(default_factory=dict)        # keys of METRICS
+    flush: bool = False                          # the weights have jumped: what is in flight is too old
+
+
+class Extension:
+    """The base of every extension, and the list of the hooks. Nothing here needs to be overridden."""
+
+    @dataclass(frozen=True)
+    class Flags:
+        """--NAME.FIELD: a frozen dataclass; the text under a field is its help; config.Bound limits a number."""
+
+    METRICS: ClassVar[Mapping[str, str]] = {}    # keys that it adds to every step line: meaning and unit
+    fixed_on_resume: ClassVar[Sequence[str]] = ()       # flags a resumed run may not change: its own, or the core's
+    validation_rows: int = 0                     # training rows with an answer that the parent grades for it
+    sparse: bool = False                         # `stored` may leave out positions
+    teacher_layers: Sequence[int] = ()           # layers whose states `record` receives, 0-based
+    student_layers: Sequence[int] = ()           # layers whose states `loss` receives
+    loss_over: str = ""                          # slot tensor whose used rows are the denominator of `loss`; "": tokens
+
+    def __init__(self, name: str, cfg: Config, flags: Any):
+        self.name = name
+        self.cfg = cfg
+        self.flags = flags
+
+    # -- the parent, before a process starts
+
+    def check(self, models: ModelPair) -> list[str]:
+        """Raise ValueError to refuse the run; return notes for a person."""
+        return []
+
+    def slot_tensors(self, models: ModelPair) -> dict[str, SlotTensor]:
+        """Tensors of every slot, by a name that no other extension uses. The core allocates them, counts their
+        memory, and skips an update that would read a nan from them."""
+        return {}
+
+    def shared_tensors(self, models: ModelPair) -> dict[str, Tensor]:
+        """Tensors that all processes see, by name; the core moves them to shared memory."""
+        return {}
+
+    def extra_gb(self, models: ModelPair) -> dict[str, float]:
+        """Further memory, GB: "host" for all learners together, "checkpoint" on the disk for each checkpoint."""
+        return {}
+
+    def prepare(self, prompts: list[list[int]], device: str, dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Work that is done once, before the run and in a process of its own. The tensors are kept in the run folder;
+        `prepared` reads them in every process, also after a resumption. None: there is nothing to do."""
+        return None
+
+    # -- a rollout worker, as tokens are written to a slot
+
+    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int, first: int) -> Tensor | None:
+        """Which of these tokens [k] of response `uid`, from its token `first` on, keep their scores: bool [k]."""
+        return None
+
+    # -- a teacher worker
+
+    def record(self, states: list[Tensor], segments: list[Segment], slots: Slots) -> None:
+        """Write the slot tensors of these segments. `states`: per layer of `teacher_layers` [M, d], row m being the
+        state that predicts new token m."""
+
+    # -- a learner
+
+    def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
+        """The learner (learner.Learner) is ready. `saved` is what `state` returned at the checkpoint from which the
+        run continues; empty at the start of a run."""
+
+    def weight(self, tokens: Tensor) -> Tensor | None:
+        """Factor [m] of the loss at positions that predict `tokens` [m]."""
+        return None
+
+    def loss(self, states: list[Tensor], segments: list[Segment]) -> Tensor | None:
+        """A loss of its own, one value per position [m], added to the estimator's. `states`: per layer of
+        `student_layers` [M, d], with gradients. Its sum over the batch is divided by the rows of `loss_over`."""
+        return None
+
+    def after_step(self, step: Step) -> Outcome:
+        """The updates of a train batch are made, its weights not yet published."""
+        return Outcome()
+
+    def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
+        """After a flush: of what was in flight and is scored now, the slots whose content is not worth training."""
+        return set()
+
+    def published(self, shared: Mapping[str, Tensor]) -> None:
+        """Version 0 or a new one has been published; only the first learner calls it."""
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What a checkpoint must keep; it comes back through `attach`."""
+        return iter(())
+
+    # -- for use by extensions
+
+    def prepared(self) -> dict[str, Tensor]:
+        """What `prepare` returned."""
+        from safetensors.torch import load_file
+        return load_file(prepared_file(self.cfg, self.name))
+
+
+def prepared_file(cfg: Config, name: str) -> Path:
+    """Where the tensors of `Extension.prepare` lie."""
+    return Path(cfg.out) / f"{name}.safetensors"
+
+
+# -- from names to instances -----------------------------------------------------------------------
+
+def known_extensions() -> list[str]:
+    """The names that --extend knows without a path."""
+    return sorted(p.stem for p in FOLDER.glob("*.py") if p.stem != "__init__")
+
+
+def split_names(extend: str) -> list[str]:
+    """The items of --extend. Raises ValueError for a name that appears twice."""
+    items = [item.strip() for item in extend.split(",") if item.strip()]
+    names = [name_of(item) for item in items]
+    for name in names:
+        require(names.count(name) == 1, f"--extend {extend}: {name} appears twice")
+    return items
+
+
+def name_of(item: str) -> str:
+    """The name of an extension, which is also the prefix of its flags. Example: my/entropy.py -> entropy."""
+    return Path(item).stem if item.endswith(".py") else item
+
+
+def extension_class(item: str) -> type[Extension]:
+    """The class behind one item of --extend. Raises ValueError for a name or file that holds no extension."""
+    module = load_module(item)
+    found = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Extension)
+             and x.__module__ == module.__name__]
+    require(len(found) == 1, f"--extend {item}: {module.__file__} must define one subclass of extension.Extension, "
+                             f"and it defines {len(found)}")
+    return found[0]
+
+
+def load_module(item: str) -> ModuleType:
+    """The module of an extension: extensions/NAME.py, or the file that the item names."""
+    file = Path(item) if item.endswith(".py") else FOLDER / f"{item}.py"
+    require(file.is_file(), f"--extend {item}: no such extension (there are: {', '.join(known_extensions())}; a path "
+                            "of a Python file works too)")
+    name = f"extensions.{file.stem}"
+    if name in sys.modules and Path(sys.modules[name].__file__).resolve() == file.resolve():
+        return sys.modules[name]
+    spec = importlib.util.spec_from_file_location(name, file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def default_flags(extend: str) -> dict[str, Any]:
+    """By name, the flags of the extensions that are switched on, with their default values."""
+    return {name_of(item): extension_class(item).Flags() for item in split_names(extend)}
+
+
+class Extensions(list[Extension]):
+    """All extensions of a run, used as if they were one. Empty where --extend is not given."""
+
+    @classmethod
+    def load(cls, cfg: Config) -> Extensions:
+        """New instances for this process."""
+        made = cls()
+        for item in split_names(cfg.extend):
+            kind = extension_class(item)
+            flags = kind.Flags(**cfg.extensions.get(name_of(item), {}))
+            made.append(kind(name_of(item), cfg, flags))
+        return made
+
+    @property
+    def sparse(self) -> bool:
+        return any(e.sparse for e in self)
+
+    @property
+    def metrics(self) -> dict[str, str]:
+        """Keys that they add to a step line."""
+        return {key: text for e in self for key, text in e.METRICS.items()}
+
+    @property
+    def validation_rows(self) -> int:
+        return max((e.validation_rows for e in self), default=0)
+
+    @property
+    def teacher_layers(self) -> list[int]:
+        return sorted({layer for e in self for layer in e.teacher_layers})
+
+    @property
+    def student_layers(self) -> list[int]:
+        return sorted({layer for e in self for layer in e.student_layers})
+
+    def check(self, models: ModelPair) -> list[str]:
+        return [note for e in self for note in e.check(models)]
+
+    def slot_tensors(self, models: ModelPair) -> dict[str, SlotTensor]:
+        return merged(e.slot_tensors(models) for e in self)
+
+    def shared_tensors(self, models: ModelPair) -> dict[str, Tensor]:
+        tensors = merged(e.shared_tensors(models) for e in self)
+        return {name: tensor.share_memory_() for name, tensor in tensors.items()}
+
+    def extra_gb(self, models: ModelPair) -> dict[str, float]:
+        total: dict[str, float] = {}
+        for e in self:
+            for what, gb in e.extra_gb(models).items():
+                total[what] = total.get(what, 0.0) + gb
+        return total
+
+    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int, first: int) -> Tensor | None:
+        """Bool [k]: the positions that every extension stores; None where no extension leaves any out."""
+        if not self.sparse:
+            return None
+        kept = torch.ones(len(tokens), dtype=torch.bool)
+        for e in self:
+            wanted = e.stored(shared, tokens, uid, first)
+            if wanted is not None:
+                kept &= wanted
+        return kept
+
+    def record(self, states: dict[int, Tensor], segments: list[Segment], slots: Slots) -> None:
+        for e in self:
+            if e.teacher_layers:
+                e.record([states[layer] for layer in e.teacher_layers], segments, slots)
+
+    def weight(self, tokens: Tensor) -> Tensor | None:
+        """The product of their weights [m]; None where none of them has any."""
+        weights = [w for w in (e.weight(tokens) for e in self) if w is not None]
+        if not weights:
+            return None
+        return torch.stack(weights).prod(0)
+
+    def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
+        return {slot for e in self for slot in e.after_flush(segments, link)}
+
+    def published(self, shared: Mapping[str, Tensor]) -> None:
+        for e in self:
+            e.published(shared)
+
+    def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
+        """Each one receives what it has saved itself, by its own names."""
+        for e in self:
+            prefix = f"{e.name}/"
+            own = {key.removeprefix(prefix): x for key, x in saved.items() if key.startswith(prefix)}
+            e.attach(learner, own)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for e in self:
+            for key, tensor in e.state():
+                yield f"{e.name}/{key}", tensor
+
+    def fixed_on_resume(self) -> list[str]:
+        """Names of flags, with dots, that a resumed run may not change."""
+        names = []
+        for e in self:
+            own = {f.name for f in fields(e.flags)}
+            names += [f"{e.name}.{name}" if name in own else name for name in e.fixed_on_resume]
+        return names
+
+
+def merged(parts: Iterable[Mapping[str, Any]]) -> dict[str, Any]:
+    """One mapping of several. Raises ValueError where two extensions use the same name."""
+    found: dict[str, Any] = {}
+    for part in parts:
+        for name, value in part.items():
+            require(name not in found, f"two extensions use the name {name!r} (--extend)")
+            found[name] = value
+    return found
