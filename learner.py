@@ -39,7 +39,7 @@ from record.checkpoint import UNWRITABLE, read_training, replace, trained, write
 from transport.weights import Weights
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
     from transport.link import Link
 
 

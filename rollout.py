@@ -26,7 +26,7 @@ from transport.link import Incurable
 from transport.weights import Weights
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
     from transport.link import Link
 
 
@@ -55,7 +55,7 @@ class Worker:
     def __init__(self, cfg: Config, link: Link, slots: Slots, weights: Weights, engine, eval_prompts=()):
         self.link, self.slots, self.weights, self.engine = link, slots, weights, engine
         self.eval_prompts, self.asked = eval_prompts, False        # asked: for answers to them
-        self.eval_k, self.eval_temperature = cfg.eval_k, cfg.eval_temperature
+        self.eval_k, self.eval_temperature = cfg.eval.k, cfg.eval.temperature
         self.max_response, self.tolerance = cfg.max_response, cfg.gap_max
         self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"    # load beside running responses
         self.version, self.tokens, self.stopped = -1, 0, False

@@ -25,7 +25,7 @@ from models.head import teacher_logq
 from models.loading import load_model, stop_ids, vocab_size
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
     from transport.link import Link
 
 # -- models and alignment --------------------------------------------------------------------------

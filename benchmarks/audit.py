@@ -35,7 +35,7 @@ import argparse
 import json
 import sys
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -43,8 +43,8 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from asyncopd import Config  # noqa: E402
 from cache import Slots  # noqa: E402
+from config import NESTED, Config  # noqa: E402
 from data import tasks, toy  # noqa: E402
 from data.prompts import encode  # noqa: E402
 from engines.hf import HFEngine  # noqa: E402
@@ -88,14 +88,15 @@ def visited(run: Path, lag: int, M: int) -> Positions:
     """M positions of toy responses, drawn by weights `lag` versions older than the run's last."""
     lines = map(json.loads, open(run / "log.jsonl"))
     recorded = next(x for x in lines if x["type"] == "run")["config"]
-    cfg = Config(**{f.name: recorded[f.name] for f in fields(Config) if f.name in recorded})
+    groups = {name: kind(**recorded[name]) for name, kind in NESTED.items()}
+    cfg = Config(**recorded | groups)
     old = run / "student" if lag == 0 else run / "checkpoints" / f"step-{cfg.steps - lag}"
     if not old.exists():
         raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end "
                          "(--save-every 4 --faults.keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
     tokenizer = toy.toy_tokenizer()
-    prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.prompt_template, cfg.prompt_suffix)
+    prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.data.template, cfg.data.suffix)
     slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, engine.n + engine.k)
     for s, prompt in enumerate(prompts):
         slots.open(s, s, prompt, len(prompt), 0)

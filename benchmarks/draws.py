@@ -37,7 +37,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from asyncopd import Config  # noqa: E402
+from control.resolve import configure  # noqa: E402
 from data import toy  # noqa: E402
 from engines.vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 from record.provenance import provenance  # noqa: E402
@@ -70,7 +70,7 @@ class Bench:
 
     def __init__(self, folder: str, responses: int, tokens: int):
         self.tokens = tokens
-        self.engine = VLLMEngine(Config.from_cli([
+        self.engine = VLLMEngine(configure([
             "--task=toy", f"--student={folder}", f"--teacher={folder}", "--gpus=0", "--engine=vllm",
             f"--max-prompt={PROMPT}", f"--max-response={tokens}", f"--max-running={responses}", "--micro-tokens=512"]),
             "cpu", torch.float32)

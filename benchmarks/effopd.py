@@ -47,7 +47,7 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from asyncopd import Config  # noqa: E402
+from config import Config  # noqa: E402
 from data import tasks, toy  # noqa: E402
 from extensions import effopd  # noqa: E402
 from models.loading import load_model  # noqa: E402
@@ -59,13 +59,14 @@ STEPS = {"sharpening": 192, "sharpening, batch 256": 96, "acquisition": 96, "acq
 MODELS = {"sharpening": dict(steps=200, lr=5e-4, seed=3, smoothing=0.01),       # the teacher: the student trained on
           "acquisition": dict(layers=2, hidden=96, steps=90, lr=2e-3, seed=2, smoothing=0.0)}      # the student
 FLAGS = dict(task="toy", gpus=0, engine="hf", estimator="reverse_dense", schedule="sync", batch=32, max_prompt=8,
-             max_response=40, max_running=320, lr_schedule="constant", warmup=0, eval_n=100, eval_every=EVERY)
+             max_response=40, max_running=320, lr_schedule="constant", warmup=0, eval__n=100, eval__every=EVERY)
+KL = dict(extend="effopd", effopd__gate="kl")
 VARIANTS = {      # label: (multiple of BASE, flags, a gate that accepts everything)
     "plain, x1": (1, {}, False), "plain, x3": (3, {}, False), "plain, x10": (10, {}, False),
-    "plain, x30": (30, {}, False), "kl, x1": (1, dict(effopd="kl"), False),
-    "kl, x10": (10, dict(effopd="kl"), False), "accuracy, x1": (1, dict(effopd="accuracy"), False),
-    "no gate, x1": (1, dict(effopd="kl"), True),
-    "kl, x1, async": (1, dict(schedule="async", max_ahead=4, effopd="kl"), False)}
+    "plain, x30": (30, {}, False), "kl, x1": (1, KL, False),
+    "kl, x10": (10, KL, False), "accuracy, x1": (1, dict(extend="effopd", effopd__gate="accuracy"), False),
+    "no gate, x1": (1, KL, True),
+    "kl, x1, async": (1, KL | dict(schedule="async", max_ahead=4), False)}
 PAIRS = {"sharpening": list(VARIANTS), "sharpening, batch 256": list(VARIANTS), "acquisition": list(VARIANTS)[:-1],
          "acquisition, batch 256": ["plain, x10", "plain, x30", "kl, x10"]}
 
@@ -94,7 +95,7 @@ def models() -> dict[str, dict[str, str]]:
 
 def accuracy(model) -> float:
     """Greedy, on the held-out rows of the runs."""
-    tokenizer, rows = toy.toy_tokenizer(), tasks.toy_task(FLAGS["eval_n"]).eval
+    tokenizer, rows = toy.toy_tokenizer(), tasks.toy_task(FLAGS["eval__n"]).eval
     answers = complete(model, [tokenizer.encode(row.prompt) for row in rows], FLAGS["max_response"],
                        [tokenizer.eos_token_id])
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -141,7 +142,7 @@ def direction(pair: str) -> dict:
     model, teacher = (load_model(flags[who], "cpu", torch.float32) for who in ("student", "teacher"))
     names, tokenizer = list(effopd.moving(model)), toy.toy_tokenizer()
     prompts = [tokenizer.encode(row.prompt) for row in tasks.toy_task(200).eval]
-    answers = effopd.OwnEngine(Config(**flags), model).complete(prompts, flags["max_response"], temperature=1.0)
+    answers = effopd.OwnEngine(engine_flags(flags), model).complete(prompts, flags["max_response"], temperature=1.0)
 
     def at(step: int, flags: dict = flags) -> dict[str, torch.Tensor]:
         return load_file(Path(flags["out"]) / "checkpoints" / f"step-{step}" / "model.safetensors")
@@ -162,12 +163,17 @@ def direction(pair: str) -> dict:
     return dict(pair=pair, alike=alike, along=along, commit=provenance({}, {})["commit"])
 
 
+def engine_flags(flags: dict) -> Config:
+    """What an engine reads of a run's flags."""
+    return Config(**{name: value for name, value in flags.items() if "__" not in name})
+
+
 def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tuple[int, dict]:
     times, more, ungated = VARIANTS[variant]
     name = "".join(c if c.isalnum() else "-" for c in f"{pair} {variant} {seed}")
     flags = FLAGS | models()[pair] | more | dict(steps=steps or STEPS[pair], seed=seed, lr=times * BASE,
                                                  out=str(root / name))
-    flags |= dict(save_every=8, keep=0) if variant == "plain, x1" else {}
+    flags |= dict(save_every=8, faults__keep=0) if variant == "plain, x1" else {}
     effopd.GATES["kl"] = (lambda a, b: True) if ungated else operator.lt
     return kills.launch(flags, resume=False), flags
 

@@ -34,9 +34,9 @@ MODELS = {
     "teacher": dict(layers=3, hidden=192, epochs=1.7, lr=3e-3, seed=1),
     "student": dict(layers=2, hidden=128, epochs=0.25, lr=3e-3, seed=2),
 }
-FLAGS = ["--gpus=0", "--prompt-key=question", "--answer-key=answer", "--steps=100", "--batch=64", "--lr=2e-3",
+FLAGS = ["--gpus=0", "--data.prompt-key=question", "--data.answer-key=answer", "--steps=100", "--batch=64", "--lr=2e-3",
          "--lr-schedule=cosine", "--warmup=10", "--max-ahead=1", "--max-prompt=200", "--max-response=160",
-         "--max-running=128", "--micro-tokens=4096", "--eval-n=50", "--save-every=20", "--keep=0"]
+         "--max-running=128", "--micro-tokens=4096", "--eval.n=50", "--save-every=20", "--faults.keep=0"]
 HELD_OUT = 200                      # problems
 OUT = Path("runs") / "bench-gsm8k-lm"
 
@@ -166,17 +166,18 @@ def per_token(sums: dict[str, list[float]], what: str = "kl", by: str = "tokens"
 # -- the run ---------------------------------------------------------------------------------------
 
 def run(data: Path, more: list[str]) -> None:
-    from asyncopd import Config
+    from control.resolve import configure
     folders = models(OUT.parent, problems(data / "train.jsonl"))
     rows = [r for r in problems(data / "test.jsonl") if len(r["question"]) < 500][:HELD_OUT]
-    command = ["asyncopd.py", f"--task={data / 'train.jsonl'}", f"--eval-task={data / 'test.jsonl'}", f"--out={OUT}",
+    command = ["asyncopd.py", f"--task={data / 'train.jsonl'}", f"--data.eval-task={data / 'test.jsonl'}",
+               f"--out={OUT}",
                "--overwrite", f"--student={folders['student']}", f"--teacher={folders['teacher']}", *FLAGS, *more]
     start = time.monotonic()
     done = subprocess.run([sys.executable, *command])
     minutes = (time.monotonic() - start) / 60
     if done.returncode:
         sys.exit(f"exit code {done.returncode}")
-    measure(Config.from_cli(command[1:]), OUT, rows, minutes)
+    measure(configure(command[1:]), OUT, rows, minutes)
 
 
 def measure(cfg, out: Path, rows: list[dict], minutes: float) -> None:

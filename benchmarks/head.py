@@ -32,7 +32,7 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 from torch.utils.checkpoint import checkpoint  # noqa: E402
 
-from asyncopd import Config  # noqa: E402
+from config import Config  # noqa: E402
 from estimators import jsd_dense, reverse_mc  # noqa: E402
 from models.footprint import chunk_size  # noqa: E402
 from models.head import head_backward  # noqa: E402

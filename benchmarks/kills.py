@@ -34,6 +34,7 @@ import transformers  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 import asyncopd  # noqa: E402
+from control.command_line import as_flag  # noqa: E402
 from data import toy  # noqa: E402
 from record import checkpoint  # noqa: E402
 from record.provenance import provenance  # noqa: E402
@@ -54,9 +55,9 @@ def tiny_models(root: Path) -> dict[str, str]:
 
 
 def launch(flags: dict, resume: bool) -> int:
-    """The command in a forked process; its id."""
-    argv = [("--" if v else "--no-") + k.replace("_", "-") if isinstance(v, bool) else f"--{k.replace('_', '-')}={v}"
-            for k, v in flags.items()] + ["--resume" if resume else "--overwrite"]
+    """The command in a forked process; its id. In `flags` eval__n is --eval.n."""
+    argv = [as_flag(name.replace("__", "."), value) for name, value in flags.items()]
+    argv.append("--resume" if resume else "--overwrite")
     pid = os.fork()
     if pid:
         return pid
@@ -215,8 +216,8 @@ def main() -> None:
     torch.set_num_threads(1)
     rng, root, rows = random.Random(args.seed), Path(tempfile.mkdtemp()), []
     before = set(os.listdir("/dev/shm"))
-    flags = dict(task="toy", gpus=0, engine="hf", batch=4, max_prompt=8, max_response=12, lr=1e-3, eval_n=2, warmup=0,
-                 save_every=1, max_restarts=1000, **tiny_models(root))
+    flags = dict(task="toy", gpus=0, engine="hf", batch=4, max_prompt=8, max_response=12, lr=1e-3, eval__n=2, warmup=0,
+                 save_every=1, faults__restarts=1000, **tiny_models(root))
     while sum(r["resumed"] for r in rows) < args.cycles:
         seed = args.seed * 1000 + len(rows)
         if args.asynchronous:

@@ -90,7 +90,7 @@ def main() -> None:
     root = Path("runs") / ("one-gpu-tiny" if args.tiny else "one-gpu")
     there, out = make(HERE.parent / root, args.tiny), HERE.parent / root / "run"
     command = [sys.executable, "asyncopd.py", *(f"--{k}={v}" for k, v in there.items()), f"--out={out}", "--overwrite",
-               "--eval-n=0", *(TINY_FLAGS if args.tiny else FLAGS), *more]
+               "--eval.n=0", *(TINY_FLAGS if args.tiny else FLAGS), *more]
     memory = Memory()
     memory.start()
     done = subprocess.run(command, cwd=HERE.parent)

@@ -42,28 +42,35 @@ from record.provenance import hardware, provenance  # noqa: E402
 ROWS = HERE / "oprd.jsonl"
 TEACHER = dict(steps=300, lr=1e-3, seed=3, smoothing=0.01)         # the student's continuation: 100%
 WIDTH, LAYERS = 96, 2                                              # of the student and of this teacher
-COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval_every=20, max_prompt=8,
+COMMON = dict(task="toy", gpus=0, engine="hf", batch=64, steps=100, warmup=5, eval__every=20, max_prompt=8,
               max_response=40, max_running=320)
 LR = {"reverse_mc": 2e-4, "reverse_dense": 2e-4, "none": 8e-4, "reverse_mc + oprd": 4e-4, "reverse_mc + bridge": 2e-4}
 
-MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="none")
-BOTH = MC | dict(oprd_weight=10)
-BRIDGE = BOTH | dict(oprd_bridge=True, oprd_rank=8)
+MC, DENSE, OPRD = dict(estimator="reverse_mc"), dict(estimator="reverse_dense"), dict(estimator="none", extend="oprd")
+BOTH = MC | dict(extend="oprd", oprd__weight=10)
+BRIDGE = BOTH | dict(oprd__bridge=True, oprd__rank=8)
 GROUPS = {
     "rank": {"reverse_mc, N = 4": MC, "reverse_dense": DENSE, "oprd": OPRD,
-             **{f"oprd, rank {r}": OPRD | dict(oprd_rank=r) for r in (4, 8, 16, 32)}},
+             **{f"oprd, rank {r}": OPRD | dict(oprd__rank=r) for r in (4, 8, 16, 32)}},
     "lag": {f"{name}, lag {k}": how | dict(schedule="step-off", max_ahead=k) for k in (4, 16)
             for name, how in (("reverse_mc", MC), ("reverse_dense", DENSE), ("oprd", OPRD))},
-    "head": {"oprd, own head": OPRD | dict(oprd_head=False), "reverse_mc, teacher's head": MC | dict(oprd_weight=1e-9),
-             "reverse_mc + 10 oprd": BOTH, "reverse_mc + 10 oprd, own head": BOTH | dict(oprd_head=False)},
+    "head": {"oprd, own head": OPRD | dict(oprd__head=False),
+             "reverse_mc, teacher's head": MC | dict(extend="oprd", oprd__weight=1e-9),
+             "reverse_mc + 10 oprd": BOTH, "reverse_mc + 10 oprd, own head": BOTH | dict(oprd__head=False)},
     "bridge": {"reverse_mc, other origin": MC, "reverse_mc + 10 bridge, other origin": BRIDGE},
 }
 
 
 def objective(how: dict) -> str:
     """Whose learning rate a run has."""
-    return how["estimator"] + (" + bridge" if "oprd_bridge" in how else " + oprd" if how.get("oprd_weight", 0) > 1e-6
-                               else "")
+    if own(how, "bridge"):
+        return how["estimator"] + " + bridge"
+    return how["estimator"] + (" + oprd" if own(how, "weight") > 1e-6 else "")
+
+
+def own(how: dict, name: str) -> float:
+    """The value of --oprd.NAME in the flags of a row, 0 if it is not there; older rows spell it oprd_NAME."""
+    return how.get(f"oprd__{name}", how.get(f"oprd_{name}", 0))
 
 
 def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
@@ -74,7 +81,7 @@ def cells(groups: tuple[str, ...], seeds: int) -> list[dict]:
 def rates() -> list[dict]:
     low, high = (1e-4, 2e-4, 4e-4, 8e-4), (4e-4, 8e-4, 1.6e-3)
     runs = {"reverse_mc": (MC, low), "reverse_dense": (DENSE, low), "oprd": (OPRD, high),
-            "oprd, rank 8": (OPRD | dict(oprd_rank=8), high), "reverse_mc + 10 oprd": (BOTH, high),
+            "oprd, rank 8": (OPRD | dict(oprd__rank=8), high), "reverse_mc + 10 oprd": (BOTH, high),
             "reverse_mc, other origin": (MC, low), "reverse_mc + 10 bridge, other origin": (BRIDGE, low)}
     return [dict(group="lr", label=f"{label}, {lr:g}", seed=0, how=dict(schedule="sync", lr=lr, steps=60) | how)
             for label, (how, each) in runs.items() for lr in each]
@@ -151,8 +158,8 @@ def cached(how: dict) -> int:
     """Bytes per token in a slot, states in bfloat16."""
     alone = how["estimator"] in ("none", "oprd")             # the raw rows give this row of the table its former name
     scores = ESTIMATORS["none" if alone else how["estimator"]].bytes(4, 16, 2 * WIDTH)
-    if alone or how.get("oprd_weight", 0) > 1e-6:
-        return scores + 2 * LAYERS * (how.get("oprd_rank") or WIDTH)
+    if alone or own(how, "weight") > 1e-6:
+        return scores + 2 * LAYERS * (own(how, "rank") or WIDTH)
     return scores
 
 
@@ -179,7 +186,7 @@ def table() -> str:
         cells = [label, f"{how['lr']:g}", f"{cached(how)}", f"{part[0]['lag']:g}",
                  *(f"{at(part, s)[0]:.1%}" for s in shown), f"{least:.1%} to {most:.1%}", str(len(part))]
         out.append("| " + " | ".join(cells) + " |")
-    same = next(r for r in rows() if r["cosine"] and "oprd_bridge" not in r["how"])
+    same = next(r for r in rows() if r["cosine"] and not own(r["how"], "bridge"))
     tokens = [r["tokens"]["100"] / 1000 for part in found.values() for r in part]
     return "\n".join(out) + (f"\n\n100 steps of 64 responses, {min(tokens):.0f}k to {max(tokens):.0f}k trained tokens. "
                              "Cosines of the initial student's and the teacher's states: "

@@ -37,9 +37,10 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-from asyncopd import Config, settle  # noqa: E402
+from config import Config, Eval  # noqa: E402
 from control import controller as run  # noqa: E402
 from control import preflight as job  # noqa: E402
+from control.resolve import resolve  # noqa: E402
 from record.metrics import METRICS  # noqa: E402
 from transport import process as workers  # noqa: E402
 
@@ -159,9 +160,9 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict
     """One run: its row of the table."""
     from dataclasses import replace
     out = tempfile.mkdtemp()
-    cfg = settle(Config(gpus=0, task="toy", student="-", teacher="-", engine="hf", steps=steps, batch=batch,
-                        max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, eval_n=0, out=out,
-                        save_every=0, **flags))
+    cfg = resolve(Config(gpus=0, task="toy", student="-", teacher="-", engine="hf", steps=steps, batch=batch,
+                         max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, out=out,
+                         eval=Eval(n=0), save_every=0, **flags))
     cfg = replace(cfg, engine="stand-in", task=kind)
     work = job.Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
                    layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)

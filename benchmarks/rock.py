@@ -42,6 +42,7 @@ import transformers  # noqa: E402
 
 import learner  # noqa: E402
 from cache import Slots  # noqa: E402
+from config import Config  # noqa: E402
 from data import toy  # noqa: E402
 from data.graders import MathGrader  # noqa: E402
 from data.prompts import Row, read_rows  # noqa: E402
@@ -56,13 +57,19 @@ MADE = {"teacher": dict(layers=3, hidden=128, rows=40, steps=500, lr=3e-3, seed=
         "student": dict(layers=2, hidden=96, rows=32, steps=145, lr=2e-3, seed=2, smoothing=0.0)}
 WORLD = Path("runs") / f"rock-{hashlib.sha256(json.dumps([MADE, STYLE, PRIVATE]).encode()).hexdigest()[:8]}"
 FLAGS = dict(student=WORLD / "student", teacher=WORLD / "teacher", task=WORLD / "train.jsonl",
-             eval_task=WORLD / "eval.jsonl", gpus=0, engine="hf", batch=64, steps=200, lr=4e-4, lr_schedule="cosine",
-             warmup=20, max_ahead=1, max_prompt=8, max_response=40, max_running=320, eval_n=300)
+             data__eval_task=WORLD / "eval.jsonl", gpus=0, engine="hf", batch=64, steps=200, lr=4e-4,
+             lr_schedule="cosine", warmup=20, max_ahead=1, max_prompt=8, max_response=40, max_running=320, eval__n=300)
 SEEDS = (0, 1, 2)
-KNOWN = dict(rock_set=",".join(STYLE))
-CASES = {"no rocks": {}, "found, K = 2": dict(rock="0,2"), "found, K = 6": dict(rock="0,6"),
-         "bypassed": dict(rock="0,2", **KNOWN), "weight 0.3": dict(rock="0.3,2", **KNOWN),
-         "off by one": dict(rock="0,2", **KNOWN), "matched": dict(rock="0,2")}
+KNOWN = dict(rock__types=",".join(STYLE))
+
+
+def rocks(weight: float, k: int) -> dict:
+    return dict(extend="rock", rock__weight=weight, rock__k=k)
+
+
+CASES = {"no rocks": {}, "found, K = 2": rocks(0, 2), "found, K = 6": rocks(0, 6),
+         "bypassed": rocks(0, 2) | KNOWN, "weight 0.3": rocks(0.3, 2) | KNOWN,
+         "off by one": rocks(0, 2) | KNOWN, "matched": rocks(0, 2)}
 
 
 # -- the toy -----------------------------------------------------------------------------------------
@@ -159,10 +166,10 @@ def off_by_one() -> None:
 def start(case: str, seed: int, steps: int) -> tuple[int, dict]:
     """A run in a forked process, and its flags."""
     out = Path("runs") / f"rock-{re.sub('[^a-zA-Z0-9]+', '-', case)}-{seed}"
-    flags = FLAGS | CASES[case] | dict(seed=seed, steps=steps, eval_every=steps // 4, out=out)
+    flags = FLAGS | CASES[case] | dict(seed=seed, steps=steps, eval__every=steps // 4, out=out)
     if case == "matched":
         ids = tokenizer().convert_tokens_to_ids(matched(seed))
-        flags["rock_set"] = ",".join(map(str, ids))
+        flags["rock__types"] = ",".join(map(str, ids))
     before = off_by_one() if case == "off by one" else (Slots.append, rock.Rocks.weight)
     pid = kills.launch(flags, resume=False)
     Slots.append, rock.Rocks.weight = before
@@ -221,8 +228,9 @@ def timed(rounds: int) -> None:
     for size in {32, 16_384} - {r["words"] for r in rows("time")}:
         toy.small_model(words, layers=2, hidden=96, seed=0, vocab=size).save_pretrained(folder)
         words.save_pretrained(folder)
-        cfg = kills.asyncopd.Config(student=str(folder), teacher=str(folder), task="toy", mc_samples=4,
-                                    estimator="reverse_mc", gpus=0, out=str(folder), rock="0,2", **KNOWN)
+        own = dict(weight=0.0, k=2, types=KNOWN["rock__types"])
+        cfg = Config(student=str(folder), teacher=str(folder), task="toy", mc_samples=4, estimator="reverse_mc",
+                     gpus=0, out=str(folder), extend="rock", extensions={"rock": own})
         one, seconds = learner.Learner(cfg, "cpu", torch.float32), {name: [] for name in sets}
         heads, stored = {name: [] for name in sets}, {}
         batches = {name: segments(words, texts, bypassed, size) for name, bypassed in sets.items()}

@@ -57,7 +57,7 @@ def main() -> None:
     root = Path(tempfile.mkdtemp())
     out = root / "run"
     argv = [sys.executable, str(HERE.parent / "asyncopd.py"), "--task=toy", "--gpus=0", "--engine=hf", "--batch=8",
-            "--max-prompt=8", "--max-response=16", "--lr=1e-3", "--eval-n=8", "--eval-every=50", "--warmup=0",
+            "--max-prompt=8", "--max-response=16", "--lr=1e-3", "--eval.n=8", "--eval.every=50", "--warmup=0",
             "--save-every=50", "--max-ahead=2", "--max-lag=2", f"--steps={args.steps}", f"--out={out}", *models(root),
             *(f"--{f}" for f in args.flags)]
     before = os.statvfs("/dev/shm")

@@ -33,8 +33,8 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 import learner  # noqa: E402
-from asyncopd import Config  # noqa: E402
 from cache import Slots  # noqa: E402
+from config import Config  # noqa: E402
 from control import plan  # noqa: E402
 from estimators import importance_weight, reverse_mc, reverse_value  # noqa: E402
 from models.alignment import pad, response_rows  # noqa: E402

@@ -26,12 +26,12 @@ ROWS = HERE / "toy.jsonl"
 
 def groups() -> dict[str, dict[str, list[str]]]:
     from estimators import ESTIMATORS
-    short = ["--steps=100", "--eval-every=0", "--max-ahead=4", "--lr=0.0002"]
+    short = ["--steps=100", "--eval.every=0", "--max-ahead=4", "--lr=0.0002"]
     return {
         "demo": {"reverse, seed 0": ["--seed=0"], "reverse, seed 1": ["--seed=1"], "reverse, seed 2": ["--seed=2"],
                  "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
                  "schedule sync": ["--schedule=sync"]},
-        "estimators": {name: [f"--estimator={name}", "--eval-every=0", "--no-eval-teacher"]
+        "estimators": {name: [f"--estimator={name}", "--eval.every=0", "--eval.no-teacher"]
                        for name, row in ESTIMATORS.items() if row.head},      # `none` needs an extension's loss
         # at L = 1 most responses are cut, and a batch of segments holds half the tokens: twice the steps
         "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1", "--steps=200"],

@@ -42,7 +42,7 @@ from transport.weights import Weights
 if TYPE_CHECKING:
     from multiprocessing.connection import Connection
 
-    from asyncopd import Config
+    from config import Config
 
 
 class Ear:
@@ -118,9 +118,9 @@ class Run:
             self.hear()
         cfg.effopd and self.tell("learner", "validate", self.job.gate_prompts)
         if not resume:
-            for hand in self.role("teacher")[:cfg.eval_teacher] + self.role("rollout")[:1]:
+            for hand in self.role("teacher")[:cfg.eval.teacher] + self.role("rollout")[:1]:
                 self.evaluate(hand)
-        elif cfg.eval_every and self.ledger.version % cfg.eval_every == 0:
+        elif cfg.eval.every and self.ledger.version % cfg.eval.every == 0:
             self.evaluate(self.role("rollout")[0])       # what was asked of it then may have been lost
         self.hear_evaluations()
         self.account.start()
@@ -270,8 +270,8 @@ class Run:
                 self.trace.span(hand.name, *span)
             yield hand, kind, body
         for hand in self.hands:
-            if not hand.stopped and now - hand.pulse[0] > self.cfg.stall_s:
-                hand.kill(f"has not moved for {self.cfg.stall_s:g} s (--stall-s), {self.doing(hand)}")
+            if not hand.stopped and now - hand.pulse[0] > self.cfg.faults.stall_s:
+                hand.kill(f"has not moved for {self.cfg.faults.stall_s:g} s (--faults.stall-s), {self.doing(hand)}")
 
     # -- deaths ------------------------------------------------------------------------------------
 
@@ -289,8 +289,8 @@ class Run:
         why = hand.why or f"died with exit code {hand.process.exitcode}"
         if hand.role == "learner" or not hand.ready:
             raise RuntimeError(f"{hand.name} {why}; its output: {self.cfg.out}/{hand.name}.log")
-        if self.restarts == self.cfg.max_restarts:
-            raise RuntimeError(f"{hand.name} {why}, after {self.restarts} restarts (--max-restarts); its output: "
+        if self.restarts == self.cfg.faults.restarts:
+            raise RuntimeError(f"{hand.name} {why}, after {self.restarts} restarts (--faults.restarts); its output: "
                                f"{self.cfg.out}/{hand.name}.log")
         self.restarts += 1
         handed_over = set(self.ledger.at["generated"])
@@ -303,7 +303,7 @@ class Run:
         new.ready = True                                 # it was once: what it is sent waits in its pipe
         self.hands[self.hands.index(hand)] = new
         self.log.warn(f"{hand.name} {why.strip().splitlines()[-1]}: restarted, {self.restarts} of "
-                      f"{self.cfg.max_restarts}", what="restarted", worker=hand.name, why=why, pid=new.process.pid,
+                      f"{self.cfg.faults.restarts}", what="restarted", worker=hand.name, why=why, pid=new.process.pid,
                       uids=[t.uid for t in held], version=self.ledger.version)
         if hand.name in self.asked:
             new.send("evaluate")
@@ -360,7 +360,7 @@ class Run:
             self.log.write("event", step=metrics["step"], **event)
         self.watch(metrics["step"], skipped, {t.slot: t.uid for t in trained})
         step = metrics["step"]
-        if cfg.eval_every and step % cfg.eval_every == 0 and step < cfg.steps:
+        if cfg.eval.every and step % cfg.eval.every == 0 and step < cfg.steps:
             self.evaluate(self.role("rollout")[0])
         if cfg.save_every and step % cfg.save_every == 0:
             self.order_checkpoint()
@@ -372,9 +372,9 @@ class Run:
             self.log.warn(f"step {step}: an update was skipped, prompts {prompts}: {s['why']}",
                           what="skipped", step=step, uids=prompts, why=s["why"])
         self.skips = self.skips + len(skipped) if len(skipped) == min(self.cfg.minibatches, len(uids)) else 0
-        if self.skips >= self.cfg.max_skips:
-            raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--max-skips "
-                               f"{self.cfg.max_skips}); the last good checkpoint is {self.saved or 'none'}")
+        if self.skips >= self.cfg.faults.skips:
+            raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--faults.skips "
+                               f"{self.cfg.faults.skips}); the last good checkpoint is {self.saved or 'none'}")
         before, now = (self.account.mean(which, 1) for which in ("first", "last"))
         if not self.collapsed and len(self.account.last) == 10 and now < 0.01 * before:
             self.collapsed = True
@@ -403,7 +403,7 @@ class Run:
             return
         try:
             if body["version"] == state.version and not body["why"]:       # else the learner was a step ahead
-                self.saved = str(checkpoint.seal(partial, state, self.cfg.keep))
+                self.saved = str(checkpoint.seal(partial, state, self.cfg.faults.keep))
         except checkpoint.UNWRITABLE as e:
             body["why"] = str(e)
         shutil.rmtree(partial, ignore_errors=True)

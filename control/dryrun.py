@@ -1,119 +1,208 @@
 """
 --dry-run: what a run would be, from the flags and two model configurations. No weight is read and no GPU is needed.
 
-The memory is plan.py's. The seconds are an estimate from five numbers of one GPU (`GPU`) and a guess at the length of
-responses, and say which role will be waited for, not how long a run takes. What is left out: the texts (no prompt is
-read), disks, and the links between GPUs. Tests: tests/test_dryrun.py
+The memory is that of plan.py. The seconds are an estimate from five numbers of one GPU (`GPU`, `SHARE`) and a guess
+at the length of responses: they say which role the others will wait for, not how long a run takes.
+
+What is left out: the texts (no prompt is read), disks, and the links between GPUs. Tests: tests/test_dryrun.py
 """
 from __future__ import annotations
 
 import functools
 import json
 from collections import defaultdict
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
+from config import Config
 from control import plan
-from control.preflight import ROOT, refuse
+from control.preflight import ROOT, check_teacher_states
+from control.preflight_models import first_line
 from estimators import ESTIMATORS
-from extensions import oprd
+from extension import Extensions, ModelPair
 from models import footprint
 from models.footprint import Shape
 from record.report import table
 
-if TYPE_CHECKING:
-    from asyncopd import Config
-
 GPU = {"gb": 80.0, "flops": 989e12, "bytes_s": 3.35e12}      # an H100 SXM: memory; its peaks in bf16 and of its memory
 SHARE = {"flops": 0.4, "bytes_s": 0.6}                       # of these peaks, what a well-fed model reaches: a guess
 LENGTH = {"prompt": 0.25, "response": 0.5}                   # of --max-prompt and --max-response: a guess
+WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """What a configuration says of a model."""
+    shape: Shape
+    active: int              # parameters that a token meets: of a mixture of experts, not all
+    source: str              # where the configuration is from
 
 
 def show(cfg: Config) -> None:
-    """Print the plan of a run. Raises ValueError where it cannot be, as the run itself would."""
-    named = {"student": cfg.student, "teacher": cfg.teacher}
-    known = {role: model(role, name) for role, name in named.items()}
-    student, teacher = (known[role][0] for role in named)
-    oprd.check(cfg, student, teacher)
-    here, last = footprint.free_gb(), f"cuda:{cfg.gpus - 1}"
-    gb, whose = (here["gpu"], "this machine's") if last in here else (GPU["gb"], "GPUs assumed to have")
-    needs = plan.memory(cfg, student, teacher, gb)
-    free = {f"cuda:{i}": here[f"cuda:{i}"] if last in here else gb for i in range(cfg.gpus)}
+    """Print the plan of a run. Raises ValueError where there can be none, as the run itself would."""
+    student = known_model("student", cfg.student)
+    teacher = known_model("teacher", cfg.teacher)
+    models = ModelPair(student=student.shape, teacher=teacher.shape)
+    extensions = Extensions.load(cfg)
+    notes = extensions.check(models)
+    check_teacher_states(cfg, extensions)
+    added = plan.additions(cfg, extensions, models)
+
+    free, gpu_gb, owner = gpu_memory(cfg)
+    needs = plan.memory(cfg, student.shape, teacher.shape, gpu_gb, added)
     print("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
-    print(table([["", "billion parameters", "per token", "layers", "width", "words", "configuration from"]] + [
-        [f"{role}  {name or 'the toy'}", f"{shape.P / 1e9:.4g}", f"{active / 1e9:.4g}", str(shape.L), str(shape.H),
-         f"{shape.V:,}", source] for (role, name), (shape, active, source) in zip(named.items(), known.values())]))
-    print("\nwho runs where, and what it takes at most" + (f"; {whose} {gb:g} GB" if cfg.gpus else ""))
+    print(table(model_rows(cfg, student, teacher)))
+    for note in notes:
+        print(f"  {note}")
+    size = f"; {owner} {gpu_gb:g} GB" if cfg.gpus > 0 else ""
+    print(f"\nwho runs where, and what it takes at most{size}")
     print(f"  {plan.why(cfg)}")
     print(table(plan.rows(needs, free)))
-    row, slots = ESTIMATORS[cfg.estimator], (cfg.max_ahead + 1) * cfg.batch
-    scores = row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * (2 if cfg.gpus else 4))
-    lag = {"sync": "0, no overlap", "step-off": f"{cfg.max_ahead}", "async": f"mean about {cfg.max_ahead}, " + (
-        "unbounded" if cfg.overdue == "keep" else f"at most {cfg.max_lag} ({cfg.overdue})")}[cfg.schedule]
     print("\npipeline")
-    print(table([["slots, (max-ahead + 1) x batch", f"{slots:,}"],
-                 [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
-                 *[["bytes per token of OPRD's states", f"{2 * oprd.shape(cfg, student, teacher)[1]:,}"]] * (
-                     cfg.oprd_weight > 0),
-                 ["kB per slot", f"{needs[-1].parts['cache'] / slots * 1e6:,.0f}"],
-                 ["lag, versions", lag]]))
-    print("\n" + estimate(cfg, student, teacher, known["teacher"][1], needs) if cfg.gpus else
-          "\nno estimate of the bottleneck on a CPU", flush=True)
+    print(table(pipeline_rows(cfg, teacher.shape, added, needs)))
+    if cfg.gpus > 0:
+        seconds, running = estimate(cfg, student.shape, teacher, needs)
+        print("\n" + bottleneck(cfg, seconds, running), flush=True)
+    else:
+        print("\nno estimate of the bottleneck on a CPU", flush=True)
     plan.check(needs, free)
 
 
+def gpu_memory(cfg: Config) -> tuple[dict[str, float], float, str]:
+    """GB free by device, the size of a GPU, and whose GPU it is: this machine's, where it has as many as --gpus."""
+    here = footprint.free_gb()
+    devices = [f"cuda:{i}" for i in range(cfg.gpus)]
+    if f"cuda:{cfg.gpus - 1}" in here:
+        return {device: here[device] for device in devices}, here["gpu"], "this machine's"
+    return dict.fromkeys(devices, GPU["gb"]), GPU["gb"], "GPUs assumed to have"
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+def model_rows(cfg: Config, student: KnownModel, teacher: KnownModel) -> list[list[str]]:
+    rows = [["", "billion parameters", "per token", "layers", "width", "words", "configuration from"]]
+    for role, name, model in (("student", cfg.student, student), ("teacher", cfg.teacher, teacher)):
+        shape = model.shape
+        rows.append([f"{role}  {name or 'the toy'}", f"{shape.P / 1e9:.4g}", f"{model.active / 1e9:.4g}",
+                     str(shape.L), str(shape.H), f"{shape.V:,}", model.source])
+    return rows
+
+
+def pipeline_rows(cfg: Config, teacher: Shape, added: plan.Additions, needs: list[plan.Need]) -> list[list[str]]:
+    estimator = ESTIMATORS[cfg.estimator]
+    slots = (cfg.max_ahead + 1) * cfg.batch
+    scores = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * plan.itemsize(cfg))
+    tensors = [[f"bytes per row of {name}", f"{size:,}"] for name, size in plan.row_bytes(added.slot_tensors).items()]
+    shared = next(n for n in needs if n.worker == "shared")
+    return [["slots, (max-ahead + 1) x batch", f"{slots:,}"],
+            [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
+            *tensors,
+            ["kB per slot", f"{shared.parts['cache'] / slots * 1e6:,.0f}"],
+            ["lag, versions", expected_lag(cfg)]]
+
+
+def expected_lag(cfg: Config) -> str:
+    if cfg.schedule == "sync":
+        return "0, no overlap"
+    if cfg.schedule == "step-off":
+        return f"{cfg.max_ahead}"
+    if cfg.overdue == "keep":
+        return f"mean about {cfg.max_ahead}, unbounded"
+    return f"mean about {cfg.max_ahead}, at most {cfg.max_lag} ({cfg.overdue})"
+
+
+# -- models ----------------------------------------------------------------------------------------
+
 @functools.cache
-def model(role: str, name: str) -> tuple[Shape, int, str]:
-    """Shape, parameters that a token meets, and where they are from: a folder, the cache or the hub, shapes.json."""
+def known_model(role: str, name: str) -> KnownModel:
+    """A model by its configuration alone: from a folder, the cache or the hub, or from configs/shapes.json."""
+    config, source = configuration(role, name)
+    shape = Shape.of(config)
+    return KnownModel(shape, shape.P - idle_parameters(config, shape), source)
+
+
+def configuration(role: str, name: str) -> tuple[Any, str]:
+    """A transformers configuration, and where it is from."""
     from transformers import AutoConfig
-    shipped = json.loads((ROOT / "configs" / "shapes.json").read_text())
     if not name:
         from data import toy
-        made = {k: toy.TOY[role][k] for k in ("layers", "hidden", "seed")}
-        config, source = toy.small_model(toy.toy_tokenizer(), **made).config, "toy.TOY"
-    else:
-        try:     # what is shipped needs no network; what is not may come from the hub
-            config = AutoConfig.from_pretrained(name, local_files_only=name in shipped)
-            source = "its folder" if Path(name).exists() else "the hub"
-        except (OSError, ValueError) as e:
-            name in shipped or refuse(f"--{role} {name}: neither a model folder nor on the hub "
-                                      f"({str(e).splitlines()[0]})")
-            config, source = AutoConfig.for_model(**shipped[name]), "configs/shapes.json"
-    shape, c = Shape.of(config), config.get_text_config()
-    idle = getattr(c, "num_experts", 0) or 0
-    idle = idle and idle - c.num_experts_per_tok           # experts that a token does not meet, three matrices each
-    return shape, shape.P - idle * shape.L * 3 * shape.H * getattr(c, "moe_intermediate_size", 0), source
+        recipe = toy.TOY[role]
+        model = toy.small_model(toy.toy_tokenizer(), layers=recipe["layers"], hidden=recipe["hidden"],
+                                seed=recipe["seed"])
+        return model.config, "toy.TOY"
+    shipped = json.loads((ROOT / "configs" / "shapes.json").read_text())
+    try:         # a shipped configuration needs no network; another one may come from the hub
+        config = AutoConfig.from_pretrained(name, local_files_only=name in shipped)
+    except (OSError, ValueError) as e:
+        if name not in shipped:
+            raise ValueError(f"--{role} {name}: neither a model folder nor on the hub ({first_line(e)})") from None
+        return AutoConfig.for_model(**shipped[name]), "configs/shapes.json"
+    return config, "its folder" if Path(name).exists() else "the hub"
 
 
-def estimate(cfg: Config, student: Shape, teacher: Shape, active: int, needs: list[plan.Need]) -> str:
-    """Seconds per train batch and role, and who is waited for. Per sequence of n tokens a model with P parameters
-    computes 2 P n and, in its attention, 2 L A n^2; the learner three times that, or four if it computes layers again.
-    A step of generation reads the weights and every running response's keys and values once."""
-    Q, R = LENGTH["prompt"] * cfg.max_prompt, LENGTH["response"] * cfg.max_response
-    flops, bandwidth = GPU["flops"] * SHARE["flops"], GPU["bytes_s"] * SHARE["bytes_s"]
+def idle_parameters(config: Any, shape: Shape) -> int:
+    """Those of the experts that a token does not meet, three matrices each."""
+    c = config.get_text_config()
+    experts = getattr(c, "num_experts", 0) or 0
+    if experts == 0:
+        return 0
+    idle = experts - c.num_experts_per_tok
+    return idle * shape.L * 3 * shape.H * c.moe_intermediate_size
+
+
+# -- the bottleneck --------------------------------------------------------------------------------
+
+def estimate(cfg: Config, student: Shape, teacher: KnownModel,
+             needs: list[plan.Need]) -> tuple[dict[str, float], int]:
+    """Seconds per train batch of every role, and the responses that run at a time in a rollout worker.
+
+    Per sequence of n tokens a model with P parameters computes 2 P n and, in its attention, 2 L A n^2; the learner
+    three times that, or four if it computes layers again. A step of generation reads the weights and every running
+    response's keys and values once.
+    """
+    prompt, response = expected_lengths(cfg)
+    flops = GPU["flops"] * SHARE["flops"]
+    bandwidth = GPU["bytes_s"] * SHARE["bytes_s"]
 
     def forward(shape: Shape, parameters: int) -> float:
-        return cfg.batch * (2 * parameters * (Q + R) + 2 * shape.L * shape.A * (Q + R) ** 2) / flops
+        n = prompt + response
+        return cfg.batch * (2 * parameters * n + 2 * shape.L * shape.A * n ** 2) / flops
 
-    room = next(n.parts["cache"] for n in needs if n.worker == "rollout0") * 1e9 / student.cached(2)      # tokens
-    ahead = (cfg.max_ahead + 1) * cfg.batch
-    running = max(1, int(min(cfg.max_running, ahead / cfg.rollouts, room / (Q + R))))
-    step = (2 * student.P + running * (Q + R / 2) * student.cached(2)) / bandwidth
-    step = max(step, 2 * running * student.P / flops)
-    seconds = {"generate": cfg.batch * R / (cfg.rollouts * running / step),
-               "score": forward(teacher, active) / cfg.teachers,
-               "learn": (3 + cfg.gradient_checkpointing) * forward(student, student.P) / cfg.learners}
-    role, busy = {"rollout": "generate", "teacher": "score", "learner": "learn"}, defaultdict(float)
-    for worker, device in plan.plan(cfg).items():
-        busy[device] += seconds[role[worker.rstrip("0123456789")]]
-    worst, in_turn = max(seconds, key=seconds.get), cfg.schedule == "sync" or len(busy) == 1
-    whole = sum(seconds.values()) if in_turn else max(busy.values())       # roles on one device take turns
+    rollout = next(n for n in needs if n.worker == "rollout0")
+    room = rollout.parts["cache"] * 1e9 / student.cached(2)                # tokens
+    slots = (cfg.max_ahead + 1) * cfg.batch
+    running = max(1, int(min(cfg.max_running, slots / cfg.rollouts, room / (prompt + response))))
+    reading = (2 * student.P + running * (prompt + response / 2) * student.cached(2)) / bandwidth
+    engine_step = max(reading, 2 * running * student.P / flops)
+    passes = 4 if cfg.gradient_checkpointing else 3
+    seconds = {"generate": cfg.batch * response / (cfg.rollouts * running / engine_step),
+               "score": forward(teacher.shape, teacher.active) / cfg.teachers,
+               "learn": passes * forward(student, student.P) / cfg.learners}
+    return seconds, running
+
+
+def expected_lengths(cfg: Config) -> tuple[float, float]:
+    """Tokens of a prompt and of a response: a guess."""
+    return LENGTH["prompt"] * cfg.max_prompt, LENGTH["response"] * cfg.max_response
+
+
+def bottleneck(cfg: Config, seconds: dict[str, float], running: int) -> str:
+    """The estimate as text. Roles on one device take turns, and so do all of them with --schedule sync."""
+    busy: dict[str, float] = defaultdict(float)
+    for worker in plan.plan(cfg):
+        busy[worker.device] += seconds[WORK[worker.role]]
+    in_turn = cfg.schedule == "sync" or len(busy) == 1
+    whole = sum(seconds.values()) if in_turn else max(busy.values())
+    turns = ", one role after the other" if in_turn else ""
+    slowest = max(seconds, key=seconds.get)
+    prompt, response = expected_lengths(cfg)
     return "\n".join([
-        f"expected bottleneck: an estimate, for responses of {R:,.0f} tokens after prompts of {Q:,.0f}, on GPUs with "
-        f"{GPU['flops'] / 1e12:,.0f} TFLOP/s",
-        f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches {SHARE['flops']:.0%} and {SHARE['bytes_s']:.0%};"
-        " not counted: kernel launches, Python, pushes",
+        f"expected bottleneck: an estimate, for responses of {response:,.0f} tokens after prompts of {prompt:,.0f}, "
+        f"on GPUs with {GPU['flops'] / 1e12:,.0f} TFLOP/s",
+        f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches {SHARE['flops']:.0%} and "
+        f"{SHARE['bytes_s']:.0%}; not counted: kernel launches, Python, pushes",
         table([["seconds per train batch", *seconds], ["", *(f"{s:,.1f}" for s in seconds.values())]]),
-        f"  the others wait for: {worst}. {whole:,.1f} s a batch{', one role after the other' if in_turn else ''}, "
-        f"{whole * cfg.steps / 3600:,.1f} h for {cfg.steps} batches",
+        f"  the others wait for: {slowest}. {whole:,.1f} s a batch{turns}, {whole * cfg.steps / 3600:,.1f} h for "
+        f"{cfg.steps} batches",
         f"  {running} responses at a time per rollout worker"])

@@ -1,78 +1,161 @@
 """
-Which role runs on which device, and what fits there: arithmetic on the flags and on two model configurations.
+Which role runs on which device, and what fits there: arithmetic on the flags and on the shapes of two models.
 
-Nothing here asks a GPU anything but how much memory is free, so that the plan for eight GPUs can be read on a laptop.
-GB are 1e9 bytes. What is left out: buffers of libraries, and what an allocator loses to fragments: leave a tenth free.
+The only thing asked of a GPU is how much of its memory is free, so that the plan for eight GPUs can be read on a
+laptop. GB are 1e9 bytes. What is left out: the buffers of libraries, and what an allocator loses to fragmentation;
+leave a tenth of the memory free.
 Tests: tests/test_plan.py
 """
 from __future__ import annotations
 
-from collections import defaultdict
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
+from config import Config
 from estimators import ESTIMATORS
-from extensions import oprd
-from extensions.effopd import KEPT, PROMPTS
-from models.footprint import Shape, chunk_size, logit_bytes
-
-if TYPE_CHECKING:
-    from asyncopd import Config
+from extension import Extensions, ModelPair, SlotTensor
+from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
 
 PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}      # interpreter and libraries; on a GPU its context
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "cache", "process")
+REMEDY = {
+    "weights": "a smaller model",
+    "gradients": "a smaller student, more --learners, or --lora-rank",
+    "optimizer": "a smaller student, more --learners, or --lora-rank",
+    "activations": "--gradient-checkpointing, or a lower --max-response and --micro-tokens",
+    "logits": "a model with fewer words",
+    "cache": "a lower --max-ahead, --batch or --max-running",
+    "extensions": "other flags of --extend, or none",
+    "process": "fewer workers",
+}
+PARTS = tuple(REMEDY)                                              # of a worker's memory, in the order of the table
 
 
 # -- who runs where --------------------------------------------------------------------------------
 
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """A worker and its device: cpu, cuda:3, or cuda:4,5 for a teacher over two GPUs."""
+    role: str                                # rollout, teacher or learner
+    index: int                               # within its role, from 0
+    device: str
+
+    @property
+    def name(self) -> str:
+        """rollout0, teacher0, learner, learner1: as in the log."""
+        if self.role == "learner" and self.index == 0:
+            return "learner"
+        return f"{self.role}{self.index}"
+
+    @property
+    def devices(self) -> list[str]:
+        """One by one. Example: cuda:4,5 -> cuda:4 and cuda:5."""
+        kind, _, numbers = self.device.partition(":")
+        if not numbers:
+            return [self.device]
+        return [f"{kind}:{number}" for number in numbers.split(",")]
+
+
 def split(gpus: int, rollouts: int, teachers: int, learners: int, teacher_gpus: int = 1) -> tuple[int, int, int]:
-    """Workers per role; what is not 0 stays. Eight GPUs: 4 generate, 1 scores, 3 learn; others in that proportion."""
-    teachers = teachers or max(1, gpus // 8)
-    rest = max(1, gpus - teachers * teacher_gpus)
-    learners = learners or max(1, rest - rollouts if rollouts and gpus > 2 else 3 * rest // 7)
-    return rollouts or max(1, rest - learners), teachers, learners
+    """Rollout workers, teachers and learners. A number that is not 0 stays as it is.
 
-
-def plan(cfg: Config) -> dict[str, str]:
-    """worker -> device. GPU 0.. generate, then the teachers, the last ones learn; a single GPU is shared by all.
-
-    A teacher over several GPUs has them all in its device's name: cuda:4,5.
+    Of eight GPUs 4 generate, 1 scores and 3 learn; other numbers are split in that proportion.
     """
-    roles = [f"rollout{i}" for i in range(cfg.rollouts)] + [f"teacher{i}" for i in range(cfg.teachers)]
-    roles += [f"learner{i or ''}" for i in range(cfg.learners)]
-    if cfg.gpus == 0:
-        return {role: "cpu" for role in roles}
-    where, at = {}, 0
-    for role in roles:
-        n = cfg.teacher_gpus if role.startswith("teacher") else 1
-        where[role] = "cuda:" + ",".join(str(min(i, cfg.gpus - 1)) for i in range(at, at + n))
-        at += n
-    return where
+    if teachers == 0:
+        teachers = max(1, gpus // 8)
+    rest = max(1, gpus - teachers * teacher_gpus)
+    if learners == 0:
+        learners = 3 * rest // 7
+        if rollouts > 0 and gpus > 2:
+            learners = rest - rollouts
+        learners = max(1, learners)
+    if rollouts == 0:
+        rollouts = max(1, rest - learners)
+    return rollouts, teachers, learners
 
 
-def each(device: str) -> list[str]:
-    """cuda:4,5 -> cuda:4 and cuda:5."""
-    kind, _, numbers = device.partition(":")
-    return [f"{kind}:{n}" for n in numbers.split(",")] if numbers else [device]
+def plan(cfg: Config) -> list[Placement]:
+    """Every worker's device: the first GPUs generate, then come the teachers, the last ones learn.
+
+    Where there are fewer GPUs than workers, the last GPU is shared.
+    """
+    workers = {"rollout": cfg.rollouts, "teacher": cfg.teachers, "learner": cfg.learners}
+    placed = []
+    first = 0
+    for role, count in workers.items():
+        width = cfg.teacher_gpus if role == "teacher" else 1
+        for index in range(count):
+            numbers = [min(first + i, cfg.gpus - 1) for i in range(width)]
+            device = "cuda:" + ",".join(str(number) for number in numbers)
+            if cfg.gpus == 0:
+                device = "cpu"
+            placed.append(Placement(role=role, index=index, device=device))
+            first += width
+    return placed
 
 
 def why(cfg: Config) -> str:
-    """One line on the split, for the start of a run."""
+    """One line about the split, for the start of a run."""
     spread = f" on {cfg.teacher_gpus} GPUs each" if cfg.teacher_gpus > 1 else ""
-    said = f"{cfg.rollouts} to generate, {cfg.teachers} to score{spread}, {cfg.learners} to learn"
+    counts = f"{cfg.rollouts} to generate, {cfg.teachers} to score{spread}, {cfg.learners} to learn"
     if cfg.gpus == 0:
-        return f"no GPU: {said}, all on the same cores"
-    if cfg.gpus <= 2:
-        return f"{cfg.gpus} GPU{'s, one for generation' if cfg.gpus == 2 else ', shared by all'}: {said}"
-    ours = split(cfg.gpus, 0, 0, 0, cfg.teacher_gpus) == (cfg.rollouts, cfg.teachers, cfg.learners)
-    source = ("the paper's split of eight, or its proportion: a response is scored once, read and differentiated once, "
-              "and written token by token" if ours else "as --rollouts, --teachers and --learners say")
-    return f"{cfg.gpus} GPUs: {said} ({source}); `busy` in the last line of the log says who waits"
+        return f"no GPU: {counts}, all on the same cores"
+    if cfg.gpus == 1:
+        return f"1 GPU, shared by all: {counts}"
+    if cfg.gpus == 2:
+        return f"2 GPUs, one for generation: {counts}"
+    source = "as --rollouts, --teachers and --learners say"
+    if split(cfg.gpus, 0, 0, 0, cfg.teacher_gpus) == (cfg.rollouts, cfg.teachers, cfg.learners):
+        source = ("the paper's split of eight, or its proportion: a response is scored once, read and differentiated "
+                  "once, and written token by token")
+    return f"{cfg.gpus} GPUs: {counts} ({source}); `busy` in the last line of the log says who waits"
 
 
-# -- what a model takes ----------------------------------------------------------------------------
+# -- slots and extensions --------------------------------------------------------------------------
 
-# -- what fits -------------------------------------------------------------------------------------
+@dataclass(frozen=True, kw_only=True)
+class Additions:
+    """The memory that the extensions of a run take. Without extensions there is none."""
+    slot_tensors: Mapping[str, SlotTensor] = field(default_factory=dict)
+    gb: Mapping[str, float] = field(default_factory=dict)        # Extension.extra_gb
+    states: bool = False                     # the teacher's hidden states of some layer are read
+
+    @property
+    def slot_bytes(self) -> int:
+        """Of one slot."""
+        return sum(math.prod(t.shape) * t.dtype.itemsize for t in self.slot_tensors.values())
+
+    @property
+    def row_values(self) -> int:
+        """Numbers in a row of all slot tensors together."""
+        return sum(math.prod(t.shape[1:]) for t in self.slot_tensors.values())
+
+
+def additions(cfg: Config, extensions: Extensions, models: ModelPair) -> Additions:
+    tensors = extensions.slot_tensors(models)
+    size = slot_bytes(cfg, models.teacher, Additions(slot_tensors=tensors))
+    gb = extensions.extra_gb(replace(models, slot_bytes=size))
+    return Additions(slot_tensors=tensors, gb=gb, states=bool(extensions.teacher_layers))
+
+
+def slot_bytes(cfg: Config, teacher: Shape, added: Additions) -> int:
+    """Of one slot: its tokens, and for each new one its version, ids and log-probs."""
+    estimator = ESTIMATORS[cfg.estimator]
+    per_token = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize(cfg)) + 4
+    return cfg.max_response * per_token + 4 * (cfg.max_prompt + cfg.max_response) + added.slot_bytes
+
+
+def row_bytes(slot_tensors: Mapping[str, SlotTensor]) -> dict[str, int]:
+    """By name, what a row of each of the extensions' tensors takes in a slot."""
+    return {name: math.prod(t.shape[1:]) * t.dtype.itemsize for name, t in slot_tensors.items()}
+
+
+def itemsize(cfg: Config) -> int:
+    """Bytes of a number in the dtype of compute: bf16 on a GPU, float32 on a CPU."""
+    return 2 if cfg.gpus > 0 else 4
+
+
+# -- what each worker takes ------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Need:
@@ -86,94 +169,132 @@ class Need:
         return sum(self.parts.values())
 
 
-def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0) -> list[Need]:
-    """Every worker's need, and that of the shared memory. `gpu_gb` is the size of a GPU, for vLLM's share of it.
+def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
+           added: Additions | None = None) -> list[Need]:
+    """Every worker's need, and that of the shared memory. `gpu_gb` is the size of a GPU, of which vLLM takes a share.
 
     A micro-batch is at most --micro-tokens, or one response of the greatest length if that is more.
     """
-    half, row, itemsize = cfg.gpus > 0, ESTIMATORS[cfg.estimator], 2 if cfg.gpus else 4
-    longest = cfg.max_prompt + cfg.max_response
-    tokens = max(longest, min(cfg.micro_tokens, cfg.batch * longest))
-    where, full = plan(cfg), teacher.V * teacher.H * itemsize if row.support == "full" else 0
-    P, W = oprd.shape(cfg, student, teacher)
+    added = added or Additions()
     needs = []
-    for worker, device in where.items():
-        role = worker.rstrip("0123456789")
-        if role == "learner":
-            n, trained = cfg.learners, student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
-            compute = 2 * student.P if half else 0         # bf16 copies that autocast or FSDP makes and backward reads
-            if n > 1:                                      # two layers at a time, and embedding and head
-                compute = (2 if half else 4) * (2 * student.P // student.L + 2 * student.V * student.H)
-            parts = dict(weights=4 * student.P / n + compute + full, gradients=4 * trained / n,
-                         optimizer=8 * trained / n,
-                         activations=tokens * (student.activations(half, cfg.gradient_checkpointing) + 4 * W),
-                         logits=min(tokens, chunk_size(cfg, student.V)) * student.V * logit_bytes(row.support, half)
-                         + half * 4 * student.V * student.H)          # the head's weight in bf16, and its gradient
-            if cfg.effopd == "accuracy":                   # it generates: keys that are normed are float32
-                parts["cache"] = min(PROMPTS, cfg.max_running) * longest * student.cached(4)
-        elif role == "teacher":      # no backward pass: a layer's widest moment, and log-probs of 1,024 positions
-            parts = dict(weights=itemsize * teacher.P / cfg.teacher_gpus,
-                         activations=itemsize * tokens * (4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
-                                                          + (W > 0) * teacher.L * teacher.H),
-                         logits=1024 * teacher.V * (8 + 2 * half))
-            if cfg.teacher_engine == "vllm":
-                parts["cache"] = cache_bytes(cfg, teacher, "vllm", itemsize, gpu_gb)
-            elif cfg.eval_teacher:                         # one answer at least
-                parts["cache"] = longest * teacher.cached(itemsize) / cfg.teacher_gpus
+    for worker in plan(cfg):
+        if worker.role == "learner":
+            parts = learner_parts(cfg, student, teacher, added)
+        elif worker.role == "teacher":
+            parts = teacher_parts(cfg, teacher, gpu_gb, added)
         else:
-            parts = dict(weights=itemsize * student.P * (1 if half else 2),      # on the CPU the copy of a push, too
-                         cache=cache_bytes(cfg, student, cfg.engine, itemsize, gpu_gb))
-        parts = {k: v / 1e9 for k, v in parts.items()} | {"process": PROCESS_GB[role]}
-        needs += [Need(worker, d, parts) for d in each(device)]
-    if half:      # transformers reads a model into the host's memory first, all workers at the same time
-        given = cfg.oprd_weight > 0 and cfg.oprd_head and (student.V, student.H) == (teacher.V, teacher.H)
-        head = row.support == "full" or given            # is what a learner wants of the teacher
-        whole = itemsize * teacher.P * (cfg.learners * head + cfg.teachers * (
-            cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1))
-        needs.append(Need("loading", "cpu", {"weights": (4 * student.P * cfg.learners + whole) / 1e9}))
-    slot = (cfg.max_response * (row.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize) + 4) + 4 * longest
-            + 2 * P * W)
-    if cfg.effopd:        # the weights before a jump and those it is measured from; every learner has the gate's set
-        kept = cfg.learners * min(KEPT, cfg.batch) * slot if cfg.effopd == "kl" else 0
-        needs.append(Need("jumps", "cpu", {"weights": 8 * student.P / 1e9, "cache": kept / 1e9}))
-    return [*needs, Need("shared", "shm", {"weights": 2 * student.P * itemsize / 1e9,
-                                           "cache": (cfg.max_ahead + 1) * cfg.batch * slot / 1e9})]
+            parts = rollout_parts(cfg, student, gpu_gb)
+        parts = {name: size / 1e9 for name, size in parts.items()}
+        parts["process"] = PROCESS_GB[worker.role]
+        needs += [Need(worker.name, device, parts) for device in worker.devices]
+    if cfg.gpus > 0:
+        needs.append(loading(cfg, student, teacher))
+    if "host" in added.gb:
+        needs.append(Need("extensions", "cpu", {"extensions": added.gb["host"]}))
+    slots = (cfg.max_ahead + 1) * cfg.batch
+    shared = {"weights": 2 * student.P * itemsize(cfg) / 1e9,              # published twice
+              "cache": slots * slot_bytes(cfg, teacher, added) / 1e9}
+    return [*needs, Need("shared", "shm", shared)]
 
 
-def cache_bytes(cfg: Config, model: Shape, engine: str, itemsize: int, gpu_gb: float) -> float:
-    """Keys and values of an engine. vLLM takes its share of a GPU whatever it needs, at least one response."""
-    longest = (cfg.max_prompt + cfg.max_response) * model.cached(itemsize)
+def micro_batch(cfg: Config) -> int:
+    """The most tokens in a forward pass of learner or teacher."""
+    longest = cfg.max_prompt + cfg.max_response
+    return max(longest, min(cfg.micro_tokens, cfg.batch * longest))
+
+
+def learner_parts(cfg: Config, student: Shape, teacher: Shape, added: Additions) -> dict[str, float]:
+    """Bytes of one learner: its shard of the student in float32, and a micro-batch."""
+    half = cfg.gpus > 0
+    support = ESTIMATORS[cfg.estimator].support
+    tokens = micro_batch(cfg)
+    n = cfg.learners
+    trained = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
+    compute = 2 * student.P if half else 0         # bf16 copies that autocast or FSDP makes and backward reads
+    if n > 1:                                      # two layers at a time, and embedding and head
+        compute = itemsize(cfg) * (2 * student.P // student.L + 2 * student.V * student.H)
+    teacher_head = teacher.V * teacher.H * itemsize(cfg) if support == "full" else 0
+    head_copies = 4 * student.V * student.H if half else 0         # the head's weight in bf16, and its gradient
+    positions = min(tokens, chunk_size(cfg, student.V))            # whose logits exist at once
+    per_token = student.activations(half, cfg.gradient_checkpointing) + 4 * added.row_values
+    parts = {"weights": 4 * student.P / n + compute + teacher_head,
+             "gradients": 4 * trained / n,
+             "optimizer": 8 * trained / n,
+             "activations": tokens * per_token,
+             "logits": positions * student.V * logit_bytes(support, half) + head_copies}
+    if "learner" in added.gb:
+        parts["extensions"] = 1e9 * added.gb["learner"]
+    return parts
+
+
+def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float, added: Additions) -> dict[str, float]:
+    """Bytes of a teacher. There is no backward pass: only a layer's widest moment exists, and the log-probs of 1,024
+    positions; with an extension that reads hidden states, those of every layer."""
+    width = 4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
+    if added.states:
+        width += teacher.L * teacher.H
+    per_logit = 10 if cfg.gpus > 0 else 8
+    parts = {"weights": itemsize(cfg) * teacher.P / cfg.teacher_gpus,
+             "activations": itemsize(cfg) * micro_batch(cfg) * width,
+             "logits": 1024 * teacher.V * per_logit}
+    if cfg.teacher_engine == "vllm":
+        parts["cache"] = cache_bytes(cfg, teacher, "vllm", gpu_gb)
+    elif cfg.eval.teacher:                         # one answer at least
+        parts["cache"] = (cfg.max_prompt + cfg.max_response) * teacher.cached(itemsize(cfg)) / cfg.teacher_gpus
+    return parts
+
+
+def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float]:
+    """Bytes of a rollout worker; on a CPU its weights exist twice while new ones are loaded."""
+    copies = 1 if cfg.gpus > 0 else 2
+    return {"weights": copies * itemsize(cfg) * student.P,
+            "cache": cache_bytes(cfg, student, cfg.engine, gpu_gb)}
+
+
+def cache_bytes(cfg: Config, model: Shape, engine: str, gpu_gb: float) -> float:
+    """Keys and values of an engine. vLLM takes its share of a GPU, whatever it needs, but at least one response."""
+    longest = (cfg.max_prompt + cfg.max_response) * model.cached(itemsize(cfg))
     if engine == "vllm":
-        left = cfg.gpu_share * gpu_gb * 1e9 - itemsize * model.P if cfg.gpus else 1e9
-        return max(longest, left)
-    return longest * min(cfg.max_running, -(-(cfg.max_ahead + 1) * cfg.batch // cfg.rollouts))
+        room = 1e9
+        if cfg.gpus > 0:
+            room = gpu_share(cfg) * gpu_gb * 1e9 - itemsize(cfg) * model.P
+        return max(longest, room)
+    slots = (cfg.max_ahead + 1) * cfg.batch
+    return longest * min(cfg.max_running, math.ceil(slots / cfg.rollouts))
 
 
-REMEDY = {"weights": "a smaller model", "gradients": "a smaller student, more --learners, or --lora-rank",
-          "optimizer": "a smaller student, more --learners, or --lora-rank",
-          "activations": "--gradient-checkpointing, or a lower --max-response and --micro-tokens",
-          "logits": "a lower --chunk", "cache": "a lower --max-ahead or --batch, --max-running or --gpu-share",
-          "process": "fewer workers"}
+def loading(cfg: Config, student: Shape, teacher: Shape) -> Need:
+    """While a run starts: transformers reads a model into the host's memory first, all workers at the same time."""
+    readers = 0                                    # of the teacher's weights
+    if ESTIMATORS[cfg.estimator].support == "full":
+        readers += cfg.learners                    # for its head
+    if cfg.teacher_engine == "hf" and cfg.teacher_gpus == 1:
+        readers += cfg.teachers
+    size = 4 * student.P * cfg.learners + itemsize(cfg) * teacher.P * readers
+    return Need("loading", "cpu", {"weights": size / 1e9})
 
+
+# -- what fits -------------------------------------------------------------------------------------
 
 def check(needs: list[Need], free: dict[str, float]) -> None:
-    """Refuse what cannot fit, in one line. What is shared is the host's memory too."""
-    for device, there in free.items():
-        on = [n for n in needs if n.device == device or (device == "cpu" and n.device == "shm")]
-        if (total := sum(n.gb for n in on)) > there:
-            worst = max(on, key=lambda n: n.gb)
+    """Raise ValueError where the memory of a device is too small. Shared memory is the host's memory too."""
+    for device, available in free.items():
+        on_it = [n for n in needs if n.device == device or (device == "cpu" and n.device == "shm")]
+        total = sum(n.gb for n in on_it)
+        if total > available:
+            worst = max(on_it, key=lambda n: n.gb)
             part = max(worst.parts, key=worst.parts.get)
-            raise ValueError(f"{', '.join(n.worker for n in on)}: {total:,.1f} GB on {device}, where {there:,.1f} are "
-                             f"free; most of it is {worst.worker}'s {part}, {worst.parts[part]:,.1f} GB: "
-                             f"{REMEDY[part]}")
+            raise ValueError(f"{', '.join(n.worker for n in on_it)}: {total:,.1f} GB on {device}, where "
+                             f"{available:,.1f} are free; most of it is {worst.worker}'s {part}, "
+                             f"{worst.parts[part]:,.1f} GB: {REMEDY[part]}")
 
 
 def rows(needs: list[Need], free: dict[str, float]) -> list[list[str]]:
-    """Cells of the table that is printed at the start, GB; the last column: free on that device."""
-    total: dict[str, float] = defaultdict(float)
-    out = [["GB", "device", *PARTS, "all", "free"]]
+    """Cells of the table that is printed at the start, GB; the last column is free on that device."""
+    used = [part for part in PARTS if any(part in n.parts for n in needs)]
+    table = [["GB", "device", *used, "all", "free"]]
     for n in needs:
-        total[n.device] += n.gb
-        cells = [f"{n.parts[p]:,.2f}" if p in n.parts else "" for p in PARTS]
-        out.append([n.worker, n.device, *cells, f"{n.gb:,.2f}", f"{free[n.device]:,.1f}" if n.device in free else ""])
-    return out
+        cells = [f"{n.parts[part]:,.2f}" if part in n.parts else "" for part in used]
+        available = f"{free[n.device]:,.1f}" if n.device in free else ""
+        table.append([n.worker, n.device, *cells, f"{n.gb:,.2f}", available])
+    return table

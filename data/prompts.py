@@ -46,7 +46,7 @@ def read_rows(name: str, prompt_key: str, answer_key: str, filter: str = "") -> 
     if number_read == 0:
         raise ValueError(f"{name}: holds no rows")
     if not rows:
-        raise ValueError(f"{name}: none of its {number_read:,} rows passes --filter {filter!r}")
+        raise ValueError(f"{name}: none of its {number_read:,} rows passes --data.filter {filter!r}")
     return rows
 
 
@@ -54,7 +54,7 @@ def prompt_of(record, key: str, where: str) -> str:
     prompt = lookup(record, key)
     if not isinstance(prompt, str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: no text under --prompt-key {key!r} (there is: {found})")
+        raise ValueError(f"{where}: no text under --data.prompt-key {key!r} (there is: {found})")
     return prompt
 
 
@@ -178,7 +178,7 @@ def parse_filter(text: str) -> list[Condition]:
         m = CONDITION.fullmatch(part)
         if m is None:
             raise ValueError(
-                f"--filter {text!r}: {part!r} is not KEY OP VALUE, where OP is one of "
+                f"--data.filter {text!r}: {part!r} is not KEY OP VALUE, where OP is one of "
                 f"{' '.join(COMPARISONS)} (example: difficulty>=6 and source!=aime)")
         conditions.append(Condition(m[1], m[2], m[3].strip("'\"")))
     return conditions
@@ -199,7 +199,7 @@ def passes(record: dict, condition: Condition, where: str) -> bool:
     except (TypeError, ValueError):
         if comparison in ("==", "!="):
             return compare(str(found), value)
-    raise ValueError(f"{where}: --filter {key}{comparison}{value}: {key} is {found!r} here, and "
+    raise ValueError(f"{where}: --data.filter {key}{comparison}{value}: {key} is {found!r} here, and "
                      f"{comparison} compares numbers only")
 
 

@@ -2,7 +2,7 @@
 A task: rows to train on, rows to evaluate on, and a grader that says whether a text answers a row.
 
     toy                      additions of 2 and 3 digits, made here (data/toy.py); no download
-    FILE.jsonl               one row per line; the keys are set by --prompt-key and --answer-key
+    FILE.jsonl               one row per line; the keys are set by --data.prompt-key and --data.answer-key
     FILE.parquet             a table, with the same keys
     hf:NAME[:CONFIG][:SPLIT] a data set of the Hugging Face hub or in a folder, through `datasets`
 
@@ -36,7 +36,7 @@ def load_task(name: str, *, prompt_key: str = "prompt", answer_key: str = "answe
     """
     if name == "toy":
         if filter:
-            raise ValueError(f"--filter {filter!r}: the toy's rows have no keys to filter by")
+            raise ValueError(f"--data.filter {filter!r}: the toy's rows have no keys to filter by")
         return toy_task(eval_n)
     train = read_rows(name, prompt_key, answer_key, filter)
     if eval_name:
@@ -48,7 +48,7 @@ def load_task(name: str, *, prompt_key: str = "prompt", answer_key: str = "answe
     kept = [row for row in train if row.prompt not in prompts]
     if not kept:
         raise ValueError(f"{name}: the evaluation uses every prompt, none is left to train on "
-                         "(set another --eval-task or a lower --eval-n)")
+                         "(set another --data.eval-task or a lower --eval.n)")
     return Task(kept, evaluated, MathGrader())
 
 

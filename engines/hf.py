@@ -15,7 +15,7 @@ from models.head import sequence_logp
 from models.loading import load_model, stop_ids
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 
 class HFEngine(Engine):

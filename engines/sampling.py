@@ -12,7 +12,7 @@ from torch import Tensor
 from estimators import ESTIMATORS, draw, shaped
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 
 TRAINING, EVALUATION, VALIDATION = 0, 2, 3       # streams of random numbers; 1 is the teacher's

@@ -10,7 +10,7 @@ import torch
 from engines.hf import HFEngine
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 
 def vllm_engine(cfg: Config, device: str, dtype: torch.dtype):

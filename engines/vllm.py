@@ -28,7 +28,7 @@ from engines.sampling import DRAW, Sampler, draw_rows, draws  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 
 class VLLMEngine(Engine):

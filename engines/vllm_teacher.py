@@ -33,7 +33,7 @@ from models.alignment import kept_rows  # noqa: E402
 from models.loading import vocab_size  # noqa: E402
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 
 class VLLMTeacher:

@@ -33,7 +33,7 @@ from models.head import head_logp, teacher_logq
 from models.sharding import layers, shard_of
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
     from learner import Learner
     from transport.link import Link
 

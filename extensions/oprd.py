@@ -32,7 +32,7 @@ from torch.nn.functional import cosine_similarity, normalize
 from cache import Segment, Slots
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
     from estimators import Estimator
     from models.footprint import Shape
 

@@ -30,8 +30,8 @@ import torch
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from asyncopd import Config
     from cache import Segment, Slots
+    from config import Config
     from estimators import Estimator
 
 COUNT = 16            # fewest measurements of a mean that is judged

@@ -1,5 +1,7 @@
 """
-models.footprint
+The sizes of a model and the memory that follows from them, before any weight is read; and how much memory is free.
+
+Tests: tests/test_plan.py
 """
 from __future__ import annotations
 
@@ -9,45 +11,42 @@ import shutil
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 
+from config import Config
 from estimators import ESTIMATORS
-
-if TYPE_CHECKING:
-    from asyncopd import Config
-
 
 CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words
 
+
 @dataclass(frozen=True)
 class Shape:
-    """What memory follows from: parameters P, words V, layers L, widths H (model), I (MLP), A (heads), K (kv heads)."""
-    P: int
-    V: int
-    L: int
-    H: int
-    I: int  # noqa: E741
-    A: int
-    K: int
+    """What memory follows from."""
+    P: int                                       # parameters
+    V: int                                       # words: rows of the LM head
+    L: int                                       # layers
+    H: int                                       # width of the model
+    I: int  # noqa: E741                         # width of the MLP; of its active experts together
+    A: int                                       # width of all attention heads
+    K: int                                       # width of all key-value heads
 
     @classmethod
-    def of(cls, config) -> Shape:
+    def of(cls, config: Any) -> Shape:
         """From a transformers configuration; the parameters are counted on a model without storage."""
         from transformers import AutoModelForCausalLM
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
         c = config.get_text_config()
         heads = c.num_attention_heads
-        width = getattr(c, "head_dim", None) or c.hidden_size // heads
-        experts, inner = getattr(c, "num_experts_per_tok", None), getattr(c, "moe_intermediate_size", None)
-        return cls(P=sum(p.numel() for p in model.parameters()), V=c.vocab_size, L=c.num_hidden_layers, H=c.hidden_size,
-                   I=experts * inner if experts and inner else getattr(c, "intermediate_size", 4 * c.hidden_size),
-                   A=heads * width, K=(getattr(c, "num_key_value_heads", None) or heads) * width)
+        kv_heads = getattr(c, "num_key_value_heads", None) or heads
+        head_width = getattr(c, "head_dim", None) or c.hidden_size // heads
+        return cls(P=sum(p.numel() for p in model.parameters()), V=c.vocab_size, L=c.num_hidden_layers,
+                   H=c.hidden_size, I=mlp_width(c), A=heads * head_width, K=kv_heads * head_width)
 
     def adapters(self, rank: int) -> int:
-        """Parameters of --lora-rank: two thin matrices beside each of a layer's seven linear ones."""
+        """Parameters of --lora-rank: two thin matrices for each of a layer's seven linear ones."""
         return rank * self.L * (7 * self.H + 2 * self.A + 2 * self.K + 3 * self.I)
 
     def layer(self, half: bool) -> int:
@@ -56,7 +55,9 @@ class Shape:
         In bf16 (autocast) the residual stream, the norms' inputs and what q and k are before theirs stay float32.
         """
         H, I, A, K = self.H, self.I, self.A, self.K  # noqa: E741
-        return 26 * H + 10 * A + 10 * K + 8 * I if half else 4 * (6 * H + 4 * A + 4 * K + 4 * I)
+        if half:
+            return 26 * H + 10 * A + 10 * K + 8 * I
+        return 4 * (6 * H + 4 * A + 4 * K + 4 * I)
 
     def activations(self, half: bool, again: bool) -> int:
         """Bytes per token of a training step; `again`: gradient checkpointing, only a layer's input is kept.
@@ -71,29 +72,63 @@ class Shape:
         return 2 * self.L * self.K * itemsize
 
 
+def mlp_width(c: Any) -> int:
+    """Width of the MLP that a token meets, from a transformers configuration."""
+    experts = getattr(c, "num_experts_per_tok", None)
+    expert_width = getattr(c, "moe_intermediate_size", None)
+    if experts and expert_width:
+        return experts * expert_width
+    return getattr(c, "intermediate_size", 4 * c.hidden_size)
+
+
 def logit_bytes(support: str, half: bool) -> int:
-    """Bytes per logit of a chunk: one float32 buffer, and a bf16 one beside it on a GPU. Where the estimator sees
-    all words: the teacher's log-probs as well, the gradient, and what autograd keeps of the divergence."""
-    return (40 if support == "full" else 4) + (2 if half else 0)
+    """Bytes per logit of a chunk: a float32 buffer, and on a GPU one in bf16. Where the estimator sees all words, also
+    the teacher's log-probs, the gradient, and what autograd keeps of the divergence."""
+    float32 = 40 if support == "full" else 4
+    return float32 + (2 if half else 0)
 
 
 def chunk_size(cfg: Config, vocab: int, free_gb: float = math.inf) -> int:
-    """Positions whose logits exist at once: --chunk, or what fits in CHUNK_GB and in an eighth of what is free."""
-    each = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, cfg.gpus > 0) / 1e9
-    return cfg.chunk or max(16, int(min(CHUNK_GB, free_gb / 8) / each))
+    """Positions whose logits exist at once in the learner: what fits in CHUNK_GB and in an eighth of what is free."""
+    per_position = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, cfg.gpus > 0) / 1e9
+    return max(16, int(min(CHUNK_GB, free_gb / 8) / per_position))
+
+
+def gpu_share(cfg: Config) -> float:
+    """Share of a GPU's memory that vLLM takes: nearly all of its own GPU, less of one that has other roles too."""
+    return 0.85 if cfg.gpus > 2 else 0.3
 
 
 def free_gb() -> dict[str, float]:
-    """device -> GB free now, and `gpu` -> size of a GPU; only of what is here. Asks nvidia-smi: CUDA would take a
-    part of every GPU for the parent, which has no business there."""
-    found = {"shm": shutil.disk_usage("/dev/shm").free / 1e9} if Path("/dev/shm").exists() else {}
-    if (meminfo := Path("/proc/meminfo")).exists():
-        found["cpu"] = next(int(line.split()[1]) for line in meminfo.read_text().splitlines()
-                            if line.startswith("MemAvailable")) * 1024 / 1e9
+    """device -> GB free now, and `gpu` -> size of a GPU; only of what is there.
+
+    This asks nvidia-smi: CUDA would take a part of every GPU for the parent, which has no work for one.
+    """
+    found = {}
+    if Path("/dev/shm").exists():
+        found["shm"] = shutil.disk_usage("/dev/shm").free / 1e9
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        found["cpu"] = int(available.split()[1]) * 1024 / 1e9
     if shutil.which("nvidia-smi"):
-        seen = os.environ.get("CUDA_VISIBLE_DEVICES")
-        asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
-        said = subprocess.run(asked + (["-i", seen] if seen else []), capture_output=True, text=True)
-        for i, line in enumerate(said.stdout.splitlines() if said.returncode == 0 else ()):
-            found[f"cuda:{i}"], found["gpu"] = (float(x) * 2 ** 20 / 1e9 for x in line.split(","))
+        for i, (free, total) in enumerate(gpu_memory()):
+            found[f"cuda:{i}"] = free
+            found["gpu"] = total
     return found
+
+
+def gpu_memory() -> list[tuple[float, float]]:
+    """(free, total) GB of every GPU that this process may see."""
+    asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if seen:
+        asked += ["-i", seen]
+    answer = subprocess.run(asked, capture_output=True, text=True)
+    if answer.returncode != 0:
+        return []
+    table = []
+    for line in answer.stdout.splitlines():
+        free, total = (float(mib) * 2 ** 20 / 1e9 for mib in line.split(","))
+        table.append((free, total))
+    return table

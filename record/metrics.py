@@ -76,9 +76,9 @@ DONE = {      # keys of the last line: formula or meaning, unit
     "lag_max": "largest of any trained token, versions",
     "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has hardly moved",
     "kl_after": "mean `kl` of the last 10 steps",
-    "accuracy_before": "mean over the held-out rows and --eval-k answers to each, step 0",
+    "accuracy_before": "mean over the held-out rows and --eval.k answers to each, step 0",
     "accuracy_after": "the same, last step",
-    "accuracy_teacher": "the teacher's, one greedy answer each (--eval-teacher)",
+    "accuracy_teacher": "the teacher's, one greedy answer each (--eval.teacher)",
 }
 
 

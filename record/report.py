@@ -99,8 +99,7 @@ def model_card(log: Path) -> str:
     hub = "" if Path(c["student"]).exists() else f"base_model: {c['student']}\n"
     facts = {
         "student before": f"`{c['student']}`", "teacher": f"`{c['teacher']}`",
-        "prompts": f"`{c['task']}`" + "".join(f", {k.replace('_', ' ')} `{c[k]}`" for k in
-                                              ("filter", "prompt_suffix") if c[k]),
+        "prompts": f"`{c['task']}`" + "".join(f", {k} `{c['data'][k]}`" for k in ("filter", "suffix") if c["data"][k]),
         "objective": f"{c['kl']} KL, estimator `{c['estimator']}`",
         "training": f"{d['steps']} batches of {c['batch']} responses, {d['tokens_trained']:,} tokens, AdamW, learning "
                     f"rate {c['lr']:g} ({c['lr_schedule']}), seed {c['seed']}",
@@ -111,8 +110,8 @@ def model_card(log: Path) -> str:
                 "|--:|---|--:|--:|--:|--:|"]
     measured += [f"| {e['step']} | {e['who']} | {e['accuracy']:.1%} | {e['ci'][0]:.1%} to {e['ci'][1]:.1%} | {e['n']} "
                  f"| {e['k']} |" for e in evals]
-    how = f"temperature {c['eval_temperature']:g}" if c["eval_temperature"] else "greedy"
-    where = f"`{c['eval_task']}`" if c["eval_task"] else "rows of the task that were held out"
+    how = f"temperature {c['eval']['temperature']:g}" if c["eval"]["temperature"] else "greedy"
+    where = f"`{c['data']['eval_task']}`" if c["data"]["eval_task"] else "rows of the task that were held out"
     kl = (f"KL per token, {c['kl']}, on the student's own prefixes: {d['kl_before']:.4f} in the first ten batches, "
           f"{d['kl_after']:.4f} in the last ten." if d["steps"] >= 20 else "")
     return "\n".join([

@@ -34,18 +34,20 @@ def models(tmp_path_factory) -> dict[str, str]:
 
 @pytest.fixture
 def config(models, tmp_path):
-    """config(**flags) -> Config for the tiny pair on the toy's prompts."""
-    from asyncopd import Config
+    """config(**flags) -> Config for the tiny pair on the toy's prompts; eval__n=8 is --eval.n=8."""
+    from control.command_line import as_flag
+    from control.resolve import configure
+
     def make(**flags):
         given = dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=4,
-                     max_prompt=16, max_response=12, max_running=16, steps=3, lr=1e-3, eval_n=8,
+                     max_prompt=16, max_response=12, max_running=16, steps=3, lr=1e-3, eval__n=8,
                      out=str(tmp_path / "run")) | flags
-        return Config.from_cli([f"--{k.replace('_', '-')}={v}" for k, v in given.items()])
+        return configure([as_flag(k.replace("__", "."), v) for k, v in given.items()])
     return make
 
 
 @pytest.fixture
 def flags(models, tmp_path):
     return dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=8,
-                max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval_n=8, eval_every=0, warmup=0,
+                max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval__n=8, eval__every=0, warmup=0,
                 out=str(tmp_path / "run"))

@@ -6,11 +6,12 @@ import sys
 import time
 from pathlib import Path
 
+from control.command_line import as_flag
 from tests.conftest import ROOT
 
 
 def command(config_flags: dict) -> list[str]:
-    flags = (f"--{k.replace('_', '-')}={v}" for k, v in config_flags.items())
+    flags = (as_flag(k.replace("__", "."), v) for k, v in config_flags.items())
     return [sys.executable, str(ROOT / "asyncopd.py"), *flags]
 
 

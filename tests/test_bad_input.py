@@ -10,6 +10,9 @@ import pytest
 import torch
 
 import asyncopd
+from config import Config
+from control.preflight import prepare
+from control.resolve import configure
 from tests.conftest import ROOT, save_tiny
 
 CASES = [      # (flags, what the line must name). {w} is a folder with the files below
@@ -19,17 +22,17 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--lr=fast", "fast"), ("--kl=sideways", "sideways"), ("--estimator=magic", "magic"), ("--top-p=0", "--top-p 0"),
     ("--top-p=1.5", "--top-p 1.5"), ("--max-ahead=-1", "--max-ahead -1"), ("--mc-samples=0", "--mc-samples 0"),
     ("--batch=2 --minibatches=3", "--minibatches 3"), ("--temperature=0", "--temperature 0"), ("--beta=2", "--beta 2"),
-    ("--eval-every=-1", "--eval-every -1"), ("--engine=sglang", "sglang"), ("--gpu-share=3", "--gpu-share 3"),
+    ("--eval.every=-1", "--eval.every -1"), ("--engine=sglang", "sglang"),
     ("--max-ahead=9 --max-lag=4", "--max-lag 4"), ("--overdue=forget", "forget"), ("--schedule=later", "later"),
-    ("--clip=0", "--clip 0"), ("--keep=-1", "--keep -1"), ("--stall-s=0", "--stall-s 0"),
-    ("--max-skips=0", "--max-skips 0"), ("--max-restarts=-2", "--max-restarts -2"), ("--chunk=-5", "--chunk -5"),
+    ("--clip=0", "--clip 0"), ("--faults.keep=-1", "--faults.keep -1"), ("--faults.stall-s=0", "--faults.stall-s 0"),
+    ("--faults.skips=0", "--faults.skips 0"), ("--faults.restarts=-2", "--faults.restarts -2"),
     ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
     ("--rock=0.3", "--rock 0.3"), ("--rock=1,2", "--rock 1,2"), ("--rock=-0.1,2", "--rock -0.1,2"),
     ("--rock=nan,2", "--rock nan,2"), ("--rock=0,0", "--rock 0,0"), ("--rock=0,2,0", "--rock 0,2,0"),
     ("--rock=0,2,20,1", "--rock 0,2,20,1"), ("--rock=all", "--rock all"), ("--rock-set=+", "--rock-set +"),
     ("--rock=0,2 --rock-set=+,teen", "'teen'"), ("--rock=0,2 --rock-set=99", "'99'"),
     ("--rock=0,2 --rock-set=+,", "''"), ("--rock=0,2 --estimator=none", "--estimator none has no loss at a token"),
-    ("--eval-task={w}/good.jsonl", "good.jsonl"),
+    ("--data.eval-task={w}/good.jsonl", "good.jsonl"),
     # OPRD
     ("--oprd-weight=-1", "--oprd-weight -1"), ("--estimator=none --oprd-rank=-2", "--oprd-rank -2"),
     ("--estimator=none --oprd-tokens=0", "--oprd-tokens 0"), ("--oprd-rank=4", "--oprd-rank 4: without OPRD"),
@@ -61,13 +64,13 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     # prompts
     ("--task={w}/absent.jsonl {m}", "absent.jsonl"), ("--task={w}/empty.jsonl {m}", "empty.jsonl"),
     ("--task={w}/malformed.jsonl {m}", "malformed.jsonl:3"), ("--task={w}/missing.jsonl {m}", "missing.jsonl:2"),
-    ("--task={w}/numbers.jsonl {m}", "numbers.jsonl:1"), ("--task={w}/good.jsonl --prompt-key=q {m}", "'q'"),
+    ("--task={w}/numbers.jsonl {m}", "numbers.jsonl:1"), ("--task={w}/good.jsonl --data.prompt-key=q {m}", "'q'"),
     ("--task={w}/binary.jsonl {m}", "binary.jsonl"), ("--task={w}/lists.jsonl {m}", "lists.jsonl:1"),
     ("--task={w}/good.jsonl --max-prompt=1 {m}", "--max-prompt 1"),
-    ("--task={w}/good.jsonl --max-prompt=5 --long-prompts=refuse {m}", "--long-prompts refuse: 1 of 3"),
-    ("--task={w}/good.jsonl --eval-task={w}/absent.jsonl {m}", "absent.jsonl"),
+    ("--task={w}/good.jsonl --max-prompt=5 --data.long-prompts=refuse {m}", "--data.long-prompts refuse: 1 of 3"),
+    ("--task={w}/good.jsonl --data.eval-task={w}/absent.jsonl {m}", "absent.jsonl"),
     ("--task={w}/broken.parquet {m}", "broken.parquet"), ("--task={w} {m}", "{w}"),
-    ("--prompt-template=plain", "plain"), ("--filter=level>>3", "level>>3"),
+    ("--data.template=plain", "plain"), ("--data.filter=level>>3", "level>>3"),
     # where it writes
     ("--out={w}/list.yaml", "list.yaml"), ("--out={w}/list.yaml/run", "list.yaml"), ("--out={w}/thesis", "--overwrite"),
     ("--out={w}/thesis --overwrite", "log.jsonl"), ("--out=/proc/run", "/proc"),
@@ -151,11 +154,11 @@ def test_a_full_disk_and_too_little_shared_memory(models, tmp_path, monkeypatch,
     assert "GB for the student" in refused(capsys, *flags) and listing(tmp_path) == []
     saving = (*flags, "--save-every=1", "--steps=9", "--overwrite")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: usage(p) if "shm" in str(p) else SimpleNamespace(free=900_000))
-    assert "and 3 checkpoints (--keep), where 0.0 are free" in refused(capsys, *saving)
+    assert "and 3 checkpoints (--faults.keep), where 0.0 are free" in refused(capsys, *saving)
     (tmp_path / "run" / "checkpoints").mkdir(parents=True)
     (tmp_path / "run" / "checkpoints" / "old").write_bytes(b"." * 2_000_000)       # goes, or is one of those counted
-    cfg = asyncopd.Config.from_cli(["--gpus=0", "--task=toy", *saving])
-    assert asyncopd.prepare(cfg) and "GB" not in str(cfg)
+    cfg = configure(["--gpus=0", "--task=toy", *saving])
+    assert prepare(cfg) and "GB" not in str(cfg)
     shutil.rmtree(tmp_path / "run")
     monkeypatch.setattr(shutil, "disk_usage", lambda p: SimpleNamespace(free=1_000 if "shm" in str(p) else 1e12))
     assert "on shm" in refused(capsys, *flags) and listing(tmp_path) == []
@@ -167,12 +170,12 @@ def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_p
     (folder / "checkpoints" / "step-4" / "state.json").write_text("{")
     config = dict(task="toy", student=models["student"], teacher=models["teacher"], seed=3, gpus=0, engine="hf")
     from dataclasses import asdict
-    cfg = asyncopd.Config.from_cli([f"--{k}={v}" for k, v in config.items()])
+    cfg = configure([f"--{k}={v}" for k, v in config.items()])
     (folder / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(cfg)}) + "\n")
     assert "step-4: state.json is damaged" in refused(capsys, "--resume", f"--out={folder}")
     with open(folder / "log.jsonl", "a") as f:             # resumed once, with more steps
         f.write('{"type": "step"}\n' + json.dumps({"type": "run", "config": asdict(cfg) | {"steps": 777}}) + "\n")
-    assert asyncopd.Config.from_cli(["--resume", f"--out={folder}"]).steps == 777
+    assert configure(["--resume", f"--out={folder}"]).steps == 777
     for flag, value in (("seed", 4), ("batch", 3), ("student", models["tied"]), ("schedule", "sync")):
         assert f"--{flag} {value}: --resume cannot change" in refused(capsys, "--resume", f"--out={folder}",
                                                                       f"--{flag}={value}")
@@ -181,7 +184,7 @@ def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_p
     file.write_text(f"resume: true\nout: {folder}\nseed: 4\n")
     assert "--seed 4: --resume cannot change" in refused(capsys, f"--config={file}")
     file.write_text(f"resume: true\nout: {folder}\nsteps: 888\n")
-    cfg = asyncopd.Config.from_cli([f"--config={file}"])
+    cfg = configure([f"--config={file}"])
     assert (cfg.seed, cfg.steps, cfg.student) == (3, 888, models["student"])
     assert "absent.yaml" in refused(capsys, "--resume", f"--out={folder}", "--config=absent.yaml")
 
@@ -190,13 +193,13 @@ def test_a_run_cannot_go_on_from_damaged_checkpoints_or_as_another(models, tmp_p
                                        ({"rock": "0,2"}, False)])
 def test_another_teacher_cannot_go_on_with_what_the_first_has_said(how, same, models, tmp_path, capsys):
     from dataclasses import asdict
-    cfg = asyncopd.Config.from_cli(["--gpus=0", "--engine=hf", "--task=toy", f"--student={models['student']}",
+    cfg = configure(["--gpus=0", "--engine=hf", "--task=toy", f"--student={models['student']}",
                                     f"--teacher={models['teacher']}", *(f"--{k}={v}" for k, v in how.items())])
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(cfg)}) + "\n")
     other = ["--resume", f"--out={tmp_path}/run", f"--teacher={models['tied']}"]
     if same:
-        assert asyncopd.Config.from_cli(other).teacher == models["tied"]
+        assert configure(other).teacher == models["tied"]
     else:
         assert f"--teacher {models['tied']}: --resume cannot change" in refused(capsys, *other)
 
@@ -204,10 +207,10 @@ def test_another_teacher_cannot_go_on_with_what_the_first_has_said(how, same, mo
 def test_what_is_on_the_hub_is_fetched_before_a_worker_starts(models, monkeypatch):
     import huggingface_hub
 
-    from control import preflight as job
+    from control import preflight_models as job
     asked = []
     monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, allow_patterns: asked.append(name))
-    cfg = asyncopd.Config(student=models["student"], teacher="org/large")
+    cfg = Config(student=models["student"], teacher="org/large")
     job.fetch(cfg)
     assert asked == ["org/large"]
 
@@ -240,6 +243,6 @@ def test_a_tokenizer_with_more_words_than_the_head_has_rows(rows, models, tmp_pa
     for f in (folder, student):
         more.save_pretrained(f)
     flags = (f"--student={student}", f"--teacher={folder}", "--max-prompt=16", "--max-response=16",
-             f"--out={tmp_path}/run", "--long-prompts=refuse", "--max-prompt=1")
+             f"--out={tmp_path}/run", "--data.long-prompts=refuse", "--max-prompt=1")
     err = refused(capsys, *flags)
     assert ("its head has 20 rows for 25 words" in err) == (rows == 20), err

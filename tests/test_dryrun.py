@@ -10,8 +10,9 @@ from dataclasses import asdict, replace
 import pytest
 import transformers
 
-from asyncopd import Config, main
+from asyncopd import main
 from control import dryrun
+from control.resolve import configure
 from models import footprint
 from tests.conftest import ROOT
 
@@ -35,7 +36,7 @@ def no_cache(monkeypatch):
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(footprint, "free_gb", dict)
-    dryrun.model.cache_clear()
+    dryrun.known_model.cache_clear()
 
 
 @pytest.mark.parametrize("name, gpus", RUNS)
@@ -54,7 +55,7 @@ def test_a_config_says_what_it_needs_and_how_to_run_it(name):
     commands = re.findall(r"python asyncopd\.py ([^\n]*)", head)
     assert commands and all(len(line) <= 120 for line in text.splitlines())
     for command in commands:
-        Config.from_cli([*command.replace("configs/", f"{ROOT}/configs/").split(), "--dry-run"])
+        configure([*command.replace("configs/", f"{ROOT}/configs/").split(), "--dry-run"])
     assert name == "toy" or ("no result of this file has been measured" in head and "# Needs:" in head)
 
 
@@ -62,20 +63,20 @@ def test_a_config_says_what_it_needs_and_how_to_run_it(name):
 @pytest.mark.parametrize("twin, what", [("sync", dict(schedule="sync", max_ahead=0)), ("step_off", dict(
     schedule="step-off", max_ahead=2)), ("forward", dict(kl="forward", estimator="forward_topk", top_k=16))])
 def test_a_twin_differs_from_its_base_in_what_its_name_says(size, twin, what):
-    base, other = (asdict(replace(Config.from_cli([f"--config={ROOT}/configs/{name}.yaml", "--dry-run"]), out=""))
+    base, other = (asdict(replace(configure([f"--config={ROOT}/configs/{name}.yaml", "--dry-run"]), out=""))
                    for name in (f"deepmath_{size}", f"deepmath_{size}_{twin}"))
     assert other == base | what
 
 
 def test_eight_gpus_and_nothing_else_named_is_the_papers_setting():
-    cfg = Config.from_cli(["--gpus=8", "--kl=reverse", "--mc-samples=4", "--dry-run"])
+    cfg = configure(["--gpus=8", "--kl=reverse", "--mc-samples=4", "--dry-run"])
     assert (cfg.student, cfg.teacher) == ("Qwen/Qwen3-1.7B", "Qwen/Qwen3-30B-A3B-Instruct-2507")
     assert (cfg.batch, cfg.minibatches, cfg.lr, cfg.max_prompt, cfg.max_response) == (256, 4, 3e-6, 2048, 16384)
-    assert (cfg.rollouts, cfg.teachers, cfg.learners) == (4, 1, 3) and cfg.filter == "difficulty>=6"
-    assert cfg.prompt_suffix.endswith("put your final answer within \\boxed{}.")
-    assert "Qwen2.5-0.5B" in Config.from_cli(["--gpus=1", "--dry-run"]).student
+    assert (cfg.rollouts, cfg.teachers, cfg.learners) == (4, 1, 3) and cfg.data.filter == "difficulty>=6"
+    assert cfg.data.suffix.endswith("put your final answer within \\boxed{}.")
+    assert "Qwen2.5-0.5B" in configure(["--gpus=1", "--dry-run"]).student
     for toy in (["--gpus=0"], ["--gpus=8", "--task=toy", "--dry-run"], []):
-        assert Config.from_cli(toy).task == "toy"
+        assert configure(toy).task == "toy"
 
 
 @pytest.mark.parametrize("name, gpus, gb, fits", [
@@ -113,20 +114,21 @@ def test_a_dry_run_of_what_cannot_be_is_exit_code_2(flags, named, capsys):
 def test_a_file_may_change_another_but_not_itself(tmp_path):
     (tmp_path / "a.yaml").write_text("config: b.yaml\nsteps: 3\n")
     (tmp_path / "b.yaml").write_text("task: toy\nsteps: 5\nlr: 0.5\n")
-    cfg = Config.from_cli([f"--config={tmp_path}/a.yaml", "--gpus=0"])
+    cfg = configure([f"--config={tmp_path}/a.yaml", "--gpus=0"])
     assert (cfg.steps, cfg.lr) == (3, 0.5)
     (tmp_path / "b.yaml").write_text("config: a.yaml\n")
     with pytest.raises(ValueError, match="names itself"):
-        Config.from_cli([f"--config={tmp_path}/a.yaml", "--gpus=0"])
+        configure([f"--config={tmp_path}/a.yaml", "--gpus=0"])
 
 
 @pytest.mark.parametrize("name, total, active", [
     ("Qwen/Qwen2.5-0.5B-Instruct", 0.49, 0.49), ("Qwen/Qwen2.5-1.5B-Instruct", 1.54, 1.54),
     ("Qwen/Qwen3-1.7B", 1.7, 1.7), ("Qwen/Qwen3-4B", 4.0, 4.0), ("Qwen/Qwen3-30B-A3B-Instruct-2507", 30.5, 3.3)])
 def test_parameters_are_those_that_the_models_cards_state(name, total, active):
-    shape, met, source = dryrun.model("student", name)
-    assert shape.P / 1e9 == pytest.approx(total, abs=0.06) and met / 1e9 == pytest.approx(active, abs=0.06)
-    assert source == "configs/shapes.json" and shape.V == 151_936
+    model = dryrun.known_model("student", name)
+    assert model.shape.P / 1e9 == pytest.approx(total, abs=0.06)
+    assert model.active / 1e9 == pytest.approx(active, abs=0.06)
+    assert model.source == "configs/shapes.json" and model.shape.V == 151_936
 
 
 if __name__ == "__main__":

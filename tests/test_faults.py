@@ -103,12 +103,12 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
     assert [s["step"] for s in steps(flags)] == list(range(1, last + 1)) and lines(flags)[-1]["type"] == "done"
     assert kills.trained_once(flags)[1:] == (0, 0) and events(flags, "resumed")[0]["step"] % 4 == 0
     assert sorted(p.name for p in (Path(flags["out"]) / "checkpoints").iterdir()) == sorted(
-        [f"step-{last - 4}", f"step-{last}"]), "--keep 2"
+        [f"step-{last - 4}", f"step-{last}"]), "--faults.keep 2"
     assert shared_memory() <= before
 
 
 def test_a_run_that_goes_on_evaluates_no_version_twice(flags):
-    flags |= dict(schedule="sync", eval_every=2, save_every=2)
+    flags |= dict(schedule="sync", eval__every=2, save_every=2)
     assert finished(started(flags | dict(steps=4)), flags) is not None
     for last in (4, 6):                                            # from its end to its end, and two steps on
         again = [*command(dict(out=flags["out"], steps=last)), "--resume"]
@@ -121,7 +121,7 @@ def test_a_run_that_goes_on_evaluates_no_version_twice(flags):
 @pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
 def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
     """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
-    flags |= dict(steps=60, stall_s=40)
+    flags |= dict(steps=60, faults__stall_s=40)
     process, first = start_and_wait_for(flags, step=3)
     os.kill(first[victim], signal.SIGSTOP)
     err = finished(process, flags, code)
@@ -130,9 +130,9 @@ def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
 
 
 def test_after_so_many_restarts_the_run_ends(flags):
-    process, first = start_and_wait_for(flags | dict(steps=100_000, max_restarts=0), step=3)
+    process, first = start_and_wait_for(flags | dict(steps=100_000, faults__restarts=0), step=3)
     os.kill(first["rollout0"], signal.SIGKILL)
-    assert "rollout0 died with exit code -9, after 0 restarts (--max-restarts)" in finished(process, flags, code=1)
+    assert "rollout0 died with exit code -9, after 0 restarts (--faults.restarts)" in finished(process, flags, code=1)
 
 
 def test_an_interrupt_waits_for_its_checkpoint(flags):
@@ -170,7 +170,7 @@ def test_a_prompt_that_the_teacher_cannot_score_is_named_and_skipped(flags, mode
     AutoTokenizer.from_pretrained(models["teacher"]).save_pretrained(tmp_path / "teacher")
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": "1+?=" if i == 17 else f"{i}+1="}) for i in range(40)))
-    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), max_skips=9, max_response=1)
+    flags |= dict(steps=20, task=str(path), teacher=str(tmp_path / "teacher"), faults__skips=9, max_response=1)
     err = finished(started(flags), flags)
     skipped, trained = events(flags, "skipped"), [uid for s in steps(flags) for uid, _, _ in s["trained"]]
     named = {uid for e in skipped for uid in e["uids"]}
@@ -219,7 +219,8 @@ def test_a_student_with_nothing_left_to_say_is_spoken_of_once(flags, capsys):
     account, said = Account(), []
     for entropy in [2.0] * 10 + [0.015] * 10:
         account.enter(dict(tokens=1, lag_mean=0, lag_max=0, kl=1.0, entropy=entropy))
-    run = SimpleNamespace(cfg=SimpleNamespace(max_skips=3, minibatches=1), account=account, skips=0, saved="",
+    cfg = SimpleNamespace(faults=SimpleNamespace(skips=3), minibatches=1)
+    run = SimpleNamespace(cfg=cfg, account=account, skips=0, saved="",
                           collapsed=False, log=SimpleNamespace(warn=lambda text, **event: said.append(text)))
     Run.watch(run, 20, [], {0: 0})
     Run.watch(run, 21, [], {0: 0})

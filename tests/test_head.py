@@ -3,7 +3,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from asyncopd import Config
+from config import Config
 from estimators import ESTIMATORS
 from models.head import head_backward, head_logp
 

@@ -44,7 +44,7 @@ def test_a_response_ends_where_either_model_would_end_it_and_so_does_the_saved_s
 def test_the_first_prompt_is_the_one_that_is_handed_out_first_as_the_models_read_it(config, tmp_path):
     path = tmp_path / "t.jsonl"
     path.write_text("\n".join(json.dumps({"prompt": f"{i}", "answer": "1"}) for i in range(30)))
-    cfg, job = prepare(config(task=str(path), prompt_template="0{prompt}", prompt_suffix="=", seed=3))
+    cfg, job = prepare(config(task=str(path), data__template="0{prompt}", data__suffix="=", seed=3))
     from data.prompts import prompt_number
     assert job.first_prompt == f"0{prompt_number(0, 27, seed=3)}=" and len(job.prompts) == 27
 
@@ -55,5 +55,5 @@ def test_long_prompts_are_left_out_and_counted_or_refused(config, tmp_path):
     cfg, job = prepare(config(task=str(path)))
     assert len(job.prompts) == 29 and job.notes == (
         "1 of 30 prompts are empty or longer than --max-prompt 16: left out",)
-    with pytest.raises(ValueError, match="--long-prompts refuse: 1 of 30"):
-        prepare(config(task=str(path), long_prompts="refuse"))
+    with pytest.raises(ValueError, match="--data.long-prompts refuse: 1 of 30"):
+        prepare(config(task=str(path), data__long_prompts="refuse"))

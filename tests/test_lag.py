@@ -68,7 +68,7 @@ class Pipeline:
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute", deaths=False, resumes=False, jumps=False):
         cfg = SimpleNamespace(max_response=T, gap_max=1.0, max_running=8, schedule=schedule, inflight=inflight,
-                              eval_k=1, eval_temperature=0.0)
+                              eval=SimpleNamespace(k=1, temperature=0.0))
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)

@@ -5,7 +5,7 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
-from asyncopd import Config
+from control.resolve import configure
 from learner import Learner
 from models.footprint import Shape
 from models.loading import load_model
@@ -117,4 +117,4 @@ def test_a_run_lowers_the_kl_and_every_push_arrives(flags, tmp_path):
                                          (["--lora-rank=4", "--learners=2"], "--lora-rank 4: with one learner")])
 def test_a_rank_that_cannot_be_is_refused(args, named):
     with pytest.raises(ValueError, match=named):
-        Config.from_cli(["--task=toy", "--gpus=0", *args])
+        configure(["--task=toy", "--gpus=0", *args])

@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import asyncopd
-from asyncopd import Config, check_out
 from cache import Segment, Slots
+from config import Config
 from control import plan
 from control.preflight import prepare
+from control.resolve import configure
 from estimators import ESTIMATORS
 from extensions import oprd
 from extensions.oprd import Side, Sums, compared, pairs
@@ -24,6 +25,7 @@ from learner import Learner, summarize
 from models.footprint import Shape
 from models.loading import load_model
 from models.sharding import Ranks
+from record.run_folder import check_out
 from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
 from tests.runs import alive, command, run, start_and_wait_for, steps
@@ -59,7 +61,7 @@ def config(folders, tmp_path):
         given = dict(task="toy", student=folders / "student", teacher=folders / teacher, gpus=0, engine="hf", batch=4,
                      max_prompt=8, max_response=T, max_running=64, lr=1e-3, estimator="none",
                      out=str(tmp_path / "run")) | flags
-        return Config.from_cli([f"--{k.replace('_', '-')}={v}" if not isinstance(v, bool) else
+        return configure([f"--{k.replace('_', '-')}={v}" if not isinstance(v, bool) else
                                 f"--{'' if v else 'no-'}{k.replace('_', '-')}" for k, v in given.items()])
     return make
 
@@ -183,8 +185,8 @@ def test_a_slot_costs_two_bytes_per_rank_layer_and_position(config, rank, positi
     off = dataclasses.replace(cfg, oprd_weight=0.0)
     gb = [next(n for n in plan.memory(c, *shapes) if n.worker == "shared").parts["cache"] for c in (cfg, off)]
     assert gb[0] - gb[1] == pytest.approx(slots.states.nbytes / 1e9), "(2 + 1) batches of 4"
-    cfg, job = asyncopd.prepare(cfg)
-    assert asyncopd.Run(cfg, job, plan.plan(cfg)).slots.states.shape == (12, *shape)
+    cfg, job = prepare(cfg)
+    assert asyncopd.Run(cfg, job, {w.name: w.device for w in plan.plan(cfg)}).slots.states.shape == (12, *shape)
 
 
 # -- the gradient ----------------------------------------------------------------------------------
@@ -407,7 +409,7 @@ def test_a_sliding_window_is_refused_before_the_run(config, folders, tmp_path):
 @pytest.fixture
 def flags(folders, tmp_path):
     return dict(task="toy", student=folders / "student", teacher=folders / "continued", gpus=0, engine="hf", batch=8,
-                max_prompt=8, max_response=T, max_running=64, lr=1e-3, eval_n=8, steps=12, out=str(tmp_path / "run"))
+                max_prompt=8, max_response=T, max_running=64, lr=1e-3, eval__n=8, steps=12, out=str(tmp_path / "run"))
 
 
 def refused(flags) -> str:
@@ -441,10 +443,10 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
     distance = [s["oprd"] for s in log]
     assert sum(distance[-5:]) < 0.8 * sum(distance[:5]), distance
     with pytest.raises(ValueError, match="--resume cannot change"):          # its states are projected as the old one's
-        Config.from_cli(["--resume", f"--out={flags['out']}", f"--teacher={folders / 'deep'}"])
+        configure(["--resume", f"--out={flags['out']}", f"--teacher={folders / 'deep'}"])
     file.unlink()
     with pytest.raises(ValueError, match="oprd.safetensors is gone"):
-        check_out(Config.from_cli(["--resume", f"--out={flags['out']}"]))
+        check_out(configure(["--resume", f"--out={flags['out']}"]))
 
 
 @pytest.mark.parametrize("engine, more", [

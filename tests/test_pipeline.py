@@ -40,7 +40,7 @@ def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
 
 def test_sync_has_no_lag_and_is_the_same_run_twice_however_it_is_evaluated(flags, tmp_path):
     first, second = (flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b"))
-    second |= dict(eval_every=1, eval_k=4, eval_temperature=1.0, log="tensorboard")
+    second |= dict(eval__every=1, eval__k=4, eval__temperature=1.0, log="tensorboard")
     for f in (first, second):
         done = run(f)
         assert done.returncode == 0, done.stderr
@@ -75,7 +75,7 @@ def test_no_token_is_older_than_max_lag(flags, engine, rule):
 
 
 def test_step_off_trains_batch_j_under_exactly_lag_k(flags):
-    done = run(flags | dict(steps=8, schedule="step-off", max_ahead=2, eval_every=3))
+    done = run(flags | dict(steps=8, schedule="step-off", max_ahead=2, eval__every=3))
     assert done.returncode == 0, done.stderr
     assert [(s["lag_min"], s["lag_max"]) for s in steps(flags)] == [(min(j, 2), min(j, 2)) for j in range(8)]
 
@@ -92,7 +92,7 @@ def test_objectives_lower_the_kl(flags, objective):
 def test_plain_text_prompts_from_a_file(flags, tmp_path):
     path = tmp_path / "prompts.jsonl"
     path.write_text("\n".join(json.dumps({"question": f"{i}+1=", "answer": str(i + 1)}) for i in range(40)))
-    done = run(flags | dict(steps=2, task=str(path), prompt_key="question"))
+    done = run(flags | dict(steps=2, task=str(path), data__prompt_key="question"))
     assert done.returncode == 0, done.stderr
     assert [e["n"] for e in lines(flags) if e["type"] == "eval"] == [4, 4]
 
@@ -163,7 +163,7 @@ def test_fifty_steps_with_vllm(flags):
 
 def test_two_learners_run_to_the_end_and_save_the_whole_student(flags, models):
     from transformers import AutoModelForCausalLM
-    done = run(flags | dict(steps=3, schedule="sync", learners=2, save_every=2, eval_n=0))
+    done = run(flags | dict(steps=3, schedule="sync", learners=2, save_every=2, eval__n=0))
     assert done.returncode == 0, done.stderr
     assert all(s["push_bytes"] > 0 and s["engine_gap_max"] <= 1e-4 and s["lag_max"] == 0 for s in steps(flags))
     assert "learner1" in lines(flags)[0]["pids"] and not alive(lines(flags)[0]["pids"].values())

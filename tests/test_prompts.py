@@ -37,7 +37,7 @@ def write(path, lines):
 
 @pytest.mark.parametrize("lines, complaint", [
     ([{"prompt": "a"}, "{not json"], ":2: not JSON"),
-    ([{"prompt": "a"}, {"text": "b"}], ":2: no text under --prompt-key 'prompt' .there is: text"),
+    ([{"prompt": "a"}, {"text": "b"}], ":2: no text under --data.prompt-key 'prompt' .there is: text"),
     ([{"prompt": 3}], ":1: no text"),
     (["[1, 2]"], ":1: no text"),
     ([], "holds no rows"),
@@ -80,9 +80,9 @@ def test_a_filter_keeps_rows(tmp_path, filter, kept):
     ("difficulty", "not KEY OP VALUE"), ("difficulty=6", "not KEY OP VALUE"),
     ("__import__('os')", "not KEY OP VALUE"), ("difficulty>=6 and", "not KEY OP VALUE"),
     ("difficulty>=", "not KEY OP VALUE"), ("=<6", "not KEY OP VALUE"),
-    ("level>=3", ":3: --filter level>=3: level is 'Level 5'"),
-    ("difficulty>=hard", ":1: --filter"),
-    ("difficulty>=9", "none of its 3 rows passes --filter"),
+    ("level>=3", ":3: --data.filter level>=3: level is 'Level 5'"),
+    ("difficulty>=hard", ":1: --data.filter"),
+    ("difficulty>=9", "none of its 3 rows passes --data.filter"),
     ("absent==1", "none of its 3 rows passes"),
 ])
 def test_a_filter_that_cannot_be_applied_is_refused(tmp_path, filter, complaint):
@@ -123,7 +123,7 @@ def test_parquet_and_a_hub_name_give_the_same_rows(tmp_path, monkeypatch):
                             ("hf::main", "hf::main: the name of the data set is missing")):
         with pytest.raises(ValueError, match=complaint):
             read_rows(name, "question", "answer")
-    complaint = r"no text under --prompt-key 'text' .there is: question, long, meta"
+    complaint = r"no text under --data.prompt-key 'text' .there is: question, long, meta"
     with pytest.raises(ValueError, match=complaint):
         read_rows(f"hf:{folder}", "text", "answer")
 

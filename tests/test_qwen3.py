@@ -33,8 +33,9 @@ def qwen3(tmp_path_factory) -> dict[str, str]:
 
 def test_five_steps_on_gsm8k_graded_saved_and_loaded_again(qwen3, tmp_path):
     flags = dict(gpus=0, student=qwen3["student"], teacher=qwen3["teacher"], task=qwen3["problems.jsonl"],
-                 prompt_key="question", answer_key="answer", engine="vllm", steps=5, batch=8, max_prompt=300,
-                 max_response=24, max_ahead=1, max_running=16, lr=1e-3, eval_n=8, out=str(tmp_path / "run"))
+                 data__prompt_key="question", data__answer_key="answer", engine="vllm", steps=5, batch=8,
+                 max_prompt=300, max_response=24, max_ahead=1, max_running=16, lr=1e-3, eval__n=8,
+                 out=str(tmp_path / "run"))
     done = run(flags, timeout=300)
     assert done.returncode == 0, done.stderr
     assert [s["step"] for s in steps(flags)] == [1, 2, 3, 4, 5]
@@ -48,7 +49,7 @@ def loaded_again_by_both(folder: str, before: str) -> None:
     """What was saved gives the same log-probs in transformers and in vLLM, and others than before the run."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from asyncopd import Config
+    from config import Config
     from engines.table import ENGINES
     from models.head import sequence_logp
     tokenizer = AutoTokenizer.from_pretrained(folder)

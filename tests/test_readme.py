@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from asyncopd import Config
+from config import Config
+from control.resolve import configure
 from record.report import table
 from record.timeline import Trace
 from tests.conftest import ROOT
@@ -76,7 +77,7 @@ def test_every_command_parses(page, command):
     if page == "docs/extending.md":                                    # its commands need its recipes: test_docs.py
         return
     if script == "asyncopd.py" and not any(flag.startswith(FLAGS_TO_COME) for flag in flags):
-        Config.from_cli([f if f != "8" else "0" for f in flags])       # eight GPUs are not here to be counted
+        configure([f if f != "8" else "0" for f in flags])       # eight GPUs are not here to be counted
 
 
 def test_no_command_uses_a_python_that_may_lack_torch():

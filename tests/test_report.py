@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from asyncopd import Config
+from control.resolve import configure
 from data.prompts import Row
 from record import report
 from record.log import Log, cut_log
@@ -16,10 +16,11 @@ from tests.conftest import ROOT
 ANSWERED = [(Row(f"prompt {i}", str(i)), [f"text {i}", "other"], [i % 2 == 0, False]) for i in range(10)]
 SAID = dict(accuracy=0.25, n=10, k=2, avg_at_k=0.25, pass_at_k={"1": 0.25, "2": 0.5}, ci=[0.1, 0.4])
 LINES = [
-    dict(type="run", argv=["asyncopd.py", "--task=hf:a/b", "--filter=level > 3"], commit="abc", pids={},
-         config=dict(student="Org/Small", teacher="Org/Large", task="hf:a/b", filter="level > 3", prompt_suffix="",
+    dict(type="run", argv=["asyncopd.py", "--task=hf:a/b", "--data.filter=level > 3"], commit="abc", pids={},
+         config=dict(student="Org/Small", teacher="Org/Large", task="hf:a/b",
+                     data=dict(filter="level > 3", suffix="", eval_task=""),
                      kl="reverse", estimator="reverse_mc", batch=8, lr=3e-6, lr_schedule="constant", seed=4,
-                     schedule="async", eval_temperature=1.0, eval_task=""),
+                     schedule="async", eval=dict(temperature=1.0)),
          versions={"torch": "2"}, hardware={"cpu": "a processor", "cores": 2, "gpus": []}),
     dict(type="eval", step=0, who="student", **SAID),
     dict(type="eval", step=9, who="student", **SAID | {"accuracy": 1.0}),
@@ -52,7 +53,7 @@ def test_the_card_states_the_runs_facts_and_nothing_else(tmp_path):
                  "29 batches of 8 responses, 1,234 tokens", "learning rate 3e-06", "seed 4", "mean 1.50, max 3",
                  "60 s on a processor", "asyncopd abc; torch 2", "| 0 | student | 25.0% | 10.0% to 40.0% | 10 | 2 |",
                  "| 9 | student | 100.0% |", "temperature 1", "0.5000 in the first ten batches, 0.2500 in the last ten",
-                 "    python asyncopd.py --task=hf:a/b '--filter=level > 3'"):
+                 "    python asyncopd.py --task=hf:a/b '--data.filter=level > 3'"):
         assert fact in card, fact
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(x) for x in (LINES[0], LINES[-1] | {"steps": 19})))
     card = report.model_card(tmp_path / "log.jsonl")
@@ -106,7 +107,7 @@ def test_a_tracker_that_is_not_there_is_refused_with_its_remedy(kind, monkeypatc
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == kind else there(name))
     with pytest.raises(ValueError, match=f"--log {kind}: pip install {kind}"):
-        Config.from_cli(["--gpus=0", f"--log={kind}"])
+        configure(["--gpus=0", f"--log={kind}"])
 
 
 def test_no_tracker_is_imported_unasked():

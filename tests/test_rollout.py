@@ -79,10 +79,10 @@ def test_the_logprob_is_that_of_the_distribution_really_sampled():
 @pytest.fixture(scope="module")
 def engines(tmp_path_factory):
     """Both engines on one student, made once: vLLM takes a while to start."""
-    from asyncopd import Config
+    from control.resolve import configure
     root = tmp_path_factory.mktemp("engines")
     student = save_tiny(root / "student", seed=3, layers=2)
-    cfg = Config.from_cli(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
+    cfg = configure(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
                            "--max-response=24", "--max-running=16", "--mc-samples=3"])
     made = {"hf": HFEngine(cfg, "cpu", torch.float32)}
     if cfg.engine == "vllm":
@@ -250,8 +250,8 @@ def test_drawn_answers_are_the_same_in_both_engines_and_training_draws_go_on_as_
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     """A push that returns normally and generates from the old output head is what the probe is for."""
-    from asyncopd import Config
-    cfg = Config.from_cli(["--task=toy", f"--student={models['tied']}", f"--teacher={models['tied']}", "--gpus=0",
+    from control.resolve import configure
+    cfg = configure(["--task=toy", f"--student={models['tied']}", f"--teacher={models['tied']}", "--gpus=0",
                            f"--engine={kind}", "--max-prompt=16", "--max-response=24", "--max-running=4"])
     engine = ENGINES[kind](cfg, "cpu", torch.float32)
     model = load_model(models["tied"], "cpu", torch.float32)

@@ -11,9 +11,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asyncopd import Config, plan, prepare
 from cache import Slots
+from config import Config
 from control.controller import Run
+from control.plan import plan
+from control.preflight import prepare
 from data import toy
 from engines.hf import HFEngine
 from engines.sampling import Sampler, draw_rows
@@ -207,7 +209,7 @@ def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
 def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabulary(models, tmp_path, name):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
     cfg, job = prepare(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
-    run = Run(cfg, job, plan(cfg))
+    run = Run(cfg, job, {w.name: w.device for w in plan(cfg)})
     row, hidden = ESTIMATORS[name], HIDDEN if ESTIMATORS[name].support == "full" else 0
     assert run.cfg.top_k == VOCAB and run.slots.hidden.shape == (4, T, hidden)
     assert run.slots.ids.shape == (4, T, row.columns(N, VOCAB)) and run.slot_bytes == row.bytes(N, VOCAB, 4 * hidden)

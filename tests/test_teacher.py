@@ -8,10 +8,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from asyncopd import Config
 from cache import Slots
+from config import Config
 from control import plan
 from control.preflight import prepare
+from control.resolve import configure
 from estimators import ESTIMATORS, draw
 from extensions.rock import Bypass
 from models import footprint
@@ -110,10 +111,10 @@ def test_what_vllm_cannot_score_is_refused_with_the_remedy(name):
     args = ["--task=toy", "--gpus=0", f"--estimator={name}", "--teacher-engine=vllm"]
     row = ESTIMATORS[name]
     if row.head and row.support in ("sampled", "candidates", "student_topk", "teacher_topk"):
-        assert Config.from_cli(args).teacher_engine == "vllm"
+        assert configure(args).teacher_engine == "vllm"
     else:
         with pytest.raises(ValueError, match=rf"--teacher-engine vllm: {name} needs .*--teacher-engine hf"):
-            Config.from_cli(args)
+            configure(args)
 
 
 @pytest.mark.parametrize("name, fine", [("reverse_mc", False), ("forward_topk", True)])
@@ -122,10 +123,10 @@ def test_a_large_vocabulary_is_refused_where_a_cpu_would_move_all_of_it(name, fi
     args = ["--task=toy", "--gpus=0", f"--estimator={name}", "--teacher-engine=vllm", f"--student={models['student']}",
             f"--teacher={large}", "--max-prompt=8", "--max-response=8"]
     if fine:
-        prepare(Config.from_cli(args))
+        prepare(configure(args))
     else:
         with pytest.raises(ValueError, match="all 10,001 words"):
-            prepare(Config.from_cli(args))
+            prepare(configure(args))
 
 
 # -- a teacher that knows nothing ------------------------------------------------------------------
@@ -157,7 +158,7 @@ def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     dead = save_tiny(tmp_path / "dead", seed=1, sharp=0.0)
     done = subprocess.run([*command(flags | dict(steps=3, teacher=dead, teacher_engine=engine, schedule="sync")),
-                           "--eval-teacher"], capture_output=True, text=True, timeout=240)
+                           "--eval.teacher"], capture_output=True, text=True, timeout=240)
     assert done.returncode == 0, done.stderr
     for s in steps(flags):
         assert s["kl"] == pytest.approx(math.log(32) - s["entropy"], abs=1e-4)
@@ -191,8 +192,9 @@ def test_the_teacher_answers_as_many_at_a_time_as_memory_has_room_for(tmp_path):
 
 def test_a_teacher_takes_as_many_gpus_as_it_is_told_and_the_others_move_up():
     cfg = Config(gpus=8, rollouts=3, teachers=2, teacher_gpus=2, learners=1)
-    assert plan.plan(cfg) == {"rollout0": "cuda:0", "rollout1": "cuda:1", "rollout2": "cuda:2",
-                              "teacher0": "cuda:3,4", "teacher1": "cuda:5,6", "learner": "cuda:7"}
+    assert {w.name: w.device for w in plan.plan(cfg)} == {
+        "rollout0": "cuda:0", "rollout1": "cuda:1", "rollout2": "cuda:2",
+        "teacher0": "cuda:3,4", "teacher1": "cuda:5,6", "learner": "cuda:7"}
     assert plan.split(8, 0, 0, 0, teacher_gpus=3) == (3, 1, 2)
     shape = footprint.Shape(P=10 ** 9, V=1000, L=2, H=8, I=8, A=8, K=8)
     cfg = dataclasses.replace(cfg, estimator="reverse_mc", engine="hf")
@@ -214,7 +216,7 @@ def test_a_worker_sees_its_own_gpus_only_counted_from_zero():
     (["--teacher-gpus=2", "--gpus=0"], "--teacher-gpus 2: with --gpus 0"), (["--teacher-gpus=0"], "--teacher-gpus 0")])
 def test_gpus_that_are_not_there_are_refused(flags, named):
     with pytest.raises(ValueError, match=named):
-        Config.from_cli(["--task=toy", "--gpus=0", *flags])
+        configure(["--task=toy", "--gpus=0", *flags])
 
 
 @pytest.mark.parametrize("support", ["candidates", "full"])

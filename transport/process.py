@@ -29,7 +29,7 @@ from teacher import teacher_worker
 from transport.link import Incurable, Link, ParentGone
 
 if TYPE_CHECKING:
-    from asyncopd import Config
+    from config import Config
 
 # -- a worker's end --------------------------------------------------------------------------------
 
@@ -124,13 +124,13 @@ class Hand:
 
     def __init__(self, name: str, device: str, cfg: Config, args: tuple):
         spawn = multiprocessing.get_context("spawn")
-        self.name, self.role, self.load, self.limit_s = name, name.rstrip("0123456789"), 0, cfg.stall_s
+        self.name, self.role, self.load, self.limit_s = name, name.rstrip("0123456789"), 0, cfg.faults.stall_s
         self.ready = self.stopped = False
         self.why = ""                                    # why it died or was killed, where that is known
         self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
         self.pipe, theirs = spawn.Pipe()
         with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:      # a message may stop in its middle, too
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(cfg.stall_s) + 1, 0))
+            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(cfg.faults.stall_s) + 1, 0))
         self.process = spawn.Process(target=guarded, name=name, daemon=True,
                                      args=(name, theirs, self.pulse, f"{cfg.out}/{name}.log", cfg, device, args))
         self.process.start()
@@ -139,7 +139,7 @@ class Hand:
     def send(self, order: str, body=None) -> None:
         """An order. To a worker that does not read any more there is nothing to say: the end of its pipe says why."""
         if not select.select([], [self.pipe], [], self.limit_s)[1]:
-            self.kill(f"has not read its orders for {self.limit_s:g} s (--stall-s)")
+            self.kill(f"has not read its orders for {self.limit_s:g} s (--faults.stall-s)")
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self.pipe.send((order, body))
 

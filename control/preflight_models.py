@@ -1,0 +1,118 @@
+"""
+Preflight, the models: folders and hub names, tokenizers, lengths, downloads. Nothing loads a weight.
+
+Tests: tests/test_job.py, tests/test_bad_input.py
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from config import Config, require
+from data.prompts import check_same_vocabulary, check_special_tokens
+from estimators import ESTIMATORS
+from models.footprint import Shape
+from models.loading import stop_ids, vocab_size
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")   # weights, configuration, tokenizer
+SLOW_WORDS = 10_000          # on a CPU, words of a position from which on vLLM's Python numbers are too slow
+
+
+def named_models(cfg: Config) -> tuple[tuple[str, str], tuple[str, str]]:
+    """(flag, folder or hub name) of the student and of the teacher."""
+    return ("--student", cfg.student), ("--teacher", cfg.teacher)
+
+
+def check_models(cfg: Config, texts: list[str]) -> tuple[Any, list[str]]:
+    """The student's tokenizer, and notes on the two models. Both must encode `texts` alike."""
+    from transformers import AutoTokenizer
+    for flag, name in named_models(cfg):
+        check_model(flag, name)
+    tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+    return tokenizer, check_tokenizers(cfg, tokenizer, texts)
+
+
+def check_model(flag: str, name: str) -> None:
+    """Refuse what is no model: no configuration, no tokenizer, or a folder without complete safetensors."""
+    from transformers import AutoConfig, AutoTokenizer
+    try:
+        AutoConfig.from_pretrained(name)
+        AutoTokenizer.from_pretrained(name)
+    except Exception as e:                               # each loader fails in its own ways on a damaged file
+        raise ValueError(f"{flag} {name}: neither a model folder nor on the hub ({type(e).__name__}: "
+                         f"{first_line(e)})") from None
+    if Path(name).is_dir():
+        check_folder(flag, Path(name))
+
+
+def check_folder(flag: str, folder: Path) -> None:
+    from safetensors import SafetensorError, safe_open
+    require(any((folder / file).exists() for file in TOKENIZER_FILES),
+            f"{flag} {folder}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
+    files = sorted(folder.glob("*.safetensors"))
+    require(files, f"{flag} {folder}: holds no .safetensors (a pickle is not read: save_pretrained converts it)")
+    for file in files:
+        try:
+            safe_open(file, "pt").keys()
+        except (OSError, SafetensorError) as e:
+            raise ValueError(f"{flag} {file}: damaged ({first_line(e)})") from None
+
+
+def check_tokenizers(cfg: Config, ours: Any, texts: list[str]) -> list[str]:
+    """Refuse models that cannot be compared word by word; notes on how their words differ."""
+    from transformers import AutoTokenizer
+    theirs = AutoTokenizer.from_pretrained(cfg.teacher)
+    check_same_vocabulary(ours, theirs, texts)
+    words = max(ours.get_vocab().values()) + 1
+    rows = {"student": vocab_size(cfg.student), "teacher": vocab_size(cfg.teacher)}
+    for role, n in rows.items():
+        require(n >= words, f"--{role} {getattr(cfg, role)}: its head has {n:,} rows for {words:,} words")
+    notes = []
+    if rows["student"] != rows["teacher"]:
+        notes.append(f"{words:,} words in {rows['student']:,} rows of the student and {rows['teacher']:,} of the "
+                     "teacher: the others are padding")
+    return notes + check_special_tokens(ours, theirs, (stop_ids(cfg.student), stop_ids(cfg.teacher)))
+
+
+def check_lengths(cfg: Config) -> None:
+    """Refuse responses that are longer than a model's positions."""
+    from transformers import AutoConfig
+    for flag, name in named_models(cfg):
+        room = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        require(not room or cfg.max_prompt + cfg.max_response <= room,
+                f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens of "
+                f"{flag} {name}")
+
+
+def check_slow_teacher(cfg: Config) -> None:
+    """On a CPU vLLM returns a position's best words or all of them, the latter as Python numbers: a million a second.
+    """
+    few = ESTIMATORS[cfg.estimator].support in ("sampled", "teacher_topk")
+    if cfg.teacher_engine != "vllm" or cfg.gpus > 0 or few:
+        return
+    words = vocab_size(cfg.teacher)
+    require(words <= SLOW_WORDS, f"--teacher-engine vllm: on a CPU {cfg.estimator} moves all {words:,} words of every "
+                                 "position, a few tokens per second (--teacher-engine hf)")
+
+
+def shape_of(name: str) -> Shape:
+    from transformers import AutoConfig
+    return Shape.of(AutoConfig.from_pretrained(name))
+
+
+def fetch(cfg: Config) -> None:
+    """Download models of the hub before a worker needs them: once, where a person sees it, and without a time limit
+    (--faults.stall-s is for workers)."""
+    from huggingface_hub import snapshot_download
+    for flag, name in named_models(cfg):
+        if Path(name).is_dir():
+            continue
+        try:
+            snapshot_download(name, allow_patterns=list(DOWNLOADED))
+        except Exception as e:                           # of the network, of the hub, of the disk
+            raise ValueError(f"{flag} {name}: could not be downloaded ({type(e).__name__}: {first_line(e)})") from None
+
+
+def first_line(e: Exception) -> str:
+    return (str(e).splitlines() or [""])[0]

@@ -1,0 +1,186 @@
+"""
+From flags as they were given to flags that a run can work with.
+
+`resolve` refuses flags that contradict each other or this machine, and replaces 0, -1 and "auto" by what they stand
+for. One function a subject. `configure` is the whole way from a command line to a resolved `Config`.
+
+What is left out: the bounds of a single number (config.py); models, prompts and memory (control/preflight.py).
+Tests: tests/test_cli.py, tests/test_bad_input.py
+"""
+from __future__ import annotations
+
+import importlib.util
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+import extension
+from config import Config, each_flag, require
+from control.command_line import parse
+from control.plan import split
+from engines.table import ENGINES
+from estimators import DEFAULT, ESTIMATORS
+from record.run_folder import check_same, recorded_flags
+from teacher import TEACHERS, VLLM_LACKS
+
+
+def configure(argv: Sequence[str]) -> Config:
+    """The resolved flags of a command line. Raises ValueError for bad input, SystemExit as `parse` does."""
+    given = parse(argv)
+    cfg = resolve(given)
+    if cfg.resume:
+        before = default_values(cfg) | recorded_flags(cfg.out)
+        own = extension.Extensions.load(cfg).fixed_on_resume()
+        check_same(replace(cfg, kl=given.kl), before, own)       # --estimator decides kl, whatever --kl was given
+    return cfg
+
+
+def default_values(cfg: Config) -> dict[str, object]:
+    """By names with dots, the default of every flag, those of the extensions that are switched on included."""
+    own = {name: vars(flags) for name, flags in extension.default_flags(cfg.extend).items()}
+    return dict(each_flag(Config(extensions=own)))
+
+
+def resolve(cfg: Config) -> Config:
+    """The same flags, with everything filled in. Raises ValueError where they cannot be."""
+    cfg = resolve_objective(cfg)
+    check_training(cfg)
+    check_evaluation(cfg)
+    cfg = resolve_staleness(cfg)
+    cfg = resolve_workers(cfg)
+    check_spread_teacher(cfg)
+    cfg = resolve_engines(cfg)
+    check_packages(cfg)
+    check_task(cfg)
+    return replace(cfg, out=cfg.out or default_folder(cfg.task))
+
+
+# -- objective and training ------------------------------------------------------------------------
+
+def resolve_objective(cfg: Config) -> Config:
+    """--estimator auto follows --kl; a row that is named decides which KL is logged."""
+    name = cfg.estimator
+    if name == "auto":
+        name = DEFAULT[cfg.kl]
+    if not ESTIMATORS[name].head:
+        require(adds_loss(cfg.extend), f"--estimator {name}: trains nothing by itself; switch on an extension that "
+                                       f"has a loss ({extensions_with_a_loss()}) or choose another estimator")
+    return replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
+
+
+def adds_loss(extend: str) -> bool:
+    """Whether one of the extensions has a loss of its own."""
+    kinds = [extension.extension_class(item) for item in extension.split_names(extend)]
+    return any(kind.loss is not extension.Extension.loss for kind in kinds)
+
+
+def extensions_with_a_loss() -> str:
+    """For the message: the flags that switch on an extension with a loss."""
+    return ", ".join(f"--extend {name}" for name in extension.known_extensions() if adds_loss(name)) or "--extend"
+
+
+def check_training(cfg: Config) -> None:
+    require(cfg.minibatches <= cfg.batch,
+            f"--minibatches {cfg.minibatches}: more than the {cfg.batch} responses of --batch")
+
+
+def check_evaluation(cfg: Config) -> None:
+    require(cfg.eval.k == 1 or cfg.eval.temperature > 0,
+            f"--eval.k {cfg.eval.k}: greedy answers to a row are all the same (--eval.temperature 1 draws them)")
+
+
+def resolve_staleness(cfg: Config) -> Config:
+    """--schedule sync generates nothing ahead."""
+    if cfg.schedule == "async" and cfg.overdue != "keep":
+        require(cfg.max_lag >= cfg.max_ahead, f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, "
+                                              "which sets the mean lag")
+    if cfg.schedule == "sync":
+        return replace(cfg, max_ahead=0)
+    return cfg
+
+
+# -- machines --------------------------------------------------------------------------------------
+
+def resolve_workers(cfg: Config) -> Config:
+    """How many GPUs there are, and how many workers of each role."""
+    available = torch.cuda.device_count()
+    require(cfg.gpus <= available or cfg.dry_run, f"--gpus {cfg.gpus}: this machine has {available} (--gpus 0 runs on "
+                                                  "the CPU; --dry-run needs none)")
+    gpus = cfg.gpus
+    if gpus < 0:
+        gpus = available
+    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners, cfg.teacher_gpus)
+    takes_turns = gpus <= 2 and learners == 1 and cfg.teacher_gpus == 1      # several roles on one device
+    if gpus > 0 and not takes_turns:
+        spread = ""
+        if cfg.teacher_gpus > 1:
+            spread = f" on {cfg.teacher_gpus} GPUs each (--teacher-gpus)"
+        require(rollouts + teachers * cfg.teacher_gpus + learners <= gpus,
+                f"--rollouts {rollouts}, --teachers {teachers}{spread} and --learners {learners}: more than --gpus "
+                f"{gpus}")
+    return replace(cfg, gpus=gpus, rollouts=rollouts, teachers=teachers, learners=learners)
+
+
+def check_spread_teacher(cfg: Config) -> None:
+    """A teacher over several GPUs."""
+    if cfg.teacher_gpus == 1:
+        return
+    flag = f"--teacher-gpus {cfg.teacher_gpus}"
+    require(cfg.gpus > 0, f"{flag}: with --gpus 0 there are none")
+    require(cfg.teacher_engine == "hf",
+            f"{flag}: vLLM scores on one GPU here (--teacher-engine hf, or more --teachers)")
+    require(installed("accelerate"), f"{flag}: needs accelerate (pip install accelerate)")
+
+
+def resolve_engines(cfg: Config) -> Config:
+    """--engine auto is vLLM where it is installed; a dry run assumes that it is."""
+    check_choice("--engine", cfg.engine, ["auto", *ENGINES])
+    check_choice("--teacher-engine", cfg.teacher_engine, list(TEACHERS))
+    has_vllm = cfg.dry_run or installed("vllm")
+    for flag, engine in (("--engine", cfg.engine), ("--teacher-engine", cfg.teacher_engine)):
+        require(engine != "vllm" or has_vllm, f"{flag} vllm: vLLM is not installed ({flag} hf runs without it)")
+    if cfg.teacher_engine == "vllm":
+        lacking = VLLM_LACKS.get(ESTIMATORS[cfg.estimator].support)
+        require(lacking is None, f"--teacher-engine vllm: {cfg.estimator} needs {lacking}, which vLLM does not give "
+                                 "(--teacher-engine hf does)")
+    if cfg.engine == "auto":
+        return replace(cfg, engine="vllm" if has_vllm else "hf")
+    return cfg
+
+
+def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
+    require(value in choices, f"{flag} {value}: no such choice (there are: {', '.join(choices)})")
+
+
+# -- packages, models and texts --------------------------------------------------------------------
+
+def check_packages(cfg: Config) -> None:
+    """Packages that only some runs need."""
+    require(cfg.log == "none" or installed(cfg.log), f"--log {cfg.log}: not installed (pip install {cfg.log})")
+    if cfg.lora_rank:
+        require(cfg.learners == 1, f"--lora-rank {cfg.lora_rank}: with one learner, not {cfg.learners} (--learners 1)")
+        require(installed("peft"), f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
+
+
+def installed(package: str) -> bool:
+    return importlib.util.find_spec(package) is not None
+
+
+def check_task(cfg: Config) -> None:
+    """What is trained, and on what."""
+    require("{prompt}" in cfg.data.template,
+            f"--data.template {cfg.data.template!r}: has no {{prompt}}, the place of the prompt")
+    require(cfg.task, "--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
+    if cfg.task == "toy":
+        require(not cfg.data.eval_task,
+                f"--data.eval-task {cfg.data.eval_task}: the toy has rows of its own for evaluation")
+        return
+    require(cfg.student and cfg.teacher, "--student and --teacher are missing: each a folder or a hub name")
+
+
+def default_folder(task: str) -> str:
+    """The run folder where --out is not given."""
+    return f"runs/{Path(task).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"
