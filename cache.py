@@ -1,36 +1,41 @@
 """
-What the processes share: the slots, the rule that says which tickets a batch takes, the published weights.
+The teacher-score cache: slots in shared memory that every process can read and write.
 
-    free -> rollout -> teacher -> learner -> free          a slot's round; a ticket is one such round
+    free -> rollout -> teacher -> learner -> free          one round of a slot; a ticket is one round
 
-The parent allocates everything here once. Slots and weights are plain shared CPU memory, the same with and without
-a GPU; pipes carry slot numbers, never tensors. Only the parent decides who works on what (`Ledger`), so there is no
-lock that a dying worker could take with it.
+A slot holds one segment of a response: its tokens, the candidate words of every position, and their
+log-probs under the student that drew them and under the teacher. The parent allocates all slots
+once, in plain shared CPU memory, the same with and without a GPU. Pipes carry slot numbers, never
+tensors, and a slot belongs to one process at a time: its number is the permission to touch it.
 
-What is left out: several machines. Shapes: S slots, T response positions, C token ids per position (column 0 is
-the emitted token; the estimator's table entry says what the others are). Tests: tests/test_cache.py, test_lag.py
+What is left out: who gets which slot (control/scheduler.py); several machines.
+Shapes: S slots; T response positions; C words per position, of which column 0 is the emitted token
+and the table entry of the estimator says what the others are; n new tokens in a segment, of which m
+have cached scores. Tests: tests/test_cache.py
 """
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
-from extensions.rock import Bypass
 
-# -- slots -----------------------------------------------------------------------------------------
-
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """What one slot holds: n new response tokens of one response, after `start` tokens, `prompt` of them the prompt.
+    """What one slot holds: n new tokens of a response, after `start` tokens of context.
 
-    tokens  [start + n]  ids, new ones last       version  [n]  of the weights that drew each new token
-    ids, logmu, logq  [n, C]  candidates per new token; views of shared memory, not copies
-    hidden  [n, H]  the teacher's last state that predicts the token; H = 0 where the estimator does not need it
-    states  [m, W]  the teacher's states of several layers, of those tokens that oprd.py compares
-    kept  [n]  bool, where rocks are bypassed (rock.py): ids, logmu, logq and hidden have a row for each token that is
-    kept, m <= n in all, and none for the others; None: all are kept
+    The tensors are views of shared memory, not copies.
+
+    tokens  [start + n]   token ids, the new ones last; the first `prompt` of them are the prompt
+    version [n]           version of the weights that drew each new token
+    ids, logmu, logq      [m, C]  candidate words, their log-probs under mu and under the teacher
+    hidden  [m, H]        the teacher's last hidden state that predicts the token; H = 0 where the
+                          estimator does not need it
+    kept    [n] bool      which new tokens have a row in ids, logmu, logq and hidden: m of them.
+                          None: all, m = n
+    extra                 by name, the rows in use of each additional slot tensor (extension.py)
     """
     slot: int
     tokens: Tensor
@@ -40,80 +45,137 @@ class Segment:
     ids: Tensor
     logmu: Tensor
     logq: Tensor
-    hidden: Tensor = torch.empty(0, 0)
-    states: Tensor = torch.empty(0, 0)
+    hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
     kept: Tensor | None = None
+    extra: dict[str, Tensor] = field(default_factory=dict)
 
     def __len__(self) -> int:
+        """The number of new tokens, n."""
         return len(self.version)
+
+    @property
+    def new_tokens(self) -> Tensor:
+        """[n]: the tokens that this segment is trained on."""
+        return self.tokens[self.start:]
 
 
 class Slots:
-    """The slab. A slot belongs to one process at a time; its number is the permission to touch it.
+    """All slots, one row each.
 
-    tokens [S, max_prompt + max_response]    ids, logmu, logq [S, T, C]    version [S, T]    hidden [S, T, H]
-    states [S, P, W], bfloat16, of which the first `compared` [S] are of this ticket
-    uid, prompt, start, length, born [S]: which prompt, its length; `length` new tokens after `start` others; `born` is
-    the version of the first new one (while there is none, of its holder's weights). logq is nan until scored.
-    kept [S, T] says which new tokens `bypass` let be stored: row j of the others is that of the j-th kept one.
+    tokens [S, max_prompt + T]      ids, logmu, logq [S, T, C]      version [S, T]
+    hidden [S, T, H]                kept [S, T] where only some positions are stored
+    uid, prompt, start, length, born [S]
+        Which prompt a ticket answers (counted over all epochs); the length of that prompt; the
+        number of context tokens; the number of new tokens; the version of the first new token
+        (while there is none, the version of the weights that its worker has).
+    extra   by name, [S, *shape]: additional tensors; used[name] [S] counts their rows in use
+
+    The rows of ids, logmu, logq and hidden are compact: row j belongs to the j-th stored token.
+    logq is nan from the moment a token is written until the teacher has scored it.
     """
 
-    def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, hidden: int = 0,
-                 dtype: torch.dtype = torch.float32, *, states: tuple[int, int] = (0, 0), bypass: Bypass | None = None):
-        S, T, C, self.bypass = slots, max_response, columns, bypass
-        self.tokens = torch.zeros(S, max_prompt + T, dtype=torch.int32).share_memory_()
-        self.ids = torch.zeros(S, T, C, dtype=torch.int32).share_memory_()
-        self.logmu = torch.zeros(S, T, C).share_memory_()
-        self.logq = torch.full((S, T, C), torch.nan).share_memory_()
-        self.hidden = torch.zeros(S, T, hidden, dtype=dtype).share_memory_()
-        self.states = torch.zeros(S, *states, dtype=torch.bfloat16).share_memory_()
-        self.version = torch.zeros(S, T, dtype=torch.int32).share_memory_()
-        self.kept = torch.zeros(S, T if bypass else 0, dtype=torch.bool).share_memory_()
-        self.uid, self.prompt, self.start, self.length, self.born, self.compared = (
-            torch.zeros(S, dtype=torch.int64).share_memory_() for _ in range(6))
+    def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, *,
+                 hidden: int = 0, dtype: torch.dtype = torch.float32,
+                 extra: Mapping[str, tuple[tuple[int, ...], torch.dtype]] | None = None,
+                 sparse: bool = False):
+        """`hidden`: width H in `dtype`. `sparse`: some positions may have no stored scores."""
+        S = slots
+        T = max_response
+        C = columns
+        self.sparse = sparse
+        self.tokens = shared_zeros(S, max_prompt + T, dtype=torch.int32)
+        self.ids = shared_zeros(S, T, C, dtype=torch.int32)
+        self.logmu = shared_zeros(S, T, C)
+        self.logq = shared_zeros(S, T, C).fill_(torch.nan)
+        self.hidden = shared_zeros(S, T, hidden, dtype=dtype)
+        self.version = shared_zeros(S, T, dtype=torch.int32)
+        self.kept = shared_zeros(S, T if sparse else 0, dtype=torch.bool)
+        self.uid = shared_zeros(S, dtype=torch.int64)
+        self.prompt = shared_zeros(S, dtype=torch.int64)
+        self.start = shared_zeros(S, dtype=torch.int64)
+        self.length = shared_zeros(S, dtype=torch.int64)
+        self.born = shared_zeros(S, dtype=torch.int64)
+        self.extra: dict[str, Tensor] = {}
+        self.used: dict[str, Tensor] = {}
+        for name, (shape, kind) in (extra or {}).items():
+            self.extra[name] = shared_zeros(S, *shape, dtype=kind)
+            self.used[name] = shared_zeros(S, dtype=torch.int64)
 
     def __len__(self) -> int:
         return len(self.start)
 
     @property
     def bytes(self) -> int:
-        return sum(x.numel() * x.element_size() for x in vars(self).values() if isinstance(x, Tensor))
+        """The size of all slots."""
+        tensors = [x for x in vars(self).values() if isinstance(x, Tensor)]
+        tensors += [*self.extra.values(), *self.used.values()]
+        return sum(x.numel() * x.element_size() for x in tensors)
 
-    def open(self, s: int, uid: int, context: list[int] | Tensor, prompt: int, version: int) -> None:
-        """A new ticket in slot s: `context` is the prompt of `prompt` tokens, and what was generated before a cut."""
-        assert len(context) < self.tokens.shape[1], f"context of {len(context)} leaves no room in slot {s}"
+    def open(self, s: int, uid: int, context: list[int] | Tensor, prompt: int,
+             version: int) -> None:
+        """Begin a new ticket in slot s.
+
+        `context` is the prompt, of `prompt` tokens, and what was generated before a cut.
+        """
+        room = self.tokens.shape[1]
+        assert len(context) < room, f"a context of {len(context)} leaves no room in slot {s}"
         self.tokens[s, :len(context)] = torch.as_tensor(context, dtype=torch.int32)
-        self.uid[s], self.prompt[s], self.start[s], self.length[s], self.born[s] = uid, prompt, len(context), 0, version
+        self.uid[s] = uid
+        self.prompt[s] = prompt
+        self.start[s] = len(context)
+        self.length[s] = 0
+        self.born[s] = version
 
-    def append(self, s: int, tokens: Tensor, ids: Tensor, logmu: Tensor, version: int) -> None:
-        """k more tokens [k] with their drawn columns [k, D], D <= C: the teacher fills in the other C - D."""
+    def append(self, s: int, tokens: Tensor, ids: Tensor, logmu: Tensor, version: int,
+               kept: Tensor | None = None) -> None:
+        """Add k new tokens [k] and their drawn columns ids, logmu [k, D].
+
+        D <= C: the teacher fills in the other C - D columns. `kept` [k], bool: the tokens whose
+        scores are stored, in sparse slots; None stores all.
+        """
         k, D = ids.shape
-        assert tokens.shape == (k,) and logmu.shape == (k, D) and D <= self.ids.shape[2], (tokens.shape, ids.shape)
-        n, at = int(self.length[s]), int(self.start[s] + self.length[s])
-        self.tokens[s, at:at + k], self.version[s, n:n + k] = tokens, version
-        m = self.stored(s)
-        if self.bypass:
-            self.kept[s, n:n + k] = kept = self.bypass.kept(tokens, int(self.uid[s]), at - int(self.prompt[s]))
-            ids, logmu = ids[kept], logmu[kept]
-        rows = slice(m, m + len(ids))
-        self.ids[s, rows, :D], self.logmu[s, rows, :D], self.logq[s, rows] = ids, logmu, torch.nan
+        assert tokens.shape == (k,) and logmu.shape == (k, D), (tokens.shape, ids.shape)
+        assert D <= self.ids.shape[2], f"{D} columns drawn for {self.ids.shape[2]} in a slot"
+        assert kept is None or self.sparse, "only sparse slots leave positions out"
+        n = int(self.length[s])
+        at = int(self.start[s]) + n
+        first = self.stored(s)
+        self.tokens[s, at:at + k] = tokens
+        self.version[s, n:n + k] = version
+        if self.sparse:
+            if kept is None:
+                kept = torch.ones(k, dtype=torch.bool)
+            self.kept[s, n:n + k] = kept
+            ids = ids[kept]
+            logmu = logmu[kept]
+        rows = slice(first, first + len(ids))
+        self.ids[s, rows, :D] = ids
+        self.logmu[s, rows, :D] = logmu
+        self.logq[s, rows] = torch.nan
         if n == 0:
             self.born[s] = version
         self.length[s] = n + k
 
     def stored(self, s: int) -> int:
-        """Rows of ids, logmu, logq and hidden that are in use: those of the new tokens that are kept."""
+        """The rows of ids, logmu, logq and hidden that are in use."""
         n = int(self.length[s])
-        return int(self.kept[s, :n].sum()) if self.bypass else n
+        if self.sparse:
+            return int(self.kept[s, :n].sum())
+        return n
 
     def read(self, s: int) -> Segment:
-        start, n, m = int(self.start[s]), int(self.length[s]), self.stored(s)
-        return Segment(s, self.tokens[s, :start + n], int(self.prompt[s]), start, self.version[s, :n],
-                       self.ids[s, :m], self.logmu[s, :m], self.logq[s, :m], self.hidden[s, :m],
-                       self.states[s, :int(self.compared[s])], self.kept[s, :n] if self.bypass else None)
+        """The content of slot s, as views."""
+        start = int(self.start[s])
+        n = int(self.length[s])
+        m = self.stored(s)
+        return Segment(
+            slot=s, tokens=self.tokens[s, :start + n], prompt=int(self.prompt[s]), start=start,
+            version=self.version[s, :n], ids=self.ids[s, :m], logmu=self.logmu[s, :m],
+            logq=self.logq[s, :m], hidden=self.hidden[s, :m],
+            kept=self.kept[s, :n] if self.sparse else None,
+            extra={name: x[s, :int(self.used[name][s])] for name, x in self.extra.items()})
 
 
-# -- the ledger: which tickets a batch takes -------------------------------------------------------
-
-# -- published weights -----------------------------------------------------------------------------
-
+def shared_zeros(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A tensor of zeros that all processes see."""
+    return torch.zeros(*shape, dtype=dtype).share_memory_()

@@ -44,7 +44,6 @@ class SlotTensor:
     """A tensor that every slot has: `shape` without the slots' dimension; the first dimension counts used rows."""
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
-    unusable: str = "it is nan"                  # why an update cannot be made of a nan in it, for the log
 
 
 @dataclass(frozen=True)
@@ -91,6 +90,7 @@ class Extension:
         self.name = name
         self.cfg = cfg
         self.flags = flags
+        self.validation_prompts: list[list[int]] = []    # of `validation_rows`, at the learners
 
     # -- the parent, before a process starts
 

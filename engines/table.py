@@ -1,21 +1,18 @@
 """
-engines.table
+The engines by the names of --engine. A new engine is a file in this folder and a line here.
+
+An engine is imported only by the worker that wants it: to import vLLM takes ten seconds.
+Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
 
-import torch
-
-from engines.hf import HFEngine
-
-if TYPE_CHECKING:
-    from config import Config
+ENGINES = {"hf": "engines.hf:HFEngine", "vllm": "engines.vllm:VLLMEngine"}
+PACKAGES = {"vllm": "vllm"}                      # what an engine needs to have installed
 
 
-def vllm_engine(cfg: Config, device: str, dtype: torch.dtype):
-    from engines import vllm  # and with it vLLM: only where it is asked for
-    return vllm.VLLMEngine(cfg, device, dtype)
-
-
-ENGINES = {"hf": HFEngine, "vllm": vllm_engine}          # --engine
+def engine_class(name: str) -> type:
+    """The class of an engine, imported now."""
+    module, _, kind = ENGINES[name].partition(":")
+    return getattr(import_module(module), kind)

@@ -1,161 +1,218 @@
 """
-The engine in vLLM, through its extension points: `LLMEngine.step`, a logits processor, a worker extension.
+The engine in vLLM, through its public extension points: `LLMEngine.step`, a logits processor, a
+worker extension. Nothing is patched.
 
-Imported only by who asks for `--engine vllm`: importing it imports vLLM. The same methods as hf.HFEngine, which is
-the reference for what they do. What is left out: tensor parallelism, prefix caching, vLLM's own transfer of weights.
+Importing this file imports vLLM, so engines/table.py imports it only for `--engine vllm`. It has
+the methods of engines.base.Engine; engines/hf.py is the reference for what they do.
+What is left out: tensor parallelism, prefix caching, vLLM's own transfer of weights.
 Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
-# One process, the worker's own; the runner that custom logits processors work in; no calls home
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0", VLLM_NO_USAGE_STATS="1",
-                  VLLM_DO_NOT_TRACK="1")
+# One process, the worker's own; the model runner in which custom logits processors work; no
+# reports of usage
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0",
+                  VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
 os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
 os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
-from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload  # noqa: E402
+from vllm.model_executor.model_loader.reload import (  # noqa: E402
+    finalize_layerwise_reload,
+    initialize_layerwise_reload,
+)
 from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality  # noqa: E402
 
-from engines.base import Engine  # noqa: E402
-from engines.sampling import DRAW, Sampler, draw_rows, draws  # noqa: E402
+from config import Config  # noqa: E402
+from engines.base import Drawn, Engine  # noqa: E402
+from engines.sampling import Drawing, Sampler, draw_rows, training_drawing  # noqa: E402
+from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
 
-if TYPE_CHECKING:
-    from config import Config
+
+@dataclass(frozen=True)
+class Request:
+    """What `Draws` has to know of a response; it travels in `SamplingParams.extra_args`."""
+    name: str                                # vLLM's name for it
+    drawing: Drawing
+    uid: int
+    position: int
+
+    def sampler(self) -> Sampler:
+        return Sampler(self.drawing.seed, self.uid, self.position, self.drawing.stream)
 
 
 class VLLMEngine(Engine):
-    """vLLM inside this very process: no child processes, so a kill leaves no orphan; nothing is patched.
+    """vLLM inside the worker's own process: it has no children, so that a kill leaves no orphan.
 
-    Tokens are drawn by `Draws`, a logits processor: it draws N ids per row with our own `draw_rows`, keeps them, and
-    raises the one to emit above all others. Prefix caching is off: it would answer with keys and values of
-    weights that are gone, and one response per prompt has nothing to share.
+    `Draws`, a logits processor, draws the tokens: N ids per row with the `draw_rows` that every
+    engine uses. It keeps them and raises the one to emit above all others. Prefix caching is off:
+    it would answer with keys and values of weights that are gone, and with one response per prompt
+    there is nothing to share.
     """
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
-        self.ends, self.how = stop_ids(cfg.student, cfg.teacher), draws(cfg)
+        self.ends = stop_ids(cfg.student, cfg.teacher)
+        self.drawing = training_drawing(cfg)
         length = cfg.max_prompt + cfg.max_response + 1
-        self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), max_model_len=length, seed=cfg.seed,
-                       max_num_seqs=cfg.max_running, max_num_batched_tokens=max(length, cfg.micro_tokens),
-                       gpu_memory_utilization=cfg.gpu_share, enforce_eager=device == "cpu",
-                       enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
-                       distributed_executor_backend="uni", logits_processors=["engines.vllm:Draws"],
+        self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
+                       max_model_len=length, max_num_seqs=cfg.max_running,
+                       max_num_batched_tokens=max(length, cfg.micro_tokens),
+                       gpu_memory_utilization=gpu_share(cfg), enforce_eager=device == "cpu",
+                       enable_prefix_caching=False, skip_tokenizer_init=True,
+                       disable_log_stats=True, distributed_executor_backend="uni",
+                       logits_processors=["engines.vllm:Draws"],
                        worker_extension_cls="engines.vllm.Extension")
         self.engine = self.llm.llm_engine
-        self.request: dict[int, str] = {}        # key -> vLLM's name for it
+        self.names: dict[int, str] = {}      # key -> vLLM's name for the response
+        self.keys: dict[str, int] = {}       # and back
         self.emitted: dict[int, list[int]] = {}
-        self.serial = 0
+        self.serial = 0                      # a key may come again: names do not
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        assert not self.request, "weights may only change between responses"
+        assert not self.names, "weights may only change between responses"
         self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
 
     def logp(self, tokens: list[int]) -> Tensor:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        out = self.llm.generate([{"prompt_token_ids": tokens}], params, use_tqdm=False)[0].prompt_logprobs
-        return torch.tensor([one[t].logprob for one, t in zip(out, tokens) if one is not None])
+        prompt = {"prompt_token_ids": tokens}
+        out = self.llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs
+        return torch.tensor([at[t].logprob for at, t in zip(out, tokens) if at is not None])
 
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
         self.serial += 1
         name = f"{key}-{self.serial}"
-        sampling = dict(self.how, key=name, uid=uid, position=position)
-        params = SamplingParams(max_tokens=budget, temperature=0, stop_token_ids=self.ends, detokenize=False,
-                             output_kind=RequestOutputKind.DELTA, extra_args={"asyncopd": sampling})
-        self.request[key], self.emitted[key] = name, []
+        request = Request(name, self.drawing, uid, position)
+        params = SamplingParams(max_tokens=budget, temperature=0, stop_token_ids=self.ends,
+                                detokenize=False, output_kind=RequestOutputKind.DELTA,
+                                extra_args={"asyncopd": request})
+        self.names[key] = name
+        self.keys[name] = key
+        self.emitted[key] = []
         self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
 
     def step(self) -> list[int]:
-        if not self.request:
+        if not self.names:
             return []
         finished = []
         for out in self.engine.step():
-            key = int(out.request_id.split("-")[0])
+            key = self.keys[out.request_id]
             self.emitted[key] += out.outputs[0].token_ids
             if out.finished:
                 finished.append(key)
         return finished
 
-    def take(self, keys: list[int]) -> dict[int, tuple[Tensor, Tensor, Tensor]]:
+    def take(self, keys: list[int]) -> dict[int, Drawn]:
         if not keys:
             return {}
-        names = [self.request.pop(k) for k in keys]
+        names = [self.names.pop(key) for key in keys]
         self.engine.abort_request(names)
         drawn = self.llm.collective_rpc("take_draws", args=(names,))[0]
-        out = {}
-        for key, (ids, logmu) in zip(keys, drawn):
+        found = {}
+        for key, name, (ids, logmu) in zip(keys, names, drawn):
+            del self.keys[name]
             tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
-            ids, logmu = ids[:len(tokens)], logmu[:len(tokens)]
-            assert torch.equal(ids[:, 0], tokens), f"emitted {tokens.tolist()}, drawn {ids[:, 0].tolist()}"
-            out[key] = tokens, ids, logmu
-        return out
+            ids = ids[:len(tokens)]
+            assert torch.equal(ids[:, 0], tokens), (
+                f"emitted {tokens.tolist()}, drawn {ids[:, 0].tolist()}")
+            found[key] = (tokens, ids, logmu[:len(tokens)])
+        return found
 
 
 # -- inside vLLM -----------------------------------------------------------------------------------
 
-DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}      # request -> per token (ids [n + k], logmu), on the device
+# By the name of a request, per token: ids [n + k] and their log-probs, on the device
+DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}
 
 
 class Extension:
-    """Methods that vLLM gives to its worker (`worker_extension_cls`), called through `collective_rpc`."""
+    """Methods that vLLM adds to its worker (`worker_extension_cls`), for `collective_rpc`."""
 
     def load_published(self, items: list[tuple[str, Tensor]]) -> None:
-        """Reload by layer: on a CPU linear weights are packed, so that a plain load_weights has nowhere to write."""
+        """Reload layer by layer.
+
+        On a CPU linear weights are packed, so that a plain load_weights has nowhere to write. The
+        packed copy of a tied head is not refreshed by the reload: without the last line its
+        log-probs would be wrong by half a nat, without any error.
+        """
         model = self.model_runner.model
         initialize_layerwise_reload(model)
         model.load_weights(iter(items))
         finalize_layerwise_reload(model, self.model_runner.model_config)
-        if model.config.tie_word_embeddings:     # its packed copy is not refreshed: wrong by half a nat, and silent
+        if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
     def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        none = torch.empty(0, 1)
-        taken = [DRAWN.pop(name, []) for name in names]
-        return [(torch.stack([a for a, _ in rows]).cpu(), torch.stack([b for _, b in rows]).cpu()) if rows
-                else (none.long(), none) for rows in taken]
+        """Ids and log-probs [L, n + k] of each request, on the CPU; they are forgotten here."""
+        taken = []
+        for name in names:
+            rows = DRAWN.pop(name, [])
+            if rows:
+                ids = torch.stack([a for a, _ in rows]).cpu()
+                logmu = torch.stack([b for _, b in rows]).cpu()
+            else:
+                ids = torch.empty(0, 1, dtype=torch.long)
+                logmu = torch.empty(0, 1)
+            taken.append((ids, logmu))
+        return taken
+
+
+@dataclass
+class Row:
+    """A row of vLLM's batch that we draw for."""
+    request: Request
+    sampler: Sampler
+    output: list[int]                        # the tokens emitted so far; vLLM's own list
 
 
 class Draws(LogitsProcessor):
-    """Draws each row's N candidates and raises the first above all others: the word that the engine emits."""
+    """Draws the N candidates of each row and raises the first of them above all other words, so
+    that vLLM emits it."""
 
     def __init__(self, vllm_config, device, is_pin_memory):
-        self.rows: dict[int, tuple[dict, Sampler, list[int]]] = {}     # batch index -> settings, numbers, output
+        self.rows: dict[int, Row] = {}       # by their index in the batch
 
     def is_argmax_invariant(self) -> bool:
-        return False                     # so it runs for greedy requests: ours are, and emit the word raised
+        """False, so that vLLM runs it for greedy requests: ours are, and emit the raised word."""
+        return False
 
     def update_state(self, update) -> None:
+        """Follow what vLLM has removed from its batch, added to it, and moved in it."""
         if update is None:
             return
         for i in update.removed:
             self.rows.pop(i, None)
         for i, params, _, output in update.added:
             self.rows.pop(i, None)
-            if how := (params.extra_args or {}).get("asyncopd"):
-                self.rows[i] = how, Sampler(how["seed"], how["uid"], how["position"], how["stream"]), output
+            request = (params.extra_args or {}).get("asyncopd")
+            if request is not None:
+                self.rows[i] = Row(request, request.sampler(), output)
         for a, b, direction in update.moved:
-            row_a, row_b = self.rows.pop(a, None), self.rows.pop(b, None)
+            row_a = self.rows.pop(a, None)
+            row_b = self.rows.pop(b, None)
             if row_a is not None:
                 self.rows[b] = row_a
             if row_b is not None and direction == MoveDirectionality.SWAP:
                 self.rows[a] = row_b
 
     def apply(self, logits: Tensor) -> Tensor:
+        """logits [batch, V], changed in place."""
         if not self.rows:
             return logits
-        at, rows = zip(*sorted(self.rows.items()))
-        how, index = rows[0][0], torch.tensor(at, device=logits.device)
+        at = sorted(self.rows)
+        rows = [self.rows[i] for i in at]
+        index = torch.tensor(at, device=logits.device)
         ours = logits if len(at) == len(logits) else logits[index]
-        ids, logmu = draw_rows(ours, [r[1] for r in rows], *(how[x] for x in DRAW))
-        for (settings, _, output), a, b in zip(rows, ids, logmu):
-            drawn = DRAWN.setdefault(settings["key"], [])
-            del drawn[len(output):]      # a step that the engine threw away and repeats
+        ids, logmu = draw_rows(ours, [row.sampler for row in rows], rows[0].request.drawing)
+        for row, a, b in zip(rows, ids, logmu):
+            drawn = DRAWN.setdefault(row.request.name, [])
+            del drawn[len(row.output):]      # of a step that vLLM threw away and repeats
             drawn.append((a, b))
-        logits[index, ids[:, 0]] = torch.inf             # the engine is greedy; no second pass over the vocabulary
+        logits[index, ids[:, 0]] = torch.inf     # no second pass over the vocabulary
         return logits

@@ -1,15 +1,20 @@
 """
-The LM head under a loss: from hidden states to gradients, a chunk of positions at a time; [positions, V] never exists.
+The LM head under a loss: from hidden states to gradients, one chunk of positions at a time.
 
-At 151,936 words a position has 0.6 MB of logits. Autograd would hold them, their log-softmax, its gradient and theirs.
-Here one buffer [chunk, V] holds, in this order, logits, exp(logits - peak) and d loss / d logits; then two matrix
-products take it to the hidden states and to the head's weight, and it is used again. What makes that possible:
+At 151,936 words one position has 0.6 MB of logits. Autograd would hold the logits, their
+log-softmax and the gradients of both. Here one buffer [chunk, V] holds the logits, then
+exp(logits - peak), then d loss / d logits; two matrix products take that to the hidden states and
+to the weight of the head, and the buffer is used again. [positions, V] never exists. Because
 
-    logp = logits - logsumexp(logits), so  d loss / d logits = g at the columns the loss has seen - p * (sum of g)
+    logp = logits - logsumexp(logits),    d loss / d logits = g at the columns the loss has seen
+                                                              - p * (sum of g),
 
-with g = d loss / d logp [M, C], which autograd computes from the estimator as it is written, on C columns and not on V.
-Where the estimator sees the whole vocabulary, C = V: then its own temporaries exist too, for one chunk.
-The products run in the dtype of compute, all else in float32. What is left out: a fused kernel; soft-capped logits.
+where g = d loss / d logp [M, C] comes from autograd, which differentiates the estimator as it is
+written, on C columns instead of V. An estimator that sees the whole vocabulary has C = V; then its
+own temporaries exist as well, for one chunk.
+
+The products run in the dtype of compute, everything else in float32.
+What is left out: a fused kernel; soft-capped logits.
 Shapes: M positions, H width, V words, C columns of a slot. Tests: tests/test_head.py
 """
 from __future__ import annotations
@@ -19,82 +24,131 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from models.alignment import one_segment, response_rows
+from models.alignment import as_response, response_rows
+
+Loss = Callable[[slice, Tensor, Tensor | None], dict[str, Tensor]]
 
 
 @torch.no_grad()
-def head_logp(head: torch.nn.Linear, rows: Tensor, ids: Tensor, *, chunk: int, dtype: torch.dtype) -> Tensor:
-    """logp [M, C] of ids [M, C] after the hidden states rows [M, H]; no gradient."""
-    weight, logp = head.weight.to(dtype), []
+def head_logp(head: torch.nn.Linear, rows: Tensor, ids: Tensor, *, chunk: int,
+              dtype: torch.dtype) -> Tensor:
+    """Log-probs [M, C] of the words `ids` [M, C] after the hidden states `rows` [M, H].
+
+    There is no gradient.
+    """
+    weight = head.weight.to(dtype)
     buffer = logit_buffer(rows, weight, chunk)
+    logp = []
     for i in range(0, max(1, len(rows)), chunk):
         logits = project(head, weight, rows[i:i + chunk], buffer)
         seen = logits.gather(-1, ids[i:i + chunk])
-        logp.append(seen - exponentiate(logits)[0])
+        log_norm, _ = exponentiate(logits)
+        logp.append(seen - log_norm)
     return torch.cat(logp)
 
 
 @torch.no_grad()
-def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Callable[..., dict[str, Tensor]], *,
-                  whole: bool, count: int, chunk: int, dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
-    """d loss / d rows [M, H], and all that `loss` measures [M]; the head's gradient is added to its parameters'.
+def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Loss, *, all_words: bool,
+                  count: float, chunk: int,
+                  dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+    """d loss / d rows [M, H], and everything that `loss` has measured [M].
 
-    loss(at, logp, every) is asked about the positions `at`: logp [m, C] at ids and, where the loss is `whole`, every
-    [m, V]. It returns a dict of [m]; the sum of its "loss" / count is what is differentiated.
+    The gradient of the head is added to that of its parameters. `loss(at, logp, every)` is called
+    for the positions `at`, with logp [m, C] at `ids` and, with `all_words`, every [m, V]. It
+    returns a dict of [m]. What is differentiated is the sum of its "loss", divided by `count`.
     """
-    weight, back, parts = head.weight.to(dtype), torch.empty_like(rows), []
-    buffer, total = logit_buffer(rows, weight, chunk), float32_gradient(head.weight)
+    weight = head.weight.to(dtype)
+    back = torch.empty_like(rows)
+    buffer = logit_buffer(rows, weight, chunk)
+    total = float32_gradient(head.weight)
+    parts = []
     for i in range(0, max(1, len(rows)), chunk):
         at = slice(i, i + chunk)
-        logits, mass = project(head, weight, rows[at], buffer), 1.0
-        if whole:
-            every = logits.sub_(logits.logsumexp(-1, keepdim=True))
-            leaf, logp = every.requires_grad_(), every.gather(-1, ids[at])
+        logits = project(head, weight, rows[at], buffer)
+        if all_words:
+            found, d = differentiate_all_words(logits, ids[at], loss, at, count)
         else:
-            every, seen = None, logits.gather(-1, ids[at])
-            log_norm, mass = exponentiate(logits)
-            leaf = logp = (seen - log_norm).requires_grad_()
-        with torch.enable_grad():
-            found = loss(at, logp, every)
-            g, = torch.autograd.grad(found["loss"].sum() / count, leaf)
-        parts.append({name: x.detach() for name, x in found.items()})
-        p = every.detach().exp_() if whole else logits             # up to its sum, the mass
-        d = p.mul_(-g.sum(-1, keepdim=True) / mass)
-        d = d.add_(g) if whole else d.scatter_add_(-1, ids[at], g)
+            found, d = differentiate_columns(logits, ids[at], loss, at, count)
+        parts.append(found)
         if head.bias is not None and head.bias.requires_grad:
             float32_gradient(head.bias).add_(d.sum(0))
         d = d.to(dtype)
         back[at] = d @ weight
         if total is not None:
-            x = rows[at].to(dtype)
-            total.addmm_(d.T, x) if total.dtype == dtype else total.add_(d.T @ x)
+            add_product(total, d, rows[at].to(dtype))
     if total is not None and total is not head.weight.grad:
         head.weight.grad = total.to(head.weight.dtype)
     return back, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
+def differentiate_columns(logits: Tensor, ids: Tensor, loss: Loss, at: slice,
+                          count: float) -> tuple[dict[str, Tensor], Tensor]:
+    """What `loss` measures, and d loss / d logits [m, V], written over the logits."""
+    seen = logits.gather(-1, ids)
+    log_norm, mass = exponentiate(logits)
+    logp = (seen - log_norm).requires_grad_()
+    found, g = ask(loss, at, logp, None, logp, count)
+    d = logits.mul_(-g.sum(-1, keepdim=True) / mass)     # logits hold p, up to its sum, the mass
+    return found, d.scatter_add_(-1, ids, g)
+
+
+def differentiate_all_words(logits: Tensor, ids: Tensor, loss: Loss, at: slice,
+                            count: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The same where the loss sees every word."""
+    every = logits.sub_(logits.logsumexp(-1, keepdim=True)).requires_grad_()
+    found, g = ask(loss, at, every.gather(-1, ids), every, every, count)
+    p = every.detach().exp_()
+    return found, p.mul_(-g.sum(-1, keepdim=True)).add_(g)
+
+
+def ask(loss: Loss, at: slice, logp: Tensor, every: Tensor | None, leaf: Tensor,
+        count: float) -> tuple[dict[str, Tensor], Tensor]:
+    """What `loss` measures, detached, and the gradient of its sum / count by `leaf`."""
+    with torch.enable_grad():
+        found = loss(at, logp, every)
+        g, = torch.autograd.grad(found["loss"].sum() / count, leaf)
+    return {name: x.detach() for name, x in found.items()}, g
+
+
+def add_product(total: Tensor, d: Tensor, x: Tensor) -> None:
+    """total [V, H] += d.T @ x, whatever the dtype of the product."""
+    if total.dtype == d.dtype:
+        total.addmm_(d.T, x)
+    else:
+        total.add_(d.T @ x)
+
+
 def logit_buffer(rows: Tensor, weight: Tensor, chunk: int) -> Tensor:
-    """[chunk, V], float32 or more, not yet filled."""
+    """An empty buffer [chunk, V], float32 or more."""
     dtype = torch.promote_types(weight.dtype, torch.float32)
     return torch.empty(min(chunk, len(rows)), len(weight), dtype=dtype, device=weight.device)
 
 
 def project(head: torch.nn.Linear, weight: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
-    """The buffer's first len(rows) rows, now the logits. The product itself is in the dtype of weight."""
-    out, x = buffer[:len(rows)], rows.to(weight.dtype)
-    torch.mm(x, weight.T, out=out) if out.dtype == x.dtype else out.copy_(x @ weight.T)
-    return out if head.bias is None else out.add_(head.bias)
+    """The logits of `rows`, in the first rows of the buffer. The product has the dtype of weight."""
+    out = buffer[:len(rows)]
+    x = rows.to(weight.dtype)
+    if out.dtype == x.dtype:
+        torch.mm(x, weight.T, out=out)
+    else:
+        out.copy_(x @ weight.T)
+    if head.bias is None:
+        return out
+    return out.add_(head.bias)
 
 
 def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
-    """In place exp(logits - peak): p, up to its sum over V. Returns the log of the normaliser, and that sum, [m, 1]."""
+    """Turn logits [m, V] into exp(logits - peak), in place: p, up to its sum over V.
+
+    Returns the log of the normaliser and that sum, [m, 1] each.
+    """
     peak = logits.amax(-1, keepdim=True)
     mass = logits.sub_(peak).exp_().sum(-1, keepdim=True)
     return peak + mass.log(), mass
 
 
 def float32_gradient(parameter: Tensor) -> Tensor | None:
-    """Where to add up a gradient: the parameter's own, or float32 beside it where the parameter is shorter."""
+    """Where a gradient is summed: that of the parameter, or float32 if the parameter is shorter."""
     if not parameter.requires_grad:
         return None
     if parameter.dtype.itemsize < 4:
@@ -104,19 +158,23 @@ def float32_gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
 
+# -- log-probs of whole models ---------------------------------------------------------------------
+
 def sequence_logp(model, tokens: list[int]) -> Tensor:
-    """Log-prob, float32, of each token of one sequence but the first, given those before it: [len - 1]."""
-    segment = one_segment(tokens)
-    rows = response_rows(model.base_model(input_ids=segment.tokens[None].to(model.device)).last_hidden_state, [segment])
+    """Log-prob, float32, of each token of a sequence but the first, given those before: [len - 1]."""
+    segment = as_response(tokens)
+    ids = segment.tokens[None].to(model.device)
+    rows = response_rows(model.base_model(input_ids=ids).last_hidden_state, [segment])
     logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
-    return logp.gather(-1, segment.tokens[segment.start:, None].to(logp.device)).squeeze(-1)
+    return logp.gather(-1, segment.new_tokens[:, None].to(logp.device)).squeeze(-1)
 
 
-def teacher_logq(head, rows: Tensor, vocab: int) -> Tensor:
-    """Log-probs [M, vocab], float32, of the student's `vocab` words from the teacher's last states [M, H].
+def teacher_logq(head: torch.nn.Linear, rows: Tensor, vocab: int) -> Tensor:
+    """Log-probs [M, vocab], float32, of the student's words after the teacher's last states [M, H].
 
-    The normaliser is the teacher's own. A model's head may have more rows than there are words, padded to a round
-    number: those that only the teacher has are cut off, those that only the student has are impossible to the teacher.
+    The normaliser is the teacher's own. The heads of two models may have different numbers of
+    rows, padded to a round number: rows that only the teacher has are cut off, and words that only
+    the student has are impossible to the teacher.
     """
     logq = head(rows).float().log_softmax(-1)[:, :vocab]
     return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)

@@ -1,13 +1,14 @@
 """
-How the student lies in its learners' memory: layers that are computed again, parameters sharded over several learners.
+How the student lies in the memory of its learners: sharded parameters, layers computed again.
 
-Every learner gets the same orders and the same slots, takes its share of the responses, and ends with the same
-gradient: that of the whole batch. PyTorch's FSDP2 gathers a layer's parameters when they are needed and sums and
-scatters its gradient; embedding and head are gathered for a whole micro-batch, so that head.py finds the weight whole.
-Learner 0 alone publishes, saves and reports. All of them must take part in whatever gathers: where one has nothing
-left to do it does nothing along with the others. A learner that dies ends the run; the parent ends those that wait.
+Every learner gets the same orders and the same slots, takes its share of the responses, and ends
+with the same gradient: that of the whole batch. PyTorch's FSDP2 gathers the parameters of a layer
+when they are needed, and sums and scatters their gradient; embedding and head are gathered for a
+whole micro-batch, so that head.py finds the weight whole. Learner 0 alone publishes, saves and
+reports. All learners must take part in whatever gathers: one that has nothing left to do does
+nothing along with the others. A learner that dies ends the run; the parent ends those that wait.
 
-What is left out: several machines, tensor and sequence parallelism. Tests: tests/test_shards.py
+What is left out: several machines; tensor and sequence parallelism. Tests: tests/test_shards.py
 """
 from __future__ import annotations
 
@@ -15,7 +16,9 @@ import os
 import sys
 import types
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -32,8 +35,11 @@ def layers(model) -> list[torch.nn.Module]:
 
 
 def recompute(model) -> None:
-    """Keep only the input of each layer for the backward pass. The layers alone are told that they train: dropout,
-    which asks the modules inside of them, stays off."""
+    """Keep only the input of each layer for the backward pass, and compute the rest again.
+
+    Only the layers themselves are put in training mode, which switches this on. The modules inside
+    stay in eval mode, so that dropout stays off.
+    """
     model.gradient_checkpointing_enable({"use_reentrant": False})
     for layer in layers(model):
         layer.training = True
@@ -41,98 +47,129 @@ def recompute(model) -> None:
 
 def shard_of(p: Tensor) -> Tensor:
     """What this learner has of a parameter, in its own memory; without gradients."""
-    return p.to_local() if dist.is_initialized() and isinstance(p, dist.tensor.DTensor) else p
+    if dist.is_initialized() and isinstance(p, dist.tensor.DTensor):
+        return p.to_local()
+    return p
 
 
-def last_hidden(model, tokens: Tensor, layers: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
-    """[B, L] right-padded -> [B, L, H], and the same after each of `layers`. Without a mask: causal attention never
-    looks to the right, and may take its fastest kernel."""
-    out = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=bool(layers))
-    return out.last_hidden_state, [out.hidden_states[1 + i] for i in layers]
+def last_hidden(model, tokens: Tensor,
+                wanted: Sequence[int] = ()) -> tuple[Tensor, list[Tensor]]:
+    """Token ids [B, L], padded on the right -> last hidden states [B, L, H], and those after each
+    of the layers `wanted`.
+
+    There is no mask: causal attention never looks to the right, and without a mask it may use its
+    fastest kernel.
+    """
+    out = model.base_model(input_ids=tokens, use_cache=False, output_hidden_states=bool(wanted))
+    return out.last_hidden_state, [out.hidden_states[1 + layer] for layer in wanted]
 
 
 class Ranks:
-    """This learner among `size`. With one alone every method gives back what it is given."""
+    """This learner among `size`. With one learner every method returns what it is given."""
 
     def __init__(self, rank: int = 0, size: int = 1, meeting: str = ""):
-        """`meeting`: a file that is not there yet, by which they find each other; nothing listens but on loopback."""
-        self.rank, self.size = rank, size
+        """`meeting`: a file that does not exist yet, through which the learners find each other.
+
+        They listen on the loopback interface only.
+        """
+        self.rank = rank
+        self.size = size
         if size > 1:
             os.environ |= {"GLOO_SOCKET_IFNAME": "lo", "NCCL_SOCKET_IFNAME": "lo"}
-            dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo", rank=rank,
-                                    world_size=size, store=dist.FileStore(meeting, size), timeout=timedelta(hours=1))
+            backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+            store = dist.FileStore(meeting, size)
+            dist.init_process_group(backend, rank=rank, world_size=size, store=store,
+                                    timeout=timedelta(hours=1))
 
     def leave(self) -> None:
-        """The last act of one of several: its process ends here. An interpreter that winds up ends gloo's threads
-        wherever they stand, and one that was letting go of a tensor takes the process along with SIGABRT."""
+        """The last act of one learner among several: its process ends here.
+
+        An interpreter that winds up normally stops gloo's threads wherever they are. One that is
+        releasing a tensor at that moment takes the process along with SIGABRT.
+        """
         if self.size > 1:
             dist.destroy_process_group()
-            sys.stdout.flush(), sys.stderr.flush()
+            sys.stdout.flush()
+            sys.stderr.flush()
             os._exit(0)
 
     # -- the model
 
     def shard(self, model, device: torch.device, dtype: torch.dtype) -> None:
-        """Float32 shards; gathered in the dtype of compute, gradients summed in float32."""
+        """Distribute float32 shards. They are gathered in the dtype of compute, and gradients are
+        summed in float32. The model gets the method `last_hidden`."""
         model.last_hidden = types.MethodType(last_hidden, model)
         if self.size == 1:
             model.to(device)
             return
-        from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
-        how = dict(mesh=dist.device_mesh.init_device_mesh(device.type, (self.size,)),
-                   mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
+        from torch.distributed.fsdp import (
+            MixedPrecisionPolicy,
+            fully_shard,
+            register_fsdp_forward_method,
+        )
+        mesh = dist.device_mesh.init_device_mesh(device.type, (self.size,))
+        policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
         for layer in layers(model):
-            fully_shard(layer, **how)
-        fully_shard(model, **how)
+            fully_shard(layer, mesh=mesh, mp_policy=policy)
+        fully_shard(model, mesh=mesh, mp_policy=policy)
         register_fsdp_forward_method(model, "last_hidden")
 
-    def settle(self, model) -> None:
-        """After a forward pass without a backward: let go of what was gathered, which the next update will change."""
+    def release(self, model) -> None:
+        """After a forward pass without a backward pass: free what was gathered, since the next
+        update changes it."""
         if self.size > 1:
             model.reshard()
 
-    def whole(self, x: Tensor) -> Tensor:
-        """A sharded tensor, gathered; any other as it is."""
-        return x.full_tensor() if self.size > 1 and isinstance(x, dist.tensor.DTensor) else x
+    def gather(self, x: Tensor) -> Tensor:
+        """A sharded tensor as a whole; any other as it is."""
+        if self.size > 1 and isinstance(x, dist.tensor.DTensor):
+            return x.full_tensor()
+        return x
 
     def collect(self, tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
-        """All of them, whole, on the CPU, at learner 0; nothing at the others, who take part."""
+        """All of them, whole, on the CPU of learner 0; the others take part and get nothing."""
         found = {}
         for name, x in tensors:
-            x = self.whole(x.detach())
+            x = self.gather(x.detach())
             if self.rank == 0:
                 found[name] = x.cpu()
         return found
 
     def part(self, x: Tensor, like: Tensor) -> Tensor:
-        """A whole tensor as `like` is: on its device, and this learner's shard of it if it is sharded."""
+        """A whole tensor placed as `like` is: on its device, and sharded if it is sharded."""
         x = x.to(like.device)
         if self.size == 1 or x.dim() == 0:
             return x
-        return dist.tensor.distribute_tensor(x, like.device_mesh, like.placements, src_data_rank=None)
+        return dist.tensor.distribute_tensor(x, like.device_mesh, like.placements,
+                                             src_data_rank=None)
 
     def joined(self, x: Tensor, like: Tensor) -> Tensor:
-        """A shard, wherever it lies, as the sharded tensor that `like` is; any other as it is."""
+        """A shard, wherever it lies, as a sharded tensor like `like`; any other as it is."""
         if self.size == 1:
             return x
-        return dist.tensor.DTensor.from_local(x.to(like.device), like.device_mesh, like.placements, run_check=False,
-                                              shape=like.shape, stride=like.stride())
+        return dist.tensor.DTensor.from_local(
+            x.to(like.device), like.device_mesh, like.placements, run_check=False,
+            shape=like.shape, stride=like.stride())
 
     # -- the batch
 
     def groups(self, segments: list[Segment], token_budget: int) -> list[list[Segment]]:
-        """This learner's micro-batches; every learner gets as many, if need be with a segment of nothing to train."""
-        order = sorted(segments, key=lambda s: -len(s.tokens))
-        shares = [[s for i, s in enumerate(order) if i % (2 * self.size) in (r, 2 * self.size - 1 - r)]
-                  for r in range(self.size)]              # 0 1 2 2 1 0 0 1 ..: alike in number and in length
-        split = [list(by_length(share, token_budget)) for share in shares]
-        nothing = [Segment(s.slot, s.tokens[:1], 1, 1, s.version[:0], s.ids[:0], s.logmu[:0], s.logq[:0], s.hidden[:0],
-                           s.states[:0])
-                   for s in segments[:1]]
-        return split[self.rank] + [nothing] * (max(map(len, split)) - len(split[self.rank]))
+        """The micro-batches of this learner.
 
-    def all(self, x) -> list:
-        """What every learner has, in their order."""
+        Every learner gets the same number of them; one that has fewer gets a segment without new
+        tokens, so that it takes part in gathering.
+        """
+        order = sorted(segments, key=lambda s: -len(s.tokens))
+        shares: list[list[Segment]] = [[] for _ in range(self.size)]
+        for i, s in enumerate(order):        # 0 1 2 2 1 0 0 1 ..: alike in number and in length
+            place = i % (2 * self.size)
+            shares[min(place, 2 * self.size - 1 - place)].append(s)
+        split = [list(by_length(share, token_budget)) for share in shares]
+        missing = max(map(len, split)) - len(split[self.rank])
+        return split[self.rank] + [[without_new_tokens(segments[0])] for _ in range(missing)]
+
+    def all(self, x: Any) -> list:
+        """The values of all learners, in their order."""
         if self.size == 1:
             return [x]
         found = [None] * self.size
@@ -140,7 +177,16 @@ class Ranks:
         return found
 
     def any(self, flag: bool) -> bool:
+        """Whether it is true at any learner."""
         return any(self.all(bool(flag)))
+
+
+def without_new_tokens(s: Segment) -> Segment:
+    """A segment of one context token and nothing to train."""
+    return replace(s, tokens=s.tokens[:1], prompt=1, start=1, version=s.version[:0], ids=s.ids[:0],
+                   logmu=s.logmu[:0], logq=s.logq[:0], hidden=s.hidden[:0],
+                   kept=None if s.kept is None else s.kept[:0],
+                   extra={name: x[:0] for name, x in s.extra.items()})
 
 
 def concatenated(parts: Iterable[dict[str, Tensor]]) -> dict[str, Tensor]:

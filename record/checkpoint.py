@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -126,42 +126,50 @@ def read(folder: Path) -> State:
 
 # -- the learner's part ----------------------------------------------------------------------------
 
-def write_training(folder: Path, model, optimizer, updates: int, masters: bool, extra: Iterable[tuple[str, Tensor]],
-                   collect: Callable[..., dict[str, Tensor]] = dict, rank: int = 0) -> None:
-    """AdamW's state by parameter name, and with `masters` the float32 weights that a bf16 model.safetensors is not.
+Parameters = list[tuple[str, Tensor]]            # those that learn, by name
 
-    `extra`: what else the learner remembers, by names of its own. `collect` gathers what is sharded over several
-    learners, at the one that writes, rank 0.
+
+def write_training(folder: Path, parameters: Parameters, optimizer, updates: int, *, masters: bool,
+                   extra: Iterable[tuple[str, Tensor]],
+                   collect: Callable[..., dict[str, Tensor]] = dict, rank: int = 0) -> None:
+    """Write the state of AdamW by parameter, and the number of optimizer updates made.
+
+    `masters`: write the float32 weights too, where model.safetensors has a shorter dtype.
+    `extra`: what the extensions want to keep, by names of their own. `collect` gathers tensors that
+    are sharded over several learners; only rank 0 writes.
     """
-    def tensors():
-        for name, p in trained(model):
-            yield from ((f"{name}/{key}", x) for key, x in optimizer.state[p].items())
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for name, p in parameters:
+            for key, x in optimizer.state[p].items():
+                yield f"{name}/{key}", x
             if masters:
                 yield f"{name}/master", p.detach()
-        yield from ((f"/{name}", x) for name, x in extra)
+        for name, x in extra:
+            yield f"/{name}", x
     kept = collect(tensors())
     if rank == 0:
         kept["/updates"] = torch.tensor(updates)
-        save_file({name: x.cpu().contiguous() for name, x in kept.items()}, folder / "train.safetensors")
+        on_cpu = {name: x.cpu().contiguous() for name, x in kept.items()}
+        save_file(on_cpu, folder / "train.safetensors")
 
 
-def trained(model) -> list[tuple[str, Tensor]]:
-    """The parameters that learn, by name: under LoRA not the student's own."""
-    return [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-
-
-def read_training(folder: Path, model, optimizer,
+def read_training(folder: Path, parameters: Parameters, optimizer,
                   part: Callable[[Tensor, Tensor], Tensor]) -> tuple[int, dict[str, Tensor]]:
-    """Put it back; the number of optimizer updates made, and `extra`. `part` makes a tensor lie as a parameter does."""
+    """Restore what `write_training` wrote; returns the number of updates made, and `extra`.
+
+    `part(x, like)` is this learner's part of a whole tensor x, placed as the parameter `like` is.
+    """
     kept: dict[str, dict[str, Tensor]] = {}
     for key, x in load_file(folder / "train.safetensors").items():
         name, _, what = key.partition("/")
         kept.setdefault(name, {})[what] = x
-    for name, p in trained(model):
-        mine = kept.get(name, {})                          # none: it has not had a gradient yet
-        if (master := mine.pop("master", None)) is not None:
+    for name, p in parameters:
+        state = kept.get(name, {})               # empty: the parameter has not had a gradient yet
+        master = state.pop("master", None)
+        if master is not None:
             p.data.copy_(part(master, p))
-        if mine:
-            optimizer.state[p] = {what: part(x, p) for what, x in mine.items()}
+        if state:
+            optimizer.state[p] = {what: part(x, p) for what, x in state.items()}
     extra = kept[""]
-    return int(extra.pop("updates")), extra
+    updates = int(extra.pop("updates"))
+    return updates, extra
