@@ -78,6 +78,7 @@ class Learner:
             parameters, lr=cfg.lr, weight_decay=cfg.weight_decay,
             fused=True if self.student.device.type == "cuda" else None)
         self.updates = 0
+        self.continues = bool(checkpoint)        # a run that was there before
         saved: dict[str, Tensor] = {}
         if checkpoint:
             self.updates, saved = read_training(Path(checkpoint), self.student.trained(),

@@ -1,68 +1,283 @@
 """
-EffOPD: longer steps in the direction that training takes, as far as a gate finds them better (arXiv 2605.11739).
+EffOPD (arXiv 2605.11739): longer steps in the direction that training takes, as far as a gate finds
+them better.
 
-After steps t = 1, 2, 4, 8, .. the learner tries W_t + 2k D, k = 1, 2, .. --effopd-max, with D = W_t - W_ref, and stops
-at the first that is not strictly better than all before (the paper says not worse; its code: better). The weights
-become the best, bit for bit W_t if that is k = 0, and W_ref is these: at first it is the student as it began. Only the
-weights of attention and MLP move; embeddings, head and the norms between do not. Adam's moments stay.
+    --extend effopd --effopd.gate kl
 
---effopd kl       the forward KL on at most 64 rollouts of the first batch, which are kept with their scores
---effopd accuracy the share of right answers, one sampled for each of 50 training prompts: the paper's
+After the steps t = 1, 2, 4, 8, .. the learner tries W_t + 2k D for k = 1, 2, .. --effopd.most, with
+D = W_t - W_ref, and stops at the first that is not strictly better than all before (the paper says
+not worse; its code: better). The weights become the best of them, which is W_t to the bit where
+that is k = 0. W_ref is the outcome of the previous jump; at first it is the initial student. Only
+the weights of attention and MLP move; embeddings, head and norms between them do not. The moments
+of Adam stay.
 
-The measure is the forward KL, whatever is trained: mean of (q / mu)(logq - logp), whose weights no candidate can move.
-The reverse, mean of w (logp - logq), likes best a student that never says any of the set's words again: all w are 0.
+    gate kl         the forward KL on at most 64 rollouts of the first batch, kept with their scores
+    gate accuracy   the share of right answers, one sampled for each of 50 training prompts: the
+                    paper's
 
-A jump makes old what is in flight: it is cut (--overdue drop: dropped), scored, weighed, and dropped below MIN_ESS.
-What is left out: LoRA; --schedule step-off; a set that is renewed. Tests: tests/test_effopd.py
+The measure of the first gate is the forward KL, whatever is trained: the mean of
+(q / mu)(log q - log p), whose weights no candidate can move. The reverse KL, the mean of
+w (log p - log q), likes best a student that never says any of the set's words again: all w are 0.
+
+A jump makes old what is in flight: it is cut (with --overdue drop: dropped) and scored, and dropped
+where the effective sample size of its weights is below MIN_ESS.
+What is left out: LoRA; --schedule step-off; a set that is renewed.
+Shapes: M new tokens; C columns of a slot. Tests: tests/test_effopd.py
 """
 from __future__ import annotations
 
 import operator
 import time
-from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from cache import Segment
+from config import Config, Count, require
 from engines.hf import HFEngine
 from engines.sampling import VALIDATION
 from estimators import DENSE, VALUE, importance_weight
-from models.head import head_logp, teacher_logq
+from extension import Extension, ModelPair, Outcome, Step
+from models.head import teacher_logq
+from models.loading import text_config
 from models.sharding import layers, shard_of
 
-if TYPE_CHECKING:
-    from config import Config
-    from learner import Learner
-    from transport.link import Link
-
-GATES = {"kl": operator.lt, "accuracy": operator.gt}     # --effopd: which of two values is the better one
+BETTER = {"kl": operator.lt, "accuracy": operator.gt}    # by gate: whether a value beats another
 KEPT = 64                # responses in the set of the gate `kl`
 PROMPTS = 50             # of the gate `accuracy`
-MIN_ESS = 0.5            # a response of less, after a jump, is dropped
+MIN_ESS = 0.5            # after a jump, responses with a smaller one are dropped
 
 
-def check(cfg: Config, learners: int) -> None:
-    """Refuse flags that cannot be. Raises ValueError with the remedy."""
-    if cfg.effopd and cfg.schedule == "step-off":
-        raise ValueError("--schedule step-off: a controlled lag, in which --effopd has no place (--schedule async or "
-                         "sync)")
-    if cfg.effopd and cfg.lora_rank:
-        raise ValueError(f"--lora-rank {cfg.lora_rank}: --effopd moves the student's own weights")
-    if cfg.effopd == "accuracy" and learners > 1:
-        raise ValueError(f"--learners {learners}: the gate of --effopd accuracy generates on one (--learners 1, "
-                         f"--effopd kl)")
+class Hurried(Exception):
+    """The run is told to end while candidates are tried."""
 
 
-def triggers(step: int) -> bool:
+class EffOPD(Extension):
+    """What the learner remembers between its jumps.
+
+    Copies of weights lie on the CPU; of several learners each holds those of its shards.
+    """
+
+    @dataclass(frozen=True)
+    class Flags:
+        gate: Literal["kl", "accuracy"] = "kl"
+        """what decides whether a longer step is better"""
+        most: Count = 5
+        """number of longer steps that are tried at most, each time"""
+
+    fixed_on_resume = ("gate", "teacher")
+
+    def __init__(self, name: str, cfg: Config, flags: Any):
+        super().__init__(name, cfg, flags)
+        if flags.gate == "accuracy":
+            self.validation_rows = PROMPTS
+
+    # -- the parent
+
+    def check(self, models: ModelPair) -> list[str]:
+        cfg = self.cfg
+        require(cfg.schedule != "step-off",
+                "--schedule step-off: its lag is controlled, which the jumps of --extend effopd "
+                "would upset (--schedule async or sync)")
+        require(cfg.lora_rank == 0,
+                f"--lora-rank {cfg.lora_rank}: --extend effopd moves the student's own weights")
+        if self.flags.gate == "accuracy":
+            require(cfg.learners == 1,
+                    f"--learners {cfg.learners}: --effopd.gate accuracy generates on one "
+                    "(--learners 1, or --effopd.gate kl)")
+            require(not getattr(text_config(cfg.student), "sliding_window", None),
+                    f"--student {cfg.student}: has a sliding window, which the answers of "
+                    "--effopd.gate accuracy would ignore")
+        return []
+
+    def extra_gb(self, models: ModelPair) -> dict[str, float]:
+        """The weights before a jump and those it is measured from; every learner has the set."""
+        P = models.student.P
+        found = {"host": 8 * P / 1e9, "checkpoint": 4 * P / 1e9}
+        if self.flags.gate == "kl":
+            kept = min(KEPT, self.cfg.batch)
+            found["host"] += self.cfg.learners * kept * models.slot_bytes / 1e9
+        return found
+
+    # -- a learner
+
+    def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
+        self.learner = learner
+        self.student = learner.student
+        self.ranks = learner.ranks
+        self.link = None
+        self.tokens = 0          # that the validation of this step has read or drawn
+        self.moving = moving_weights(self.student.model)
+        self.set: list[Segment] = []                     # of the gate `kl`
+        if saved:
+            self.ref = {name: shard_of(self.ranks.part(saved[name], p)).cpu()
+                        for name, p in self.moving.items()}
+            self.set = unpacked(saved)
+        else:
+            self.ref = self.copies()
+        self.engine = None
+        if self.flags.gate == "accuracy":
+            self.engine = OwnEngine(self.cfg, self.student.model)
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """One tensor after the other: of several learners' shards only one at a time is whole."""
+        for name, p in self.moving.items():
+            yield name, self.ranks.joined(self.ref[name], p)
+        yield from packed(self.set).items()
+
+    @torch.no_grad()
+    def after_step(self, step: Step) -> Outcome:
+        """After the updates of a step: a jump, if it is time for one."""
+        if not self.set and self.flags.gate == "kl":
+            self.set = kept_copies(step.segments)
+        if not is_trigger(step.version + 1):
+            return Outcome()
+        start = time.monotonic()
+        self.tokens = 0
+        self.link = step.link
+        now = self.copies()
+        k, values = climb(lambda k: self.value_of(now, k), self.flags.most,
+                          BETTER[self.flags.gate])
+        self.move(now, k)
+        now = {}                 # freed before the new copies are made
+        self.ref = {}
+        self.ref = self.copies()
+        event = {"what": "effopd", "k": k, "gate": self.flags.gate,
+                 "tokens": sum(self.ranks.all(self.tokens)),
+                 "values": [v if abs(v) < torch.inf else None for v in values],
+                 "seconds": time.monotonic() - start}
+        return Outcome(events=[event], flush=k > 0)
+
+    def copies(self) -> dict[str, Tensor]:
+        """The weights that move, on the CPU."""
+        return {name: shard_of(p.detach()).to("cpu", copy=True)
+                for name, p in self.moving.items()}
+
+    def move(self, now: dict[str, Tensor], k: int) -> None:
+        """To W_t + 2k D, from W_t and not from the last candidate: the best one is made again
+        exactly."""
+        for name, p in self.moving.items():
+            w = now[name].to(p.device)
+            if k > 0:
+                w = w + 2 * k * (w - self.ref[name].to(p.device))
+            shard_of(p.detach()).copy_(w)
+
+    # -- the gates
+
+    def value_of(self, now: dict[str, Tensor], k: int) -> float:
+        """The gate's value of candidate k; nan where the run is told to end: then the best so far
+        has to do."""
+        self.move(now, k)
+        if self.link is not None and self.ranks.any(self.link.hurried):
+            return torch.nan
+        try:
+            return self.accuracy() if self.flags.gate == "accuracy" else self.kl()
+        except Hurried:
+            return torch.nan
+
+    def kl(self) -> float:
+        """The forward KL per token of the set, nats."""
+        found = [torch.empty(0)]
+        for group in self.ranks.groups(self.set, self.cfg.micro_tokens):
+            found.append(self.kl_of(group).cpu())
+            self.beat(sum(len(s.tokens) for s in group if len(s)))
+        self.student.release()
+        parts = [x for part in self.ranks.all(found) for x in part]
+        return torch.cat(parts).mean(dtype=torch.float64).item()
+
+    def kl_of(self, group: list[Segment]) -> Tensor:
+        """The same at every new token [M]: exact where the teacher's head is at the learner, else
+        an estimate."""
+        learner = self.learner
+        student = self.student
+        rows = student.rows(group)
+        if learner.teacher_head is None:
+            n = learner.estimator.drawn(self.cfg.mc_samples)
+            ids, logmu, logq = (learner.cached(group, name)[:, :n]
+                                for name in ("ids", "logmu", "logq"))
+            return VALUE["forward"](student.logp(rows, ids.long()), logq, logmu)
+        hidden = learner.cached(group, "hidden")
+        values = []
+        for i in range(0, max(1, len(rows)), student.chunk):
+            part = slice(i, i + student.chunk)
+            q = teacher_logq(learner.teacher_head, hidden[part], student.words)
+            words = torch.arange(q.shape[1], device=q.device).expand(len(q), -1)
+            values.append(DENSE["forward"](student.logp(rows[part], words), q, q))
+        return torch.cat(values)
+
+    def accuracy(self) -> float:
+        """The share of right answers: drawn here, graded by the parent, who knows the texts."""
+        # layers that compute their inside again would keep no cache
+        again = [layer.eval() for layer in layers(self.student.model) if layer.training]
+        try:
+            with self.student.compute():
+                answers = self.engine.complete(
+                    self.validation_prompts, self.cfg.max_response, temperature=1.0,
+                    each_step=self.one_token, stream=VALIDATION)
+        finally:
+            for layer in again:
+                layer.training = True
+        self.beat(sum(map(len, answers)))
+        self.link.send("validation_answers", answers=answers)
+        return self.link.answer("validation_share")
+
+    def one_token(self) -> None:
+        self.beat(0)
+        if self.link is not None and self.link.hurried:
+            raise Hurried
+
+    def beat(self, tokens: int) -> None:
+        self.tokens += tokens
+        if self.link is not None:
+            self.link.beat()
+
+    # -- what was in flight
+
+    @torch.no_grad()
+    def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
+        """Drop the slots whose weights have an effective sample size below MIN_ESS."""
+        ess = self.sample_sizes(segments, link)
+        return {slot for slot, x in ess.items() if x < MIN_ESS}
+
+    def sample_sizes(self, segments: list[Segment], link: Any) -> dict[int, float]:
+        """By slot, the effective sample size of the emitted tokens' weights w = p / mu,
+        (sum w)^2 / sum w^2 / n: 1 where all are alike."""
+        found: dict[int, float] = {}
+        for group in self.ranks.groups(segments, self.cfg.micro_tokens):
+            ids, logmu = (self.learner.cached(group, name)[:, :1] for name in ("ids", "logmu"))
+            logp = self.student.logp(self.student.rows(group), ids.long())
+            weights = importance_weight(logp, logmu).flatten()
+            for s, w in zip(group, weights.split([len(s.ids) for s in group])):
+                if len(w):
+                    found[s.slot] = (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()
+            link.beat()
+            if self.ranks.any(link.hurried):             # the run ends
+                break
+        self.student.release()
+        return {slot: x for part in self.ranks.all(found) for slot, x in part.items()}
+
+
+class OwnEngine(HFEngine):
+    """The engine on the learner's own model, whose weights are always the newest."""
+
+    def __init__(self, cfg: Config, model: Any):
+        self.use(cfg, model)
+
+
+def is_trigger(step: int) -> bool:
     """1, 2, 4, 8, .."""
     return step & (step - 1) == 0
 
 
-def climb(value: Callable[[int], float], most: int, better: Callable[[float, float], bool]) -> tuple[int, list[float]]:
-    """(k of the best, the values of 0, 1, ..), up to the first that is not better than all before it. nan never is."""
-    best, values = 0, [value(0)]
+def climb(value: Callable[[int], float], most: int,
+          better: Callable[[float, float], bool]) -> tuple[int, list[float]]:
+    """(k of the best, the values of 0, 1, ..), up to the first that is not better than all before
+    it. nan is never better."""
+    best = 0
+    values = [value(0)]
     for k in range(1, most + 1):
         values.append(value(k))
         if not better(values[k], values[best]):
@@ -71,164 +286,49 @@ def climb(value: Callable[[int], float], most: int, better: Callable[[float, flo
     return best, values
 
 
-def moving(model) -> dict[str, Tensor]:
-    """The weights that jump: attention's and MLP's. A block's other children, its norms, have no children."""
-    inside = {id(p) for layer in layers(model) for part in layer.children() if next(part.children(), None) is not None
-              for p in part.parameters()}
+def moving_weights(model: Any) -> dict[str, Tensor]:
+    """The weights that jump: those of attention and MLP. The other children of a block, its norms,
+    have no children of their own."""
+    inside = set()
+    for layer in layers(model):
+        for part in layer.children():
+            if len(list(part.children())) > 0:
+                inside |= {id(p) for p in part.parameters()}
     return {name: p for name, p in model.named_parameters() if id(p) in inside}
-
-
-class Hurried(Exception):
-    """The run is told to end while answers are drawn."""
-
-
-# -- jumps -----------------------------------------------------------------------------------------
-
-class Jumps:
-    """What the learner remembers between its jumps. Copies of weights lie on the CPU, each learner's of its shards."""
-
-    def __init__(self, learner: Learner, extra: dict[str, Tensor]):
-        """`extra`: what `state` was at the checkpoint that the run goes on from; empty at its beginning."""
-        self.learner, self.cfg, self.link = learner, learner.cfg, None
-        self.moving = moving(learner.model)
-        self.ref = {name: shard_of(learner.ranks.part(extra[f"effopd/{name}"], p)).cpu() for name, p in
-                    self.moving.items()} if extra else self.copies()
-        self.set = unpacked(extra) if "effopd/set" in extra else []
-        self.prompts: list[list[int]] = []               # of the gate `accuracy`: an order brings them
-        self.engine = OwnEngine(self.cfg, learner.model) if self.cfg.effopd == "accuracy" else None
-        self.tokens = 0                                  # that the validation of this step has read or drawn
-
-    @torch.no_grad()
-    def after(self, segments: list[Segment], step: int, link: Link | None) -> list[dict]:
-        """The updates of `step` are made: a jump, if it is time for one; what the log should hold of it."""
-        if not self.set and self.cfg.effopd == "kl":
-            self.set = kept(segments)
-        if not triggers(step):
-            return []
-        start, now, self.tokens, self.link = time.monotonic(), self.copies(), 0, link
-
-        def value(k: int) -> float:
-            self.move(now, k)
-            told = link is not None and self.learner.ranks.any(link.hurried)      # then the best so far has to do
-            try:
-                return torch.nan if told else getattr(self, self.cfg.effopd)()
-            except Hurried:
-                return torch.nan
-        k, values = climb(value, self.cfg.effopd_max, GATES[self.cfg.effopd])
-        self.move(now, k)
-        now, self.ref = {}, {}                           # and only then copies of the new ones
-        self.ref = self.copies()
-        return [{"what": "effopd", "k": k, "gate": self.cfg.effopd, "tokens": sum(self.learner.ranks.all(self.tokens)),
-                 "values": [v if abs(v) < torch.inf else None for v in values], "seconds": time.monotonic() - start}]
-
-    def copies(self) -> dict[str, Tensor]:
-        return {name: shard_of(p.detach()).to("cpu", copy=True) for name, p in self.moving.items()}
-
-    def move(self, now: dict[str, Tensor], k: int) -> None:
-        """To W_t + 2k D, from W_t itself and not from the last candidate: so that the best is made again exactly."""
-        for name, p in self.moving.items():
-            w = now[name].to(p.device)
-            shard_of(p.detach()).copy_(w + 2 * k * (w - self.ref[name].to(p.device)) if k else w)
-
-    def state(self) -> Iterator[tuple[str, Tensor]]:
-        """For the checkpoint, one after the other: of several learners' shards no more than one is on the GPU."""
-        for name, p in self.moving.items():
-            yield f"effopd/{name}", self.learner.ranks.joined(self.ref[name], p)
-        yield from packed(self.set).items() if self.set else ()
-
-    def kl(self) -> float:
-        """Forward KL per token of the set, nats."""
-        learner, found = self.learner, [torch.empty(0)]
-        for group in learner.ranks.groups(self.set, self.cfg.micro_tokens):
-            found.append(self.kl_of(group).cpu())
-            self.beat(sum(len(s.tokens) for s in group if len(s)))
-        learner.ranks.settle(learner.model)
-        return torch.cat([x for part in learner.ranks.all(found) for x in part]).mean(dtype=torch.float64).item()
-
-    def kl_of(self, group: list[Segment]) -> Tensor:
-        """The same at every new token [M]: exact where the teacher's head is at the learner, else an estimate."""
-        learner, rows, values = self.learner, self.learner.rows(group), []
-        n, hidden = learner.estimator.drawn(self.cfg.mc_samples), learner.cached(group, "hidden")
-        ids, logmu, logq = (learner.cached(group, name)[:, :n] for name in ("ids", "logmu", "logq"))
-        if learner.teacher_head is None:
-            return VALUE["forward"](self.logp(rows, ids.long()), logq, logmu)
-        for i in range(0, max(1, len(rows)), learner.chunk):
-            q = teacher_logq(learner.teacher_head, hidden[i:i + learner.chunk], len(learner.head.weight))
-            words = torch.arange(q.shape[1], device=q.device).expand(len(q), -1)
-            values.append(DENSE["forward"](self.logp(rows[i:i + learner.chunk], words), q, q))
-        return torch.cat(values)
-
-    def logp(self, rows: Tensor, ids: Tensor) -> Tensor:
-        return head_logp(self.learner.head, rows, ids, chunk=self.learner.chunk, dtype=self.learner.dtype)
-
-    def accuracy(self) -> float:
-        """The share of right answers: drawn here, graded by the parent, who knows texts and answers."""
-        again = [layer.eval() for layer in layers(self.learner.model) if layer.training]
-        try:
-            with self.learner.compute():                 # layers that are computed again would keep no cache
-                answers = self.engine.complete(self.prompts, self.cfg.max_response, temperature=1.0,
-                                               each_step=self.token, stream=VALIDATION)
-        finally:
-            for layer in again:
-                layer.training = True
-        self.beat(sum(map(len, answers)))
-        self.link.send("answers", answers=answers)
-        return self.link.answer("share")
-
-    def token(self) -> None:
-        self.beat(0)
-        if self.link and self.link.hurried:
-            raise Hurried
-
-    def beat(self, tokens: int) -> None:
-        self.tokens += tokens
-        self.link and self.link.beat()
-
-    @torch.no_grad()
-    def weigh(self, segments: list[Segment], link: Link) -> dict[int, float]:
-        """By slot, the ESS of the emitted tokens' w after a jump, (sum w)^2 / sum w^2 / n: 1 where all w are alike."""
-        learner, ess = self.learner, {}
-        for group in learner.ranks.groups(segments, self.cfg.micro_tokens):
-            ids, logmu = (learner.cached(group, name)[:, :1] for name in ("ids", "logmu"))
-            w = importance_weight(self.logp(learner.rows(group), ids.long()), logmu).flatten()
-            weights = w.split([len(s.ids) for s in group])
-            ess |= {s.slot: (w.sum() ** 2 / (w ** 2).sum() / len(w)).item() for s, w in zip(group, weights) if len(w)}
-            link.beat()
-            if learner.ranks.any(link.hurried):          # the run ends
-                break
-        learner.ranks.settle(learner.model)
-        return {slot: x for part in learner.ranks.all(ess) for slot, x in part.items()}
-
-
-class OwnEngine(HFEngine):
-    """The engine on the learner's own model, whose weights are always the newest."""
-
-    def __init__(self, cfg: Config, model):
-        self.drive(cfg, model)
 
 
 # -- the set of the gate `kl` ----------------------------------------------------------------------
 
-TENSORS = ("tokens", "version", "ids", "logmu", "logq", "hidden", "kept")      # of a Segment, those that are there
+TENSORS = ("tokens", "version", "ids", "logmu", "logq", "hidden", "kept")      # of a Segment
 
 
-def kept(segments: list[Segment]) -> list[Segment]:
-    """Copies, as their slots go on, of the first that were drawn and scored without a nan."""
-    found = [s for s in segments if not any(x.isnan().any() for x in (s.logmu, s.logq, s.hidden))][:KEPT]
-    return [Segment(i, prompt=s.prompt, start=s.start, **{name: x.clone() for name, x in tensors(s)})
-            for i, s in enumerate(found)]
+def kept_copies(segments: list[Segment]) -> list[Segment]:
+    """Copies, since their slots go on, of the first that were drawn and scored without a nan."""
+    usable = [s for s in segments
+              if not any(x.isnan().any() for x in (s.logmu, s.logq, s.hidden))]
+    return [replace(s, slot=i, extra={}, **{name: x.clone() for name, x in tensors_of(s).items()})
+            for i, s in enumerate(usable[:KEPT])]
 
 
-def tensors(s: Segment) -> list[tuple[str, Tensor]]:
-    return [(name, x) for name in TENSORS if (x := getattr(s, name)) is not None]
+def tensors_of(s: Segment) -> dict[str, Tensor]:
+    """The tensors of a segment by name; `kept` is there only in sparse slots."""
+    found = {name: getattr(s, name) for name in TENSORS}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 def packed(segments: list[Segment]) -> dict[str, Tensor]:
-    return {f"effopd/set/{s.slot}/{name}": x for s in segments for name, x in tensors(s)} | {
-        "effopd/set": torch.tensor([[s.prompt, s.start] for s in segments])}
+    """The set as named tensors."""
+    if not segments:
+        return {}
+    found = {f"set/{s.slot}/{name}": x for s in segments for name, x in tensors_of(s).items()}
+    return found | {"set": torch.tensor([[s.prompt, s.start] for s in segments])}
 
 
-def unpacked(extra: dict[str, Tensor]) -> list[Segment]:
-    return [Segment(i, prompt=prompt, start=start, **{name: extra[f"effopd/set/{i}/{name}"] for name in TENSORS
-                                                      if f"effopd/set/{i}/{name}" in extra})
-            for i, (prompt, start) in enumerate(extra["effopd/set"].tolist())]
+def unpacked(saved: Mapping[str, Tensor]) -> list[Segment]:
+    """The set from named tensors."""
+    segments = []
+    for i, (prompt, start) in enumerate(saved.get("set", torch.empty(0, 2)).tolist()):
+        tensors = {name: saved[f"set/{i}/{name}"] for name in TENSORS
+                   if f"set/{i}/{name}" in saved}
+        segments.append(Segment(slot=i, prompt=prompt, start=start, **tensors))
+    return segments

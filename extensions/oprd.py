@@ -1,212 +1,354 @@
 """
-OPRD (arXiv 2606.06021): on the student's own rollouts, bring its hidden states to those of the teacher.
+OPRD (arXiv 2606.06021): on the student's own rollouts, bring its hidden states to the teacher's.
 
-    L = mean over layers l, mean over positions t, of |h_student - h_teacher|^2 / d          --estimator none: L alone
-                                                                                     --oprd-weight c: divergence + c L
-h is what leaves block l, the last one past the final norm, at the position that predicts a new token: rows that come
-from models import alignment
-from alignment.response_rows, nothing shifts here. Student layer i of S is compared with teacher layer
-round(i (T - 1) / (S - 1)). The target follows from the tokens and from a frozen teacher, so there is no importance
-weight, whatever the lag. The LM head gets no gradient: it is a copy of the teacher's (--oprd-head), or needs a KL.
+    L = mean over layers l, mean over positions t, of |h_student - h_teacher|^2 / d
 
-The teacher must be of the student's origin: a continuation of it, whose directions mean the same. `fit` measures that
-on rollouts of the initial student, before the run, so that no slot waits for it; and with --oprd-rank it finds what the
-teacher's states are projected to before they are cached, 2 * rank bytes per layer and token instead of 2 * d:
-    same origin   x = P'(h - m) on both sides: mean m and top eigenvectors P of the teacher's states (rank d: raw)
-    --oprd-bridge another width or origin: the teacher's x as above, the student's by least squares onto it; both are
-                  compared as unit vectors, |x_student - x_teacher|^2 / rank
-What is left out: fitting anew as the student moves; a bridge that learns. Tests: tests/test_oprd.py
+    --extend oprd --oprd.weight c                divergence + c L
+    --extend oprd --estimator none               L alone
+
+h is what leaves block l, the last one past the final norm, at the position that predicts a new
+token. Student layer i of S is compared with teacher layer round(i (T - 1) / (S - 1)). The target
+follows from the tokens and from a frozen teacher, so that there is no importance weight, whatever
+the lag. Alone, L gives the LM head no gradient: the head is a copy of the teacher's (--oprd.head),
+or a divergence has to train it.
+
+The teacher should descend from the student's base model or be its continuation: then directions in
+both spaces mean the same. `prepare` measures that on rollouts of the initial student. With
+--oprd.rank it also finds what the teacher's states are projected to before they are cached, at
+2 * rank bytes per layer and token instead of 2 * d:
+
+    same descent   x = P'(h - m) on both sides, with the mean m and the top eigenvectors P of the
+                   teacher's states (rank d: the raw states)
+    --oprd.bridge  another width or descent: the teacher's x as above, the student's by least
+                   squares onto it. Both are compared as unit vectors, |x_s - x_t|^2 / rank
+
+What is left out: fitting again as the student moves; a bridge that learns. After a cut, "last"
+counts from the end of each piece.
+Shapes: M new tokens, m of them compared; d width of a state; P compared positions of a slot.
+Tests: tests/test_oprd.py
 """
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import fields, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from cache import Segment, Slots
+from config import Config, Count, CountOrZero, NotNegative, require
+from data.prompts import prompt_number
+from engines.hf import HFEngine
+from estimators import ESTIMATORS
+from extension import Extension, ModelPair, Outcome, SlotTensor, Step
+from models.alignment import by_length, pad, response_rows
+from models.loading import load_head, load_model, text_config
 
-if TYPE_CHECKING:
-    from config import Config
-    from estimators import Estimator
-    from models.footprint import Shape
-
-FILE = "oprd.safetensors"            # in the run folder: what `fit` found
-ROLLOUTS = {False: 256, True: 2000}  # of `fit`; for a bridge
+STATES = "oprd_states"               # slot tensor: the teacher's states at compared positions
+ROLLOUTS = {False: 256, True: 2000}  # with which `prepare` works; for a bridge
 LONGEST = 256                        # of these, tokens
-ALIKE = 0.5                          # mean cosine of two states from which on they are of the same origin
+ALIKE = 0.5                          # mean cosine of two states from which on they count as related
 
 
-# -- what is compared ------------------------------------------------------------------------------
+class OPRD(Extension):
+    """The distance between hidden states, as a loss."""
 
-def pairs(which: str, S: int, T: int) -> list[tuple[int, int]]:
-    """(student layer, teacher layer), 0-based, of S and T. Example: all, 3, 5 -> (0, 0), (1, 2), (2, 4)."""
-    chosen = {"all": range(S), "even": range(0, S, 2), "odd": range(1, S, 2), "last": range(S - 1, S)}[which]
-    return [(i, round(i * (T - 1) / (S - 1)) if S > 1 else T - 1) for i in chosen]
+    @dataclass(frozen=True)
+    class Flags:
+        weight: NotNegative = 1.0
+        """factor of the distance between hidden states in the loss"""
+        rank: CountOrZero = 0
+        """project the teacher's states to this rank before they are cached; 0 caches them whole"""
+        layers: Literal["all", "even", "odd", "last"] = "all"
+        """layers of the student that are compared"""
+        positions: Literal["last", "first", "all"] = "last"
+        """positions of a response that are compared: the last or first --oprd.tokens, or all"""
+        tokens: Count = 2000
+        """how many, see --oprd.positions"""
+        bridge: bool = False
+        """compare unit vectors of a fitted projection: for a teacher of another width or descent"""
+        head: bool = True
+        """start with a copy of the teacher's LM head where the shapes agree"""
 
+    METRICS = {"oprd": "distance between hidden states of student and teacher, mean over compared "
+                       "positions and layers; --oprd.weight times it is minimised, and it is no "
+                       "part of `loss`"}
+    fixed_on_resume = ("weight", "rank", "layers", "bridge", "teacher")
+    loss_over = STATES
 
-def compared(cfg: Config, s: Segment) -> slice:
-    """Which of a segment's new tokens. After a cut `first` counts from the beginning of the response."""
-    first = max(0, cfg.oprd_tokens - (s.start - s.prompt))
-    return {"last": slice(max(0, len(s) - cfg.oprd_tokens), len(s)), "first": slice(0, min(first, len(s))),
-            "all": slice(0, len(s))}[cfg.oprd_positions]
+    def __init__(self, name: str, cfg: Config, flags: Any):
+        super().__init__(name, cfg, flags)
+        self.rank = flags.rank or (8 if flags.bridge else 0)
+        self.distances: list[Tensor] = []            # of the current step, by micro-batch [m]
+        self.projection: StateProjection | None = None
 
+    @property
+    def pairs(self) -> list[tuple[int, int]]:
+        counts = [text_config(name).num_hidden_layers for name in
+                  (self.cfg.student, self.cfg.teacher)]
+        return layer_pairs(self.flags.layers, *counts)
 
-def shape(cfg: Config, student: Shape, teacher: Shape) -> tuple[int, int]:
-    """Of the states in a slot: positions P, and values W for each, 2 bytes a value."""
-    P = cfg.max_response if cfg.oprd_positions == "all" else min(cfg.max_response, cfg.oprd_tokens)
-    W = len(pairs(cfg.oprd_layers, student.L, teacher.L)) * (cfg.oprd_rank or teacher.H)
-    return (P, W) if cfg.oprd_weight else (0, 0)
+    @property
+    def student_layers(self) -> list[int]:
+        return [student for student, _ in self.pairs]
 
+    @property
+    def teacher_layers(self) -> list[int]:
+        return [teacher for _, teacher in self.pairs]
 
-class Side:
-    """One of the two models: its layers, one per pair, and how their states are shown to the other side."""
+    # -- the parent
 
-    def __init__(self, cfg: Config, who: Literal["student", "teacher"], device: torch.device | str):
-        counts = (text_config(name).num_hidden_layers for name in (cfg.student, cfg.teacher))
-        self.cfg, self.layers = cfg, [pair[who == "teacher"] for pair in pairs(cfg.oprd_layers, *counts)]
-        self.mean = self.basis = None                              # [pairs, d], [pairs, d, rank]
-        if cfg.oprd_rank:
-            found = load_file(Path(cfg.out) / FILE)
-            self.mean, self.basis = (found[f"{who}.{x}"].to(device) for x in ("mean", "basis"))
+    def check(self, models: ModelPair) -> list[str]:
+        flags = self.flags
+        require(flags.weight > 0, f"--oprd.weight {flags.weight:g}: must be above 0")
+        require(self.cfg.teacher_engine == "hf",
+                f"--teacher-engine {self.cfg.teacher_engine}: --extend oprd needs the teacher's "
+                "hidden states, which vLLM does not give (--teacher-engine hf does)")
+        ours = models.student.H
+        theirs = models.teacher.H
+        require(ours == theirs or flags.bridge,
+                f"--teacher {self.cfg.teacher}: its states are {theirs} wide, the student's "
+                f"{ours} (--oprd.bridge compares them all the same)")
+        require(self.rank <= theirs,
+                f"--oprd.rank {self.rank}: the teacher's states are {theirs} wide")
+        require(layer_pairs(flags.layers, models.student.L, models.teacher.L),
+                f"--oprd.layers {flags.layers}: the student has {models.student.L} layer "
+                "(--oprd.layers all)")
+        require(not getattr(text_config(self.cfg.student), "sliding_window", None),
+                f"--student {self.cfg.student}: has a sliding window, which the rollouts of "
+                "--extend oprd would ignore")
+        if ESTIMATORS[self.cfg.estimator].head or self.copies_head():
+            return []
+        return ["the student keeps its LM head, which --estimator none does not train "
+                "(--kl reverse --extend oprd --oprd.weight 10 does)"]
+
+    def copies_head(self) -> bool:
+        """Whether the student starts with the teacher's LM head. Not a tied one: the embedding
+        would come along."""
+        ours, theirs = map(text_config, (self.cfg.student, self.cfg.teacher))
+        same = (ours.vocab_size, ours.hidden_size) == (theirs.vocab_size, theirs.hidden_size)
+        tied = ours.tie_word_embeddings or theirs.tie_word_embeddings
+        return self.flags.head and self.cfg.lora_rank == 0 and same and not tied
+
+    def slot_tensors(self, models: ModelPair) -> dict[str, SlotTensor]:
+        positions = self.cfg.max_response
+        if self.flags.positions != "all":
+            positions = min(positions, self.flags.tokens)
+        pairs = layer_pairs(self.flags.layers, models.student.L, models.teacher.L)
+        width = len(pairs) * (self.rank or models.teacher.H)
+        return {STATES: SlotTensor((positions, width), torch.bfloat16)}
+
+    @torch.no_grad()
+    def prepare(self, prompts: list[list[int]], device: str,
+                dtype: torch.dtype) -> dict[str, Tensor]:
+        """The projections of both sides, from rollouts of the initial student.
+
+        Raises ValueError for a teacher whose states are not related to the student's.
+        """
+        cfg = self.cfg
+        engine = HFEngine(cfg, device, dtype)
+        teacher = load_model(cfg.teacher, device, dtype)
+        segments = rollouts(cfg, engine, prompts, ROLLOUTS[self.flags.bridge])
+        sums = [Sums(self.rank, self.flags.bridge) for _ in self.pairs]
+        for group in by_length(segments, cfg.micro_tokens):
+            ours = all_states(engine.model, group)
+            theirs = all_states(teacher, group)
+            for x, (i, j) in zip(sums, self.pairs):
+                x.add(ours[i], theirs[j])
+        found = defaultdict(list)
+        for x, (i, j) in zip(sums, self.pairs):
+            self.check_related(x.mean_cosine, i, j)
+            for name, value in x.solve().items():
+                found[name].append(value.float().cpu())  # layers may lie on several GPUs
+        return {name: torch.stack(values).contiguous() for name, values in found.items()}
+
+    def check_related(self, cosine: float, i: int, j: int) -> None:
+        require(self.flags.bridge or cosine >= ALIKE,
+                f"--teacher {self.cfg.teacher}: is not related to the student: at its layer {i} "
+                f"and the teacher's {j} the mean cosine of their states is {cosine:.2f}, below "
+                f"{ALIKE} (--oprd.bridge compares them all the same)")
+
+    # -- a teacher worker
+
+    def record(self, states: list[Tensor], segments: list[Segment], slots: Slots) -> None:
+        if self.projection is None:
+            self.projection = self.load_projection("teacher")
+        parts = []
+        for pair, x in enumerate(states):
+            chosen = self.pick(x, segments)
+            parts.append(self.projection.show(pair, chosen).bfloat16().cpu())
+        shown = torch.cat(parts, 1)
+        at = 0
+        for s in segments:
+            rows = self.compared(s)
+            n = rows.stop - rows.start
+            slots.used[STATES][s.slot] = n
+            slots.extra[STATES][s.slot, :n] = shown[at:at + n]
+            at += n
+
+    def compared(self, s: Segment) -> slice:
+        """Which of a segment's new tokens. After a cut "first" counts from the beginning of the
+        response."""
+        n = len(s)
+        if self.flags.positions == "last":
+            return slice(max(0, n - self.flags.tokens), n)
+        if self.flags.positions == "first":
+            first = max(0, self.flags.tokens - (s.start - s.prompt))
+            return slice(0, min(first, n))
+        return slice(0, n)
 
     def pick(self, rows: Tensor, segments: list[Segment]) -> Tensor:
         """Of rows [M, d] at all new tokens of the segments, those that are compared [m, d]."""
         parts = zip(rows.split([len(s) for s in segments]), segments)
-        return torch.cat([x[compared(self.cfg, s)] for x, s in parts])
+        return torch.cat([x[self.compared(s)] for x, s in parts])
 
-    def show(self, pair: int, states: Tensor) -> Tensor:
-        """[m, d] -> [m, rank], or as they are; float32."""
-        if self.basis is None:
-            return states.float()
-        return (states.to(self.basis.device).float() - self.mean[pair]) @ self.basis[pair]
+    def load_projection(self, side: Literal["student", "teacher"]) -> StateProjection:
+        if self.rank == 0:
+            return StateProjection()
+        found = self.prepared()
+        return StateProjection(found[f"{side}.mean"], found[f"{side}.basis"])
 
-    def record(self, states: list[Tensor], segments: list[Segment], slots: Slots) -> None:
-        """The teacher: write what the slots of these segments hold, from [m, d] of every pair."""
-        shown, at = torch.cat([self.show(i, x).bfloat16().cpu() for i, x in enumerate(states)], 1), 0
-        for s in segments:
-            n = slots.compared[s.slot] = len(range(len(s))[compared(self.cfg, s)])
-            slots.states[s.slot, :n], at = shown[at:at + n], at + n
+    # -- a learner
+
+    def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
+        """The projection of the student's states; at the start of a run, the teacher's head."""
+        self.ranks = learner.ranks
+        self.device = learner.student.device
+        self.projection = self.load_projection("student")
+        if not learner.continues and self.copies_head():
+            student = learner.student
+            theirs = load_head(self.cfg.teacher, "cpu", student.dtype)
+            for name, p in student.head.named_parameters():
+                p.data.copy_(self.ranks.part(theirs.get_parameter(name).data, p))
+
+    def loss(self, states: list[Tensor], segments: list[Segment]) -> Tensor:
+        """weight * the distance at a compared position [m]."""
+        cached = torch.cat([s.extra[STATES] for s in segments]).to(self.device)
+        chosen = [self.pick(x, segments) for x in states]
+        distance = self.distance(chosen, cached)
+        self.distances.append(distance.detach().cpu())
+        return self.flags.weight * distance
 
     def distance(self, states: list[Tensor], cached: Tensor) -> Tensor:
-        """The student: the loss at a position [m], from [m, d] of every pair and what the teacher has recorded."""
+        """The mean over layers of the distance [m], from states [m, d] of every pair of layers and
+        what the teacher has recorded."""
         total = torch.zeros(len(cached), device=cached.device)
-        for i, (h, theirs) in enumerate(zip(states, cached.float().chunk(len(states), 1))):
-            ours, d = self.show(i, h), h.shape[1]
-            if self.cfg.oprd_bridge:
-                ours, theirs, d = normalize(ours), normalize(theirs), self.cfg.oprd_rank
+        for pair, (h, theirs) in enumerate(zip(states, cached.float().chunk(len(states), 1))):
+            ours = self.projection.show(pair, h)
+            d = h.shape[1]
+            if self.flags.bridge:
+                ours = normalize(ours)
+                theirs = normalize(theirs)
+                d = self.rank
             total = total + (ours - theirs).square().sum(1) / d
         return total / len(states)
+
+    def after_step(self, step: Step) -> Outcome:
+        mine = torch.cat([torch.empty(0), *self.distances])
+        self.distances = []
+        every = torch.cat(self.ranks.all(mine))
+        return Outcome(metrics={"oprd": every.mean().item()})        # nan: nothing was compared
+
+
+class StateProjection:
+    """How the states of one model are shown to the other side: projected, or as they are."""
+
+    def __init__(self, mean: Tensor | None = None, basis: Tensor | None = None):
+        """mean [pairs, d], basis [pairs, d, rank]."""
+        self.mean = mean
+        self.basis = basis
+
+    def show(self, pair: int, states: Tensor) -> Tensor:
+        """[m, d] -> [m, rank], or [m, d] as they are; float32."""
+        if self.basis is None:
+            return states.float()
+        if self.basis.device != states.device:
+            self.mean = self.mean.to(states.device)
+            self.basis = self.basis.to(states.device)
+        return (states.float() - self.mean[pair]) @ self.basis[pair]
+
+
+def layer_pairs(which: str, S: int, T: int) -> list[tuple[int, int]]:
+    """(student layer, teacher layer), 0-based, of S and T. Example: all, 3, 5 -> (0, 0), (1, 2),
+    (2, 4)."""
+    chosen = {"all": range(S), "even": range(0, S, 2), "odd": range(1, S, 2),
+              "last": range(S - 1, S)}[which]
+    if S == 1:
+        return [(i, T - 1) for i in chosen]
+    return [(i, round(i * (T - 1) / (S - 1))) for i in chosen]
 
 
 # -- before the run --------------------------------------------------------------------------------
 
-def settle(cfg: Config, row: Estimator) -> Config:
-    """Refuse flags that cannot be; put in what the others mean by them."""
-    weight = cfg.oprd_weight if row.head else cfg.oprd_weight or 1.0
-    for f in fields(cfg):
-        weight or not f.name.startswith("oprd_") or getattr(cfg, f.name) == f.default or refuse(
-            f"--{f.name.replace('_', '-')} {getattr(cfg, f.name)}: without OPRD (--oprd-weight 1, --estimator none)")
-    weight == 0 or cfg.teacher_engine == "hf" or refuse(
-        f"--teacher-engine vllm: {f'--oprd-weight {weight:g}' if row.head else '--estimator none'} needs the teacher's "
-        "hidden states, which vLLM does not give (--teacher-engine hf does)")
-    return replace(cfg, oprd_weight=weight, oprd_rank=cfg.oprd_rank or 8 * cfg.oprd_bridge)
-
-
-def check(cfg: Config, student: Shape, teacher: Shape) -> None:
-    """Refuse a pair of models whose states cannot be compared as the flags say."""
-    if cfg.oprd_weight:
-        student.H == teacher.H or cfg.oprd_bridge or refuse(
-            f"--teacher {cfg.teacher}: its states are {teacher.H} wide, the student's {student.H} (--oprd-bridge)")
-        cfg.oprd_rank <= teacher.H or refuse(f"--oprd-rank {cfg.oprd_rank}: the teacher's states are {teacher.H} wide")
-        pairs(cfg.oprd_layers, student.L, teacher.L) or refuse(
-            f"--oprd-layers {cfg.oprd_layers}: the student has {student.L} layer (--oprd-layers all)")
-
-
-@torch.no_grad()
-def fit(cfg: Config, prompts: list[list[int]], device: str, dtype: torch.dtype) -> bytes:
-    """What both sides read from FILE, from rollouts of the initial student. Raises ValueError for another origin."""
-    from data.prompts import prompt_number
-    from engines.hf import HFEngine
-    from models.alignment import by_length
-    from models.loading import load_model
-    engine, teacher = HFEngine(cfg, device, dtype), load_model(cfg.teacher, device, dtype)
-    asked = [prompts[prompt_number(i, len(prompts), cfg.seed)] for i in range(ROLLOUTS[cfg.oprd_bridge])]
+def rollouts(cfg: Config, engine: HFEngine, prompts: list[list[int]], n: int) -> list[Segment]:
+    """Answers of the initial student to the first n prompts of the run."""
+    asked = [prompts[prompt_number(i, len(prompts), cfg.seed)] for i in range(n)]
     answers = engine.complete(asked, min(LONGEST, cfg.max_response), temperature=1.0)
-    segments = [Segment(-1, torch.tensor(x + y), len(x), len(x), *[torch.empty(len(y), 0)] * 4)
-                for x, y in zip(asked, answers)]
-    layers = pairs(cfg.oprd_layers, *(text_config(name).num_hidden_layers for name in (cfg.student, cfg.teacher)))
-    sums, found = [Sums() for _ in layers], defaultdict(list)
-    for group in by_length(segments, cfg.micro_tokens):
-        ours, theirs = states(engine.model, group), states(teacher, group)
-        for x, (i, j) in zip(sums, layers):
-            x.add(ours[i], theirs[j], cfg.oprd_rank, cfg.oprd_bridge)
-    for x, (i, j) in zip(sums, layers):
-        (cosine := x.cosine / x.n) >= ALIKE or cfg.oprd_bridge or refuse(
-            f"--teacher {cfg.teacher}: of another origin than the student: at its layer {i} and the teacher's {j} the "
-            f"mean cosine of their states is {cosine:.2f}, below {ALIKE} (--oprd-bridge)")
-        for name, value in x.solve(cfg.oprd_rank, cfg.oprd_bridge).items():
-            found[name].append(value.float().cpu())      # layers may lie on several GPUs
-    return save({name: torch.stack(values).contiguous() for name, values in found.items()})
+    segments = []
+    for prompt, answer in zip(asked, answers):
+        blank = torch.empty(len(answer), 0)
+        segments.append(Segment(slot=-1, tokens=torch.tensor(prompt + answer), prompt=len(prompt),
+                                start=len(prompt), version=blank[:, 0], ids=blank, logmu=blank,
+                                logq=blank))
+    return segments
 
 
-class Sums:
-    """Over the states of one pair, in float64: cosines, states, products; for a bridge of both sides in one row."""
-
-    def __init__(self):
-        self.n = self.cosine = self.total = self.products = 0
-
-    def add(self, ours: Tensor, theirs: Tensor, rank: int, bridge: bool) -> None:
-        ours, theirs = ours.double(), theirs.to(ours.device).double()
-        x = torch.cat([ours, theirs], 1) if bridge else theirs
-        self.n, self.width = self.n + len(x), theirs.shape[1]
-        self.cosine = self.cosine + (torch.nan if bridge else cosine_similarity(ours, theirs).sum())
-        if rank:
-            self.total, self.products = self.total + x.sum(0), self.products + x.T @ x
-
-    def solve(self, rank: int, bridge: bool) -> dict[str, Tensor]:
-        """What is in FILE, of this pair: means [d] and bases [d, rank] of both sides, if they are projected."""
-        cosine = {"cosine": torch.as_tensor(self.cosine / self.n)}
-        if rank == 0:
-            return cosine
-        d, mean = self.width, self.total / self.n
-        covariance = self.products / self.n - torch.outer(mean, mean)
-        ours = basis = torch.linalg.eigh(covariance[-d:, -d:]).eigenvectors.flip(1)[:, :rank]
-        if bridge:                           # least squares, with intercept, onto what the teacher shows
-            ours = torch.linalg.pinv(covariance[:-d, :-d], hermitian=True) @ covariance[:-d, -d:] @ basis
-        return cosine | {"teacher.mean": mean[-d:], "teacher.basis": basis,
-                         "student.mean": mean[:len(ours)], "student.basis": ours}
-
-
-def states(model, group: list[Segment]) -> list[Tensor]:
-    """Of every layer, [M, d] at the new tokens."""
-    from models.alignment import pad, response_rows
+def all_states(model, group: list[Segment]) -> list[Tensor]:
+    """The states of every layer, [M, d] at the new tokens."""
     tokens, mask = pad(group, model.device)
     out = model.base_model(input_ids=tokens, attention_mask=mask, output_hidden_states=True)
     return [response_rows(x, group) for x in out.hidden_states[1:]]
 
 
-def gives_head(cfg: Config) -> bool:
-    """Does the student begin with the teacher's LM head? Not with a tied one: the embedding would come along."""
-    a, b = ((c.vocab_size, c.hidden_size, c.tie_word_embeddings) for c in map(text_config, (cfg.student, cfg.teacher)))
-    return cfg.oprd_head and cfg.lora_rank == 0 and a == b and not a[2]
+class Sums:
+    """Over the states of one pair of layers, in float64: cosines, states, products of states. For a
+    bridge both sides stand in one row."""
 
+    def __init__(self, rank: int, bridge: bool):
+        self.rank = rank
+        self.bridge = bridge
+        self.n = 0
+        self.width = 0                               # of the teacher's states
+        self.cosine = 0.0
+        self.total: Tensor | float = 0.0
+        self.products: Tensor | float = 0.0
 
-def note(cfg: Config, row: Estimator) -> list[str]:
-    """What a person should know before the run."""
-    return [] if row.head or gives_head(cfg) else [
-        "the student keeps its LM head, which OPRD alone does not train (--kl reverse --oprd-weight 10 does)"]
+    def add(self, ours: Tensor, theirs: Tensor) -> None:
+        """States [M, d] of both sides at the same positions."""
+        ours = ours.double()
+        theirs = theirs.to(ours.device).double()
+        x = torch.cat([ours, theirs], 1) if self.bridge else theirs
+        self.n += len(x)
+        self.width = theirs.shape[1]
+        if self.bridge:
+            self.cosine = torch.nan                  # of two different spaces it says nothing
+        else:
+            self.cosine = self.cosine + cosine_similarity(ours, theirs).sum()
+        if self.rank:
+            self.total = self.total + x.sum(0)
+            self.products = self.products + x.T @ x
 
+    @property
+    def mean_cosine(self) -> float:
+        return float(self.cosine / self.n)
 
-def text_config(folder: str):
-    from transformers import AutoConfig
-    return AutoConfig.from_pretrained(folder).get_text_config()
-
-
-def refuse(message: str):
-    raise ValueError(message)
+    def solve(self) -> dict[str, Tensor]:
+        """What `prepare` keeps of this pair: the cosine; with a rank the means [d] and the bases
+        [d, rank] of both sides."""
+        cosine = {"cosine": torch.as_tensor(self.cosine / self.n)}
+        if self.rank == 0:
+            return cosine
+        d = self.width
+        mean = self.total / self.n
+        covariance = self.products / self.n - torch.outer(mean, mean)
+        eigenvectors = torch.linalg.eigh(covariance[-d:, -d:]).eigenvectors
+        basis = eigenvectors.flip(1)[:, :self.rank]
+        ours = basis
+        if self.bridge:          # least squares, with intercept, onto what the teacher shows
+            inverse = torch.linalg.pinv(covariance[:-d, :-d], hermitian=True)
+            ours = inverse @ covariance[:-d, -d:] @ basis
+        return cosine | {"teacher.mean": mean[-d:], "teacher.basis": basis,
+                         "student.mean": mean[:len(ours)], "student.basis": ours}

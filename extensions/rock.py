@@ -1,213 +1,287 @@
 """
-Rock Tokens (arXiv 2605.09253): token types whose loss is high and stays so are found, weighed by LAMBDA, or bypassed.
+Rock Tokens (arXiv 2605.09253): find token types whose loss is high and stays high; weigh them, or
+bypass them.
 
-A position belongs to the type of the token that it predicts, v = y_t: its loss l_t is the logged `kl` of that very
-row. Over a window of EVERY steps
+    --extend rock --rock.weight 0.3 --rock.k 100 --rock.every 20
 
-    n(v)  all positions of v        m(v)  those of them that were measured        mean(v) = sum of l_t / m(v)
-    R(v) = mean(v) n(v)             its share of the loss
+A position belongs to the type of the token that it predicts, v = y_t; its loss l_t is the logged
+`kl` of that row. Over a window of `every` steps
 
-At the end of a window the K types with the largest R(v) are the rocks, among those that pass `choose`. That rule is
-ours: the paper's own filter, for consistency over contexts, is published without its thresholds. A window holds
-successive versions of the student and is emptied at each choice, so that no mean mixes those before and after one.
+    n(v)  number of positions of v        m(v)  of those, the number that were measured
+    mean(v) = sum of l_t / m(v)           R(v) = mean(v) n(v), its share of the loss
 
-Use: loss = sum of w_t l_t / number of all positions, w_t = LAMBDA at the rocks. The denominator stays: divided by the
-sum of w_t, the others' gradients would grow by what the rocks are denied. LAMBDA = 0 bypasses: such a position is
-neither stored nor put through an LM head, but for an audited 5%, which are measured at weight 0: a rock that is none
-any more, or whose audit is too small to judge by, leaves the set, and is measured whole again.
-OPRD's distance beside a divergence is not weighed.
-What is left out: statistics by context; more slots for the room that bypassed rows leave. Tests: tests/test_rock.py
+At the end of a window the k types with the largest R(v) become the rocks, among those that pass
+`choose`. That rule is ours: the paper filters for consistency over contexts and does not publish
+its thresholds. A window holds successive versions of the student and is emptied at each choice, so
+that no mean mixes those before and after one.
+
+    loss = sum of w_t l_t / number of all positions,   w_t = weight at the rocks, 1 elsewhere
+
+The denominator stays: divided by the sum of w_t, the gradients of the other positions would grow by
+what the rocks lose. With weight 0 the rocks are bypassed: such a position is neither stored nor put
+through an LM head, except for an audited 5%, which are measured at weight 0. A rock that is none
+any more, or whose audit is too small to judge by, leaves the set and is measured as a whole again.
+A loss of another extension is not weighed.
+
+What is left out: statistics by context; more slots for the room that bypassed rows leave.
+Shapes: V words; M new tokens; m measured positions; k tokens handed over at once.
+Tests: tests/test_rock.py
 """
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from cache import Segment, Slots
-    from config import Config
-    from estimators import Estimator
+from cache import Segment
+from config import Bound, Count, require
+from engines.sampling import VALIDATION
+from estimators import ESTIMATORS
+from extension import Extension, ModelPair, Outcome, Step
 
 COUNT = 16            # fewest measurements of a mean that is judged
-PERSISTENT = 0.8      # of its early mean, what a rock keeps
+PERSISTENT = 0.8      # the part of its early mean that a rock keeps at least
 AUDITED = 0.05        # of the bypassed positions
-AUDIT = 3             # a stream of random numbers, beside those of rollout.py and the teacher's
+CHOSEN = "rock_chosen"           # shared tensor [V], bool: the rocks as the rollout workers see them
+STATE = ("n", "m", "total", "early", "entered", "chosen")      # by type, [V], for the checkpoint
+
+
+class Rock(Extension):
+    """The statistics of a run, and the set of types that they choose.
+
+    early    a type's first mean, of the first window that has COUNT measurements of it
+    entered  the mean of the choice that made it a rock, the last one before it was bypassed
+    """
+
+    @dataclass(frozen=True)
+    class Flags:
+        weight: Annotated[float, Bound(least=0)] = 0.3
+        """factor of the loss at the chosen types, below 1; 0 bypasses them"""
+        k: Count = 100
+        """number of token types to choose"""
+        every: Count = 20
+        """steps between two choices"""
+        types: str = ""
+        """token ids or words, separated by commas: these types from the start, instead of a choice"""
+
+    METRICS = {"rock": "share of the batch's positions that predict a rock, which count --rock.weight "
+                       "times in the loss"}
+    fixed_on_resume = ("weight", "k", "every", "types", "teacher")
+
+    def __init__(self, name: str, cfg: Any, flags: Any):
+        super().__init__(name, cfg, flags)
+        self.sparse = flags.weight == 0
+
+    # -- the parent
+
+    def check(self, models: ModelPair) -> list[str]:
+        from transformers import AutoTokenizer
+        require(self.flags.weight < 1, f"--rock.weight {self.flags.weight}: must be below 1")
+        require(ESTIMATORS[self.cfg.estimator].head,
+                f"--extend rock: --estimator {self.cfg.estimator} has no loss at a token to weigh "
+                "(--kl reverse has one)")
+        if self.flags.types:
+            fixed_types(self.flags.types, AutoTokenizer.from_pretrained(self.cfg.student))
+        return []
+
+    def shared_tensors(self, models: ModelPair) -> dict[str, Tensor]:
+        if not self.sparse:
+            return {}
+        return {CHOSEN: torch.zeros(models.student.V, dtype=torch.bool)}
+
+    # -- a rollout worker
+
+    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int,
+               first: int) -> Tensor | None:
+        """All but the rocks, and of these the audited ones."""
+        if not self.sparse:
+            return None
+        return ~shared[CHOSEN][tokens.long()] | audited(self.cfg.seed, uid, first, len(tokens))
+
+    # -- a learner
+
+    def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
+        from transformers import AutoTokenizer
+        words = learner.student.words
+        self.writes = learner.ranks.rank == 0
+        self.tokenizer = AutoTokenizer.from_pretrained(self.cfg.student)
+        self.early = torch.full((words,), torch.nan, dtype=torch.float64)
+        self.entered = torch.full((words,), torch.nan, dtype=torch.float64)
+        self.chosen = torch.zeros(words, dtype=torch.bool)
+        self.summary: dict = {}                          # what rocks.json holds
+        self.open_window()
+        if self.flags.types:
+            self.chosen[fixed_types(self.flags.types, self.tokenizer)] = True
+        if saved:
+            for name in STATE:
+                setattr(self, name, saved[name])
+            self.versions = saved["versions"].tolist()
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name in STATE:
+            yield name, getattr(self, name)
+        yield "versions", torch.tensor(self.versions)
+
+    def weight(self, tokens: Tensor) -> Tensor:
+        is_rock = self.chosen.to(tokens.device)[tokens.long()]
+        return torch.where(is_rock, self.flags.weight, 1.0)
+
+    def published(self, shared: Mapping[str, Tensor]) -> None:
+        if self.sparse:
+            shared[CHOSEN].copy_(self.chosen)
+
+    def after_step(self, step: Step) -> Outcome:
+        """Enter a train batch and the measurements of all learners; at a window's end choose.
+
+        Every learner sees the same, and comes to the same set.
+        """
+        predicted = new_tokens(step.segments)
+        outcome = Outcome(metrics={"rock": self.chosen[predicted].float().mean().item()})
+        self.enter(predicted, step.measured, step.version)
+        if len(self.versions) == self.flags.every:
+            outcome.events.append(self.end_window(step.segments))
+            if self.writes:
+                self.write()
+        return outcome
+
+    # -- statistics
+
+    def enter(self, predicted: Tensor, measured: list[dict[str, Tensor]], version: int) -> None:
+        """predicted [M]: the new tokens of the batch. measured: by learner, y and kl [m]."""
+        last = self.versions[-1] if self.versions else -1
+        assert version > last, f"version {version} after those of {self.versions}"
+        y = torch.cat([part["y"].double() for part in measured])
+        loss = torch.cat([part["kl"].double() for part in measured])
+        there = loss.isfinite()                          # a skipped update has measured nothing
+        y = y[there].long()
+        loss = loss[there]
+        words = len(self.n)
+        self.n += predicted.bincount(minlength=words)
+        self.m += y.bincount(minlength=words)
+        self.total += y.bincount(loss, minlength=words)
+        self.versions.append(version)
+
+    def open_window(self) -> None:
+        words = len(self.chosen)
+        self.versions: list[int] = []                    # one per step
+        self.n = torch.zeros(words, dtype=torch.float64)
+        self.m = torch.zeros(words, dtype=torch.float64)
+        self.total = torch.zeros(words, dtype=torch.float64)
+
+    def end_window(self, segments: list[Segment]) -> dict:
+        """Choose, and begin a new window; the event for the log."""
+        mean = self.total / self.m
+        before = self.chosen
+        if not self.flags.types:
+            self.chosen = choose(self.n, self.m, mean, self.early, self.flags.k)
+        first_mean = torch.where(self.entered.isnan(), mean, self.entered)
+        self.entered = torch.where(self.chosen, first_mean, torch.nan)
+        self.early = torch.where(self.early.isnan() & (self.m >= COUNT), mean, self.early)
+        window = [self.versions[0], self.versions[-1]]
+        rule = {"weight": self.flags.weight, "k": self.flags.k, "every": self.flags.every,
+                "fixed": bool(self.flags.types), "count": COUNT, "persistent": PERSISTENT,
+                "audited": AUDITED}
+        types = (self.chosen | before).nonzero()[:, 0].tolist()
+        self.summary = {"rule": rule, "versions": window,
+                        "types": [asdict(self.about(v, mean, segments)) for v in types]}
+        self.open_window()
+        ids = self.chosen.nonzero()[:, 0].tolist()
+        return {"what": "rock", "versions": window, "types": len(ids), "ids": ids}
+
+    def about(self, v: int, mean: Tensor, segments: list[Segment]) -> TypeRecord:
+        """What rocks.json says of a rock, or of a type that has just ceased to be one."""
+        share = mean[v] * self.n[v] / (mean * self.n).nansum()
+        return TypeRecord(
+            id=v, word=self.tokenizer.convert_ids_to_tokens(v), count=int(self.n[v]),
+            measured=int(self.m[v]), mean=finite(mean[v]), early=finite(self.early[v]),
+            entered=finite(self.entered[v]), share=finite(share),
+            weight=self.flags.weight if self.chosen[v] else 1.0,
+            example=self.tokenizer.decode(context_of(v, segments)))
+
+    def write(self) -> None:
+        """Write <out>/rocks.json: the new one as a whole, or the old one stays."""
+        out = Path(self.cfg.out)
+        partial = out / ".rocks.json"
+        partial.write_text(json.dumps(self.summary, indent=1) + "\n", encoding="utf-8")
+        partial.rename(out / "rocks.json")
 
 
 @dataclass(frozen=True)
-class Rule:
-    """--rock, read."""
+class TypeRecord:
+    """A token type in rocks.json; None: not known."""
+    id: int
+    word: str
+    count: int
+    measured: int
+    mean: float | None
+    early: float | None
+    entered: float | None
+    share: float | None
     weight: float
-    k: int
-    every: int = 20
+    example: str
 
-
-def parse(text: str) -> Rule:
-    """LAMBDA,K[,EVERY]. Raises ValueError with the remedy."""
-    try:
-        weight, *counts = text.split(",")
-        rule = Rule(float(weight), *map(int, counts))
-    except (ValueError, TypeError):
-        raise ValueError(f"--rock {text}: not LAMBDA,K[,EVERY] (example: 0,100 or 0.3,100,20)") from None
-    if not (0 <= rule.weight < 1 <= min(rule.k, rule.every)):
-        raise ValueError(f"--rock {text}: LAMBDA must be at least 0 and below 1, K and EVERY at least 1")
-    return rule
-
-
-def check(cfg: Config, row: Estimator) -> None:
-    """Refuse flags that cannot be. Raises ValueError with the remedy."""
-    if cfg.rock_set and not cfg.rock:
-        raise ValueError(f"--rock-set {cfg.rock_set}: by what weight? (--rock LAMBDA,K)")
-    if cfg.rock:
-        parse(cfg.rock)
-        if not row.head:
-            raise ValueError(f"--rock {cfg.rock}: --estimator {cfg.estimator} has no loss at a token to weigh (--kl "
-                             f"reverse --oprd-weight 1 has)")
-
-
-def fixed(text: str, vocab: dict[str, int]) -> list[int]:
-    """The ids of --rock-set: numbers are ids, all else words of the tokenizer. Raises ValueError with the remedy."""
-    known = set(vocab.values())
-    ids = [int(x) if x.isdecimal() else vocab.get(x, -1) for x in text.split(",")]
-    for x, i in zip(text.split(","), ids):
-        if i not in known:
-            raise ValueError(f"--rock-set {text}: {x!r} is neither an id nor a word of the student's tokenizer (as its "
-                             f"vocabulary spells them; a word that is a number or has a comma goes by its id)")
-    return ids
-
-
-# -- the bypass, where tokens are handed over --------------------------------------------------------
-
-def audited(seed: int, uid: int, first: int, n: int) -> Tensor:
-    """Which of a response's tokens first .. first + n - 1 are stored whatever they are, [n]: the same whoever asks."""
-    return torch.from_numpy(np.random.default_rng([seed, uid, 0, AUDIT]).random(first + n)[first:] < AUDITED)
-
-
-class Bypass:
-    """The rocks as the rollout workers see them: chosen [V] in shared memory, written by learner 0 at a publish."""
-
-    def __init__(self, words: int, seed: int):
-        self.chosen, self.seed = torch.zeros(words, dtype=torch.bool).share_memory_(), seed
-
-    def kept(self, tokens: Tensor, uid: int, first: int) -> Tensor:
-        """Which of these tokens of a response, from its token `first` on, are stored, [k]."""
-        return ~self.chosen[tokens.long()] | audited(self.seed, uid, first, len(tokens))
-
-
-# -- statistics and choice, at the learner -----------------------------------------------------------
 
 def choose(n: Tensor, m: Tensor, mean: Tensor, early: Tensor, k: int) -> Tensor:
-    """The rocks, bool [V], by a window's statistics; early is a type's mean of an earlier window, nan if it has none.
+    """The rocks, bool [V], from the statistics of a window.
 
-    A rock has COUNT measurements or more, and a mean above PERSISTENT times its early one; its mean is above the
-    median of all that have as many measurements, its R = mean n above their mean R: a word that is rarely said, and
-    wrong when it is, has a high loss and no share of it. Of these, the k with the largest R.
+    `early`: a type's mean of an earlier window, nan if it has none. A rock has COUNT measurements
+    or more, and a mean above PERSISTENT times its early one. Its mean is above the median of all
+    types that have as many measurements, and its R = mean n above their mean R: a word that is
+    rarely said, and wrong when it is, has a high loss and hardly a share of it. Of these, the k
+    with the largest R.
     """
-    counted, share = m >= COUNT, mean * n
+    counted = m >= COUNT
+    share = mean * n
     passes = counted & (mean > PERSISTENT * early)
     passes &= (mean > mean[counted].median()) & (share > share[counted].mean())
     order = torch.where(passes, share, -torch.inf).argsort(descending=True, stable=True)[:k]
     return torch.zeros_like(passes).index_fill_(0, order[passes[order]], True)
 
 
-STATE = ("n", "m", "total", "early", "entered", "chosen")      # by type, [V]
+def audited(seed: int, uid: int, first: int, n: int) -> Tensor:
+    """Which of a response's tokens first .. first + n - 1 are stored whatever they are, bool [n]:
+    the same for everyone who asks."""
+    random = np.random.default_rng([seed, uid, 0, VALIDATION])
+    return torch.from_numpy(random.random(first + n)[first:] < AUDITED)
 
 
-class Rocks:
-    """The statistics of a run and the set that they choose; --rock-set puts its own in the place of the choice.
+def fixed_types(text: str, tokenizer: Any) -> list[int]:
+    """The ids of --rock.types: numbers are ids, anything else is a word of the tokenizer.
 
-    early: a type's first mean, of the first window that has COUNT measurements of it. entered: that of the choice that
-    made it a rock, the last one before it was bypassed (in a fixed set, its first).
+    Raises ValueError for one that is neither.
     """
-
-    def __init__(self, cfg: Config, words: int, kept: dict[str, Tensor]):
-        """`kept`: what `state` returned, of a run that goes on."""
-        from transformers import AutoTokenizer
-        self.rule, self.fixed = parse(cfg.rock), bool(cfg.rock_set)
-        self.tokenizer, self.out = AutoTokenizer.from_pretrained(cfg.student), Path(cfg.out)
-        self.early, self.entered = (torch.full((words,), torch.nan, dtype=torch.float64) for _ in range(2))
-        self.chosen = torch.zeros(words, dtype=torch.bool)
-        self.said: dict = {}                             # what rocks.json holds
-        self.open_window()
-        if self.fixed:
-            self.chosen[fixed(cfg.rock_set, self.tokenizer.get_vocab())] = True
-        if kept:
-            for name in STATE:
-                setattr(self, name, kept[f"rock/{name}"])
-            self.versions = kept["rock/versions"].tolist()
-
-    def state(self) -> list[tuple[str, Tensor]]:
-        """For the checkpoint."""
-        sums = [(f"rock/{name}", getattr(self, name)) for name in STATE]
-        return [*sums, ("rock/versions", torch.tensor(self.versions))]
-
-    def weight(self, y: Tensor) -> Tensor:
-        """Of positions that predict the tokens y [m]."""
-        return torch.where(self.chosen.to(y.device)[y.long()], self.rule.weight, 1.0)
-
-    def share(self, segments: list[Segment]) -> float:
-        """Of the positions of these segments, the rocks'."""
-        return self.chosen[emitted(segments)].float().mean().item()
-
-    def publish(self, slots: Slots) -> None:
-        if slots.bypass:
-            slots.bypass.chosen.copy_(self.chosen)
-
-    def see(self, segments: list[Segment], measured: list[dict[str, Tensor]], version: int) -> list[dict]:
-        """Enter a train batch and all learners' measurements, y and kl [m]; at a window's end choose, and return the
-        event. Every learner gets the same, and comes to the same set."""
-        assert not self.versions or version > self.versions[-1], f"version {version} after those of {self.versions}"
-        y, loss = (torch.cat([part[name].double() for part in measured]) for name in ("y", "kl"))
-        there = loss.isfinite()                          # a skipped update has measured nothing
-        y, loss = y[there].long(), loss[there]
-        self.n += emitted(segments).bincount(minlength=len(self.n))
-        self.m += y.bincount(minlength=len(self.n))
-        self.total += y.bincount(loss, minlength=len(self.n))
-        self.versions.append(version)
-        return [self.end_window(segments)] if len(self.versions) == self.rule.every else []
-
-    def open_window(self) -> None:
-        self.versions: list[int] = []                    # one a step
-        self.n, self.m, self.total = (torch.zeros(len(self.chosen), dtype=torch.float64) for _ in range(3))
-
-    def end_window(self, segments: list[Segment]) -> dict:
-        mean, before = self.total / self.m, self.chosen
-        if not self.fixed:
-            self.chosen = choose(self.n, self.m, mean, self.early, self.rule.k)
-        self.entered = torch.where(self.chosen, torch.where(self.entered.isnan(), mean, self.entered), torch.nan)
-        self.early = torch.where(self.early.isnan() & (self.m >= COUNT), mean, self.early)
-        window = [self.versions[0], self.versions[-1]]
-        self.said = {"rule": asdict(self.rule) | {"fixed": self.fixed, "count": COUNT, "persistent": PERSISTENT,
-                                                  "audited": AUDITED}, "versions": window,
-                     "types": [self.about(v, mean, segments) for v in (self.chosen | before).nonzero()[:, 0].tolist()]}
-        self.open_window()
-        ids = self.chosen.nonzero()[:, 0].tolist()
-        return {"what": "rock", "versions": window, "types": len(ids), "ids": ids}
-
-    def about(self, v: int, mean: Tensor, segments: list[Segment]) -> dict:
-        """What rocks.json says of a rock, or of a type that has just ceased to be one."""
-        share = mean[v] * self.n[v] / (mean * self.n).nansum()
-        numbers = {"mean": mean[v], "early": self.early[v], "entered": self.entered[v], "share": share}
-        at = ((s.tokens, i) for s in segments for i in (s.tokens[s.start:] == v).nonzero()[:1, 0] + s.start)
-        tokens, i = next(at, (torch.empty(0), 0))
-        return {"id": v, "word": self.tokenizer.convert_ids_to_tokens(v), "count": int(self.n[v]),
-                "measured": int(self.m[v]), **{k: x.item() if x.isfinite() else None for k, x in numbers.items()},
-                "weight": self.rule.weight if self.chosen[v] else 1.0,
-                "example": self.tokenizer.decode(tokens[max(0, int(i) - 20):int(i) + 5].tolist())}
-
-    def write(self) -> None:
-        """<out>/rocks.json, whole or as it was."""
-        partial = self.out / ".rocks.json"
-        partial.write_text(json.dumps(self.said, indent=1) + "\n", encoding="utf-8")
-        partial.rename(self.out / "rocks.json")
+    vocab = tokenizer.get_vocab()
+    known = set(vocab.values())
+    ids = []
+    for item in text.split(","):
+        i = int(item) if item.isdecimal() else vocab.get(item, -1)
+        require(i in known, f"--rock.types {text}: {item!r} is neither an id nor a word of the "
+                            "student's tokenizer (as its vocabulary spells it; a word that is a "
+                            "number or has a comma goes by its id)")
+        ids.append(i)
+    return ids
 
 
-def emitted(segments: list[Segment]) -> Tensor:
-    """The new tokens of these segments, [M]."""
-    return torch.cat([s.tokens[s.start:] for s in segments]).long()
+def new_tokens(segments: list[Segment]) -> Tensor:
+    """The new tokens of these segments [M]."""
+    return torch.cat([s.new_tokens for s in segments]).long()
+
+
+def context_of(v: int, segments: list[Segment]) -> list[int]:
+    """Some tokens around the first place where type v is a new token."""
+    for s in segments:
+        places = (s.new_tokens == v).nonzero()[:, 0].tolist()
+        if places:
+            i = s.start + places[0]
+            return s.tokens[max(0, i - 20):i + 5].tolist()
+    return []
+
+
+def finite(x: Tensor) -> float | None:
+    return x.item() if x.isfinite() else None
