@@ -35,6 +35,7 @@ from models.student import Student
 from record.checkpoint import UNWRITABLE, read_training, replace, write_training
 from transport.link import Link
 from transport.shared import LearnerStart, SharedMemory
+from transport.weights import WeightTransport
 
 Measured = dict[str, Tensor]                     # by name, one value per position [m]
 MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y")      # what `Learner.measure` returns
@@ -286,7 +287,21 @@ class Learner:
         size = tokens if self.ranks.rank == 0 else 0
         return {name: torch.full((size,), torch.nan) for name in MEASURED}
 
-    # -- saving ------------------------------------------------------------------------------------
+    # -- publishing and saving ---------------------------------------------------------------------
+
+    def publish(self, weights: WeightTransport, version: int) -> None:
+        """Make the student readable as this version. All learners take part.
+
+        Rollout and teacher go on meanwhile. The learner waits: overlapping it would gain 1%
+        (benchmarks/step.py).
+        """
+        student = self.student
+        probe_logp = student.probe_logp(weights.probe)
+        parameters = student.parameters()
+        if self.ranks.rank == 0:
+            weights.publish(parameters, version, probe_logp, student.gather)
+        else:
+            student.collect(parameters.items())
 
     def save(self, folder: Path) -> None:
         """A Hugging Face folder, written next to its place and then renamed: whole or absent."""
@@ -392,21 +407,11 @@ class LearnerWorker:
                        "validation": self.validation, "examine": self.examine}
 
     def publish(self) -> float:
-        """Write the weights where the engines read them; seconds.
-
-        Rollout and teacher go on meanwhile. The learner waits: overlapping it would gain 1%
-        (benchmarks/step.py).
-        """
+        """Write the weights where the engines read them; seconds."""
         start = time.monotonic()
-        weights = self.shared.weights
-        student = self.learner.student
-        probe_logp = student.probe_logp(weights.probe)
-        parameters = student.parameters()
+        self.learner.publish(self.shared.weights, self.version)
         if self.leads:
-            weights.publish(parameters, self.version, probe_logp, student.gather)
             self.learner.extensions.published(self.shared.tensors)
-        else:
-            student.collect(parameters.items())
         return time.monotonic() - start
 
     def train(self, slots: list[int]) -> None:
@@ -424,7 +429,7 @@ class LearnerWorker:
         seconds = time.monotonic() - start
         metrics = trained.metrics | {
             "step": self.version, "version": self.version, "publish_s": publish_s,
-            "push_bytes": self.shared.weights.bytes, "wait_s": start - self.idle_since,
+            "push_bytes": self.shared.weights.nbytes, "wait_s": start - self.idle_since,
             "train_tok_s": trained.metrics["tokens"] / seconds}
         kind = "trained" if self.leads else "trained along"
         self.link.send(kind, metrics=metrics, skipped=trained.skipped, events=trained.events,

@@ -99,7 +99,7 @@ class Worker:
     def available(self, version: int | None) -> int | None:
         """That version if it can still be read. After a restart it may have been overwritten, and
         the newest (None) takes its place."""
-        if version is not None and self.weights.overwritten(version):
+        if version is not None and not self.weights.holds(version):
             return None
         return version
 

@@ -46,7 +46,7 @@ def test_gradients_are_those_of_plain_autograd(name, chunk):
     head, rows, ids, loss, whole = problem(name, bias=True)
     want, value, parameters = plainly(head, rows, ids, loss, whole, 7)
     head.zero_grad()
-    back, found = head_backward(head, rows, ids, loss, whole=whole, count=7, chunk=chunk, dtype=torch.float64)
+    back, found = head_backward(head, rows, ids, loss, all_words=whole, count=7, chunk=chunk, dtype=torch.float64)
     for got, wanted in zip([back, found["loss"], found["logp"], *(p.grad for p in head.parameters())],
                            [want, value["loss"], value["logp"], *parameters]):
         assert wanted.abs().max() > 1e-6
@@ -56,20 +56,20 @@ def test_gradients_are_those_of_plain_autograd(name, chunk):
 def test_gradients_add_up_and_a_frozen_head_gets_none():
     head, rows, ids, loss, whole = problem("reverse_mc")
     for _ in range(2):
-        head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+        head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.float64)
     twice = head.weight.grad.clone()
     head.zero_grad()
     _, _, (once,) = plainly(head, rows, ids, loss, whole, 1)
     torch.testing.assert_close(twice, 2 * once)
     head.requires_grad_(False).zero_grad()
-    back, _ = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+    back, _ = head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.float64)
     assert head.weight.grad is None and back.abs().max() > 0
 
 
 @pytest.mark.parametrize("name", ["reverse_mc", "jsd_dense"])
 def test_no_positions_are_a_loss_of_nothing(name):
     head, rows, ids, loss, whole = problem(name, tokens=0)
-    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float64)
+    back, found = head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.float64)
     assert back.shape == (0, H) and found["loss"].shape == (0,) and not head.weight.grad.any()
 
 
@@ -78,7 +78,7 @@ def test_words_that_are_all_but_impossible_keep_their_log_probs():
     head, rows, ids, loss, whole = problem("reverse_mc", dtype=torch.float32)
     head.weight.data *= 60
     want, _, _ = plainly(head, rows, ids, loss, whole, 1)
-    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.float32)
+    back, found = head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.float32)
     truth = head(rows).log_softmax(-1).gather(-1, ids)
     assert truth.min() < -150 and back.isfinite().all()
     torch.testing.assert_close(head_logp(head, rows, ids, chunk=3, dtype=torch.float32), truth, rtol=1e-5, atol=1e-4)
@@ -88,7 +88,7 @@ def test_words_that_are_all_but_impossible_keep_their_log_probs():
 def test_bf16_products_stay_near_float32_and_log_probs_are_float32():
     head, rows, ids, loss, whole = problem("reverse_mc", dtype=torch.float32)
     want, _, _ = plainly(head, rows, ids, loss, whole, 1)
-    back, found = head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=4, dtype=torch.bfloat16)
+    back, found = head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.bfloat16)
     assert found["logp"].dtype == head.weight.grad.dtype == torch.float32
     assert ((back - want).norm() / want.norm()) < 0.02
 
@@ -109,7 +109,7 @@ class Largest(TorchDispatchMode):
 def test_nothing_larger_than_a_chunk_of_logits_is_made(name):
     head, rows, ids, loss, whole = problem(name, tokens=200)
     with Largest() as seen:
-        head_backward(head, rows, ids, loss, whole=whole, count=1, chunk=8, dtype=torch.float64)
+        head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=8, dtype=torch.float64)
     assert seen.elements <= max(8 * V, 200 * H) and 8 * V < 200 * V / 10
 
 
@@ -123,6 +123,6 @@ def test_on_a_gpu_too(name, dtype, allowed):
     head.zero_grad()
     head.cuda()
     found, _ = head_backward(head, rows.cuda(), ids.cuda(), lambda at, logp, every: {k: v.cuda() for k, v in loss(
-        at, logp.cpu(), None if every is None else every.cpu()).items()}, whole=whole, count=1, chunk=64, dtype=dtype)
+        at, logp.cpu(), None if every is None else every.cpu()).items()}, all_words=whole, count=1, chunk=64, dtype=dtype)
     for got, wanted in ((found, want), (head.weight.grad, weight)):
         assert (got.cpu() - wanted).norm() < allowed * wanted.norm()

@@ -49,18 +49,18 @@ def test_a_step_equals_a_naive_loop_without_padding(config, models):
     _, segments = ready([5, 1, 7, 3])
     before = [tuple(x.clone() for x in (s.tokens, s.ids, s.logmu, s.logq, s.version)) for s in segments]
     learner = Learner(config(chunk=6, micro_tokens=24), "cpu", torch.float32)
-    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
     count = sum(map(len, segments))
     measured = [learner.backward([s], count) for s in segments]
     loss, wanted = naive_gradient(models["student"], segments)
-    got = gradients(learner.model)
+    got = gradients(learner.student.model)
     for name in wanted:
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
     assert summarize(measured)["loss"] == pytest.approx(loss, rel=1e-4)
     for s, x in zip(segments, before):
         after = s.tokens, s.ids, s.logmu, s.logq, s.version
         assert all(torch.equal(a, b) for a, b in zip(after, x)), "inputs changed"
-    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items()), "no update was asked for"
+    assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items()), "no update was asked for"
 
 
 @pytest.mark.parametrize("split", [dict(micro_tokens=1), dict(micro_tokens=20), dict(chunk=1),
@@ -71,7 +71,7 @@ def test_micro_batches_and_chunks_change_nothing(config, split):
     for flags in (dict(micro_tokens=10_000, chunk=10_000), split):
         learner = Learner(config(clip=1e9, **flags), "cpu", torch.float32)
         metrics = learner.step(segments, version=4)
-        results.append((metrics, dict(learner.model.named_parameters())))
+        results.append((metrics, dict(learner.student.model.named_parameters())))
     (m0, p0), (m1, p1) = results
     for key in m0:
         assert m1[key] == pytest.approx(m0[key], rel=1e-4, abs=1e-6), key
@@ -84,11 +84,11 @@ def test_the_gradient_is_the_same_in_micro_batches_of_one_and_two_and_all(config
     _, segments = ready([5, 1, 7, 3])
     learner = Learner(config(), "cpu", torch.float32)
     learner.backward(segments, 16)
-    want = gradients(learner.model)
+    want = gradients(learner.student.model)
     learner.optimizer.zero_grad()
     for i in range(0, 4, size):
         learner.backward(segments[i:i + size], 16)
-    for name, g in gradients(learner.model).items():
+    for name, g in gradients(learner.student.model).items():
         assert (g - want[name]).norm() <= 1e-5 * want[name].norm(), name
 
 
@@ -96,10 +96,10 @@ def test_the_normaliser_is_the_number_of_positions_of_the_whole_batch(config):
     _, segments = ready([5, 1, 7, 3])
     learner = Learner(config(), "cpu", torch.float32)
     learner.backward(segments, 16)
-    once = gradients(learner.model)
+    once = gradients(learner.student.model)
     learner.optimizer.zero_grad()
     learner.backward(segments, 32)
-    for name, g in gradients(learner.model).items():
+    for name, g in gradients(learner.student.model).items():
         torch.testing.assert_close(2 * g, once[name], rtol=1e-4, atol=1e-7)
 
 
@@ -118,21 +118,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_its_slot_named(config, name
     slots, segments = ready([4, 3, 5, 2])
     getattr(slots, name)[1, 2, 0] = value
     learner = Learner(config(minibatches=2), "cpu", torch.float32)          # slots 0, 1 and slots 2, 3
-    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
     metrics = learner.step(segments[:2], version=0)
     assert [s["slots"] for s in metrics["skipped"]] == [[1]] and why in metrics["skipped"][0]["why"]
     learner = Learner(config(), "cpu", torch.float32)
     metrics = learner.step(segments[:2], version=0)
-    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items()), "nothing was learnt"
+    assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items()), "nothing was learnt"
     assert not learner.optimizer.state, "nor remembered"
     metrics = learner.step(segments[2:], version=1)
-    assert not metrics["skipped"] and all(p.isfinite().all() for p in learner.model.parameters())
+    assert not metrics["skipped"] and all(p.isfinite().all() for p in learner.student.model.parameters())
 
 
 def test_a_student_that_is_not_finite_is_said_to_be_at_fault(config):
     _, segments = ready([4, 3])
     learner = Learner(config(), "cpu", torch.float32)
-    learner.model.lm_head.weight.data[3] = torch.nan
+    learner.student.model.lm_head.weight.data[3] = torch.nan
     skipped, = learner.step(segments, version=0)["skipped"]
     assert skipped["slots"] == [0, 1] and "norm is nan" in skipped["why"]
 
@@ -141,11 +141,11 @@ def test_a_hurried_step_is_abandoned_without_a_trace(config):
     _, segments = ready([4, 3, 5])
     link = Link(None, torch.zeros(2))
     learner = Learner(config(micro_tokens=1), "cpu", torch.float32)
-    start = {k: v.clone() for k, v in learner.model.state_dict().items()}
+    start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
     beat, link.beat = link.beat, lambda: (beat(), link.pulse[1].fill_(1))     # told to hurry after one micro-batch
     assert learner.step(segments, 0, link) is None and link.pulse[0] > 0
-    assert all(torch.equal(v, start[k]) for k, v in learner.model.state_dict().items())
-    assert all(p.grad is None for p in learner.model.parameters()) and learner.updates == 0
+    assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items())
+    assert all(p.grad is None for p in learner.student.model.parameters()) and learner.updates == 0
 
 
 def test_the_logged_kl_is_unbiased(config, models):
@@ -185,17 +185,17 @@ def test_a_saved_student_loads_with_the_same_logprobs(config, tmp_path):
     learner.save(tmp_path / "student")
     tokens = [3, 7, 12, 5]
     loaded = load_model(str(tmp_path / "student"), "cpu", torch.float32)
-    assert torch.equal(sequence_logp(loaded, tokens), sequence_logp(learner.model.eval(), tokens))
+    assert torch.equal(sequence_logp(loaded, tokens), sequence_logp(learner.student.model.eval(), tokens))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["student"], "no partial folder is left"
 
 
 def test_what_is_published_is_the_model(config):
     learner = Learner(config(), "cpu", torch.float32)
-    weights = Weights({n: p.shape for n, p in learner.model.named_parameters()}, [3, 4, 5, 6], torch.float32)
+    weights = Weights({n: p.shape for n, p in learner.student.model.named_parameters()}, [3, 4, 5, 6], torch.float32)
     learner.publish(weights, version=0)
     version, tensors, probe = weights.read()
-    assert version == 0 and all(torch.equal(tensors[n], p) for n, p in learner.model.named_parameters())
-    torch.testing.assert_close(probe, sequence_logp(learner.model, weights.probe).detach())
+    assert version == 0 and all(torch.equal(tensors[n], p) for n, p in learner.student.model.named_parameters())
+    torch.testing.assert_close(probe, sequence_logp(learner.student.model, weights.probe).detach())
 
 
 def test_every_metric_says_what_it_is():

@@ -33,17 +33,17 @@ def logits(model) -> torch.Tensor:
 @pytest.mark.parametrize("name", ["student", "tied"])
 def test_only_adapters_learn_and_at_first_they_change_nothing(config, models, name):
     plain, learner = load_model(models[name], "cpu", torch.float32), learner_after(config, models[name], 0)
-    assert torch.equal(logits(learner.model), logits(plain))
+    assert torch.equal(logits(learner.student.model), logits(plain))
     learner = learner_after(config, models[name], 2)
-    trained = {n for n, p in learner.model.named_parameters() if p.requires_grad}
-    count = sum(p.numel() for p in learner.model.parameters() if p.requires_grad)
+    trained = {n for n, p in learner.student.model.named_parameters() if p.requires_grad}
+    count = sum(p.numel() for p in learner.student.model.parameters() if p.requires_grad)
     assert count == Shape.of(plain.config).adapters(3), "what the memory plan counts"
     assert len(trained) == 2 * 7 and all(".lora_" in n for n in trained), "the seven linear layers of the one layer"
     assert sum(len(g["params"]) for g in learner.optimizer.param_groups) == len(trained)
     before = dict(plain.named_parameters())
-    kept = {n.replace(".base_layer.", "."): p for n, p in learner.model.named_parameters() if n not in trained}
+    kept = {n.replace(".base_layer.", "."): p for n, p in learner.student.model.named_parameters() if n not in trained}
     assert kept.keys() == before.keys() and all(torch.equal(p, before[n]) for n, p in kept.items())
-    assert (logits(learner.model) - logits(plain)).abs().max() > 1e-2
+    assert (logits(learner.student.model) - logits(plain)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("name", ["student", "tied"])
@@ -51,14 +51,14 @@ def test_what_is_published_and_saved_is_what_peft_merges(config, models, name, t
     learner = learner_after(config, models[name], 3)
     learner.save(tmp_path / "out")
     again = peft.PeftModel.from_pretrained(load_model(models[name], "cpu", torch.float32), tmp_path / "out" / "adapter")
-    torch.testing.assert_close(logits(again), logits(learner.model))
-    theirs, ours = dict(again.merge_and_unload().named_parameters()), Merged(learner.model)
+    torch.testing.assert_close(logits(again), logits(learner.student.model))
+    theirs, ours = dict(again.merge_and_unload().named_parameters()), Merged(learner.student.model)
     saved = load_model(str(tmp_path / "out"), "cpu", torch.float32)
     assert theirs.keys() == ours.keys() == dict(saved.named_parameters()).keys()
     for n, p in saved.named_parameters():
         torch.testing.assert_close(ours[n], theirs[n], rtol=0, atol=1e-7)
         assert torch.equal(p, ours[n])
-    torch.testing.assert_close(logits(saved), logits(learner.model), rtol=0, atol=1e-5)
+    torch.testing.assert_close(logits(saved), logits(learner.student.model), rtol=0, atol=1e-5)
 
 
 def test_a_resumed_learner_takes_the_same_next_step(config, models, tmp_path):
@@ -67,7 +67,7 @@ def test_a_resumed_learner_takes_the_same_next_step(config, models, tmp_path):
     resumed = Learner(learner.cfg, "cpu", torch.float32, resume=str(tmp_path))
     first, second = (x.step(ready([4, 6])[1], 2) for x in (learner, resumed))
     assert first["loss"] == second["loss"] and resumed.updates == 3
-    for (n, a), (_, b) in zip(learner.model.named_parameters(), resumed.model.named_parameters()):
+    for (n, a), (_, b) in zip(learner.student.model.named_parameters(), resumed.model.named_parameters()):
         assert torch.equal(a, b), n
 
 

@@ -26,11 +26,11 @@ CASES = {"untied, two minibatches": ("reverse_mc", dict(minibatches=2, micro_tok
 def train(cfg, segments, folder, ranks) -> dict:
     """The gradient, two steps, a publish, a checkpoint, and a step more from the checkpoint."""
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
-    layout = {name: p.shape for name, p in learner.model.named_parameters()}
+    layout = {name: p.shape for name, p in learner.student.model.named_parameters()}
     learner.known = learner.prepass(segments)
     for group in ranks.groups(segments, cfg.micro_tokens):
         learner.backward(group, sum(map(len, segments)))
-    gradient = ranks.collect((name, p.grad) for name, p in learner.model.named_parameters())
+    gradient = ranks.collect((name, p.grad) for name, p in learner.student.model.named_parameters())
     learner.optimizer.zero_grad()
     metrics = [learner.step(segments, 2) for _ in range(2)]
     weights = Weights(layout, [3, 4, 5, 6], torch.float32)
@@ -80,7 +80,7 @@ def half_gradient(cfg, segments, ranks) -> dict:
     learner = Learner(cfg, "cpu", torch.bfloat16, ranks=ranks)
     for group in ranks.groups(segments, cfg.micro_tokens):
         learner.backward(group, sum(map(len, segments)))
-    return ranks.collect((name, p.grad) for name, p in learner.model.named_parameters())
+    return ranks.collect((name, p.grad) for name, p in learner.student.model.named_parameters())
 
 
 def sockets() -> set[str]:

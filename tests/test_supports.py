@@ -84,7 +84,7 @@ def gradient(learner, segments, size=None):
     learner.known, size, measured = learner.prepass(segments), size or len(segments), []
     for i in range(0, len(segments), size):
         measured.append(learner.backward(segments[i:i + size], sum(map(len, segments))))
-    found = torch.cat([p.grad.flatten() for p in learner.model.parameters()])
+    found = torch.cat([p.grad.flatten() for p in learner.student.model.parameters()])
     learner.optimizer.zero_grad()
     return found, summarize(measured)
 
@@ -95,12 +95,12 @@ def gradient(learner, segments, size=None):
 def test_every_estimator_steps_and_its_numbers_are_finite(models, name):
     learner = Learner(config(models, name, minibatches=2), "cpu", torch.float32)
     _, segments = filled(learner.cfg, models)
-    before = learner.head.weight.clone()
+    before = learner.student.head.weight.clone()
     metrics = learner.step(segments, 2)
     assert metrics.pop("skipped") == metrics.pop("events") == [] and metrics.keys() <= METRICS.keys()
     assert all(torch.tensor(float(x)).isfinite() for x in metrics.values())
     assert metrics["tokens"] == sum(map(len, segments)) and metrics["kl"] != 0
-    assert not torch.equal(before, learner.head.weight)
+    assert not torch.equal(before, learner.student.head.weight)
 
 
 @pytest.mark.parametrize("name", WITH_LOSS)
@@ -318,7 +318,7 @@ def test_nothing_to_train_on_is_a_loss_of_zero(models):
     slots, _ = filled(learner.cfg, models)
     slots.length[0] = 0
     measured = learner.backward([slots.read(0)], 1)
-    assert measured["loss"].sum() == 0 and all((p.grad == 0).all() for p in learner.model.parameters())
+    assert measured["loss"].sum() == 0 and all((p.grad == 0).all() for p in learner.student.model.parameters())
     _, segments = slots, [slots.read(s) for s in range(4)]
     assert learner.step(segments, 0)["tokens"] == sum(map(len, segments))
 
@@ -329,12 +329,12 @@ def test_a_nan_is_not_learnt_from_and_named(models, source):
     slots, segments = filled(learner.cfg, models)
     if source == "logp":
         with torch.no_grad():
-            learner.head.weight[0, 0] = torch.nan
+            learner.student.head.weight[0, 0] = torch.nan
     else:
         getattr(slots, source)[2, 1] = torch.nan
-    before = learner.model.base_model.embed_tokens.weight.clone()
+    before = learner.student.model.base_model.embed_tokens.weight.clone()
     skipped, = learner.step(segments, 0)["skipped"]
-    assert torch.equal(before, learner.model.base_model.embed_tokens.weight)
+    assert torch.equal(before, learner.student.model.base_model.embed_tokens.weight)
     assert skipped["why"].startswith("the gradient" if source == "logp" else source)
     assert skipped["slots"] == ([s.slot for s in segments] if source == "logp" else [2])
 

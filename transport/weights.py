@@ -1,56 +1,111 @@
 """
-Published weights.
+Published weights: how the student gets from the learner to the rollout workers.
+
+A transport is anything with the methods of `WeightTransport`; TRANSPORTS holds them by name. There
+is one, shared memory on the same machine.
+
+What is left out: other machines; copies from GPU to GPU. Tests: tests/test_cache.py
 """
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 
-class Weights:
-    """One shared copy of the student with a version, double-buffered: a reader never keeps a half-written one.
+class WeightTransport(Protocol):
+    """Made by the parent and passed to every worker. The learner publishes, the rollouts read.
 
-    flat [2, P] in the dtype the engines compute in; version v lives in half v % 2. `probe` is a fixed sequence of
-    tokens and `probe_logp` [2, len - 1] the learner's log-probs of it at that version: an engine that has loaded v
-    proves it by reproducing them.
+    probe   a fixed sequence of tokens. With each version the learner publishes its log-probs of
+            them; an engine that has loaded the version proves it by reproducing these numbers.
+    """
+    probe: list[int]
+
+    @property
+    def version(self) -> int:
+        """The newest published version; -1 before the first."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of one version."""
+
+    def publish(self, parameters: dict[str, Tensor], version: int, probe_logp: Tensor,
+                gather: Callable[[Tensor], Tensor]) -> None:
+        """Make a version readable. `gather` makes a parameter whole that is sharded."""
+
+    def holds(self, version: int) -> bool:
+        """Can this version still be read, or will it be, once it is published?"""
+
+    def read(self, version: int | None = None) -> tuple[int, dict[str, Tensor], Tensor]:
+        """(version, tensors, log-probs of the probe): the newest, or exactly the one asked for."""
+
+
+def unsharded(parameter: Tensor) -> Tensor:
+    """The `gather` of a learner that holds all parameters."""
+    return parameter
+
+
+class Weights:
+    """Two versions in shared memory, so that a reader never keeps a half-written one.
+
+    flat         [2, P] in the dtype the engines compute in; version v lies in half v % 2
+    probe_logp   [2, len(probe) - 1], of the version in the same half
+    clock        [2]: the version being written, and the newest that is published
     """
 
     def __init__(self, layout: dict[str, torch.Size], probe: list[int], dtype: torch.dtype):
-        self.layout, self.probe = layout, probe
-        self.flat = torch.zeros(2, sum(s.numel() for s in layout.values()), dtype=dtype).share_memory_()
+        self.layout = layout
+        self.probe = probe
+        size = sum(shape.numel() for shape in layout.values())
+        self.flat = torch.zeros(2, size, dtype=dtype).share_memory_()
         self.probe_logp = torch.zeros(2, len(probe) - 1).share_memory_()
-        self.clock = torch.full((2,), -1, dtype=torch.int64).share_memory_()      # being written, published
+        self.clock = torch.full((2,), -1, dtype=torch.int64).share_memory_()
 
     @property
     def version(self) -> int:
         return int(self.clock[1])
 
+    @property
+    def nbytes(self) -> int:
+        return self.flat[0].nbytes
+
+    def holds(self, version: int) -> bool:
+        return int(self.clock[0]) < version + 2
+
     def views(self, half: int) -> dict[str, Tensor]:
-        out, at = {}, 0
+        """The parameters in one of the halves, by name."""
+        views = {}
+        start = 0
         for name, shape in self.layout.items():
-            out[name] = self.flat[half, at:at + shape.numel()].view(shape)
-            at += shape.numel()
-        return out
+            end = start + shape.numel()
+            views[name] = self.flat[half, start:end].view(shape)
+            start = end
+        return views
 
     def publish(self, parameters: dict[str, Tensor], version: int, probe_logp: Tensor,
-                whole: Callable[[Tensor], Tensor] = lambda x: x) -> None:
-        """Write the half of `version`. `whole` gathers a parameter that is sharded, one at a time."""
+                gather: Callable[[Tensor], Tensor] = unsharded) -> None:
         assert parameters.keys() == self.layout.keys(), parameters.keys() ^ self.layout.keys()
+        half = version % 2
         self.clock[0] = version
-        for name, view in self.views(version % 2).items():
-            view.copy_(whole(parameters[name].detach()))
-        self.probe_logp[version % 2] = probe_logp
+        for name, view in self.views(half).items():
+            view.copy_(gather(parameters[name].detach()))
+        self.probe_logp[half] = probe_logp
         self.clock[1] = version
 
     def read(self, version: int | None = None) -> tuple[int, dict[str, Tensor], Tensor]:
-        """(version, copies of the tensors, the probe's log-probs): the newest, or exactly the one asked for."""
+        """Copies. Read again if the learner overwrites the newest version meanwhile."""
         while True:
-            v = self.version if version is None else version
-            assert v >= 0, "nothing is published yet"
-            copies = {name: x.clone() for name, x in self.views(v % 2).items()}
-            probe_logp = self.probe_logp[v % 2].clone()
-            if self.clock[0] < v + 2:                    # else the learner has begun to overwrite this half
-                return v, copies, probe_logp
-            assert version is None, f"version {version} was overwritten by {int(self.clock[0])} while it was read"
+            wanted = self.version if version is None else version
+            assert wanted >= 0, "nothing is published yet"
+            half = wanted % 2
+            copies = {name: view.clone() for name, view in self.views(half).items()}
+            probe_logp = self.probe_logp[half].clone()
+            if self.holds(wanted):
+                return wanted, copies, probe_logp
+            assert version is None, (f"version {version} was overwritten by {int(self.clock[0])} "
+                                     "while it was read")
+
+
+TRANSPORTS: dict[str, Callable[..., WeightTransport]] = {"shared-memory": Weights}
