@@ -378,12 +378,11 @@ def unusable(segments: list[Segment]) -> dict | None:
 def summarize(measured: list[Measured]) -> dict[str, float]:
     """Measurements of all micro-batches -> the step's numbers (record/metrics.py)."""
     x = {}
-    for name in measured[0]:
+    for name in [key for key in measured[0] if key != "y"]:
         values = torch.cat([m[name] for m in measured]).float()
         if len(values) == 0:                     # no position of the batch has scores
             values = values.new_tensor([torch.nan])
         x[name] = values
-    del x["y"]
     w = x.pop("w")
     p99 = w.kthvalue(math.ceil(0.99 * len(w))).values
     means = {name: v.mean().item() for name, v in x.items()}

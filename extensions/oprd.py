@@ -291,8 +291,8 @@ def rollouts(cfg: Config, engine: HFEngine, prompts: list[list[int]], n: int) ->
     for prompt, answer in zip(asked, answers):
         blank = torch.empty(len(answer), 0)
         segments.append(Segment(slot=-1, tokens=torch.tensor(prompt + answer), prompt=len(prompt),
-                                start=len(prompt), version=blank[:, 0], ids=blank, logmu=blank,
-                                logq=blank))
+                                start=len(prompt), version=torch.zeros(len(answer)), ids=blank,
+                                logmu=blank, logq=blank))
     return segments
 
 

@@ -65,6 +65,8 @@ def by_length(segments: list[Segment], token_budget: int) -> Iterator[list[Segme
 
 def as_response(tokens: list[int]) -> Segment:
     """A sequence as a segment in which every token but the first is new; it has no candidates."""
-    blank = torch.empty(len(tokens) - 1, 0)
-    return Segment(slot=-1, tokens=torch.tensor(tokens), prompt=1, start=1, version=blank[:, 0],
-                   ids=blank, logmu=blank, logq=blank, hidden=blank)
+    n = len(tokens) - 1
+    blank = torch.empty(n, 0)
+    return Segment(slot=-1, tokens=torch.tensor(tokens), prompt=1, start=1,
+                   version=torch.zeros(n, dtype=torch.int32), ids=blank, logmu=blank, logq=blank,
+                   hidden=blank)

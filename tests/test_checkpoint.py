@@ -37,7 +37,7 @@ def test_what_is_read_is_what_was_written(learner, config, tmp_path):
     for version in (1, 2):                     # goes on as the one that was never interrupted, to the bit
         a, b = learner.step(segments, version), other.step(segments, version)
         assert a == b
-    for x, y in zip(learner.model.parameters(), other.model.parameters()):
+    for x, y in zip(learner.student.model.parameters(), other.student.model.parameters()):
         assert torch.equal(x, y)
     assert other.updates == learner.updates == 3
 
@@ -54,7 +54,7 @@ def test_bf16_weights_come_with_float32_masters(config, tmp_path):
     learner.step(ready([5, 2])[1], version=0)
     other = Learner(config(), "cpu", torch.bfloat16, str(write(tmp_path, learner, 1)))
     assert all(torch.equal(x, y) and x.dtype == torch.float32
-               for x, y in zip(learner.model.parameters(), other.model.parameters()))
+               for x, y in zip(learner.student.model.parameters(), other.student.model.parameters()))
 
 
 KILLED = 9

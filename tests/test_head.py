@@ -123,6 +123,7 @@ def test_on_a_gpu_too(name, dtype, allowed):
     head.zero_grad()
     head.cuda()
     found, _ = head_backward(head, rows.cuda(), ids.cuda(), lambda at, logp, every: {k: v.cuda() for k, v in loss(
-        at, logp.cpu(), None if every is None else every.cpu()).items()}, all_words=whole, count=1, chunk=64, dtype=dtype)
+        at, logp.cpu(), None if every is None else every.cpu()).items()}, all_words=whole, count=1, chunk=64,
+        dtype=dtype)
     for got, wanted in ((found, want), (head.weight.grad, weight)):
         assert (got.cpu() - wanted).norm() < allowed * wanted.norm()

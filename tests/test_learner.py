@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from estimators import DENSE, ESTIMATORS
-from learner import Learner, summarize
+from learner import Interrupted, Learner, summarize
 from models.head import sequence_logp
 from models.loading import load_model
 from record.metrics import METRICS
@@ -48,7 +48,8 @@ def naive_gradient(folder, segments):
 def test_a_step_equals_a_naive_loop_without_padding(config, models):
     _, segments = ready([5, 1, 7, 3])
     before = [tuple(x.clone() for x in (s.tokens, s.ids, s.logmu, s.logq, s.version)) for s in segments]
-    learner = Learner(config(chunk=6, micro_tokens=24), "cpu", torch.float32)
+    learner = Learner(config(micro_tokens=24), "cpu", torch.float32)
+    learner.student.chunk = 6
     start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
     count = sum(map(len, segments))
     measured = [learner.backward([s], count) for s in segments]
@@ -60,17 +61,18 @@ def test_a_step_equals_a_naive_loop_without_padding(config, models):
     for s, x in zip(segments, before):
         after = s.tokens, s.ids, s.logmu, s.logq, s.version
         assert all(torch.equal(a, b) for a, b in zip(after, x)), "inputs changed"
-    assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items()), "no update was asked for"
+    now = learner.student.model.state_dict()
+    assert all(torch.equal(v, start[k]) for k, v in now.items()), "no update was asked for"
 
 
-@pytest.mark.parametrize("split", [dict(micro_tokens=1), dict(micro_tokens=20), dict(chunk=1),
-                                   dict(chunk=5, micro_tokens=33)])
+@pytest.mark.parametrize("split", [(1, 10_000), (20, 10_000), (10_000, 1), (33, 5)])    # micro_tokens, chunk
 def test_micro_batches_and_chunks_change_nothing(config, split):
     _, segments = ready([5, 1, 7, 3])
     results = []
-    for flags in (dict(micro_tokens=10_000, chunk=10_000), split):
-        learner = Learner(config(clip=1e9, **flags), "cpu", torch.float32)
-        metrics = learner.step(segments, version=4)
+    for micro_tokens, chunk in ((10_000, 10_000), split):
+        learner = Learner(config(clip=1e9, micro_tokens=micro_tokens), "cpu", torch.float32)
+        learner.student.chunk = chunk
+        metrics = learner.step(segments, version=4).metrics
         results.append((metrics, dict(learner.student.model.named_parameters())))
     (m0, p0), (m1, p1) = results
     for key in m0:
@@ -107,7 +109,7 @@ def test_lag_is_counted_per_token_in_versions(config):
     slots, segments = ready([4, 3])
     slots.version[0, :4] = torch.tensor([2, 2, 5, 6])
     slots.version[1, :3] = 6
-    metrics = Learner(config(), "cpu", torch.float32).step(segments, version=6)
+    metrics = Learner(config(), "cpu", torch.float32).step(segments, version=6).metrics
     assert (metrics["lag_min"], metrics["lag_max"]) == (0, 4)
     assert metrics["lag_mean"] == pytest.approx((4 + 4 + 1 + 0 + 0 + 0 + 0) / 7)
 
@@ -119,21 +121,21 @@ def test_an_update_that_is_not_finite_is_skipped_and_its_slot_named(config, name
     getattr(slots, name)[1, 2, 0] = value
     learner = Learner(config(minibatches=2), "cpu", torch.float32)          # slots 0, 1 and slots 2, 3
     start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
-    metrics = learner.step(segments[:2], version=0)
-    assert [s["slots"] for s in metrics["skipped"]] == [[1]] and why in metrics["skipped"][0]["why"]
+    trained = learner.step(segments[:2], version=0)
+    assert [s["slots"] for s in trained.skipped] == [[1]] and why in trained.skipped[0]["why"]
     learner = Learner(config(), "cpu", torch.float32)
-    metrics = learner.step(segments[:2], version=0)
+    learner.step(segments[:2], version=0)
     assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items()), "nothing was learnt"
     assert not learner.optimizer.state, "nor remembered"
-    metrics = learner.step(segments[2:], version=1)
-    assert not metrics["skipped"] and all(p.isfinite().all() for p in learner.student.model.parameters())
+    trained = learner.step(segments[2:], version=1)
+    assert not trained.skipped and all(p.isfinite().all() for p in learner.student.model.parameters())
 
 
 def test_a_student_that_is_not_finite_is_said_to_be_at_fault(config):
     _, segments = ready([4, 3])
     learner = Learner(config(), "cpu", torch.float32)
     learner.student.model.lm_head.weight.data[3] = torch.nan
-    skipped, = learner.step(segments, version=0)["skipped"]
+    skipped, = learner.step(segments, version=0).skipped
     assert skipped["slots"] == [0, 1] and "norm is nan" in skipped["why"]
 
 
@@ -143,7 +145,9 @@ def test_a_hurried_step_is_abandoned_without_a_trace(config):
     learner = Learner(config(micro_tokens=1), "cpu", torch.float32)
     start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
     beat, link.beat = link.beat, lambda: (beat(), link.pulse[1].fill_(1))     # told to hurry after one micro-batch
-    assert learner.step(segments, 0, link) is None and link.pulse[0] > 0
+    with pytest.raises(Interrupted):
+        learner.step(segments, 0, link)
+    assert link.pulse[0] > 0
     assert all(torch.equal(v, start[k]) for k, v in learner.student.model.state_dict().items())
     assert all(p.grad is None for p in learner.student.model.parameters()) and learner.updates == 0
 

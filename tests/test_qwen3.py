@@ -50,7 +50,7 @@ def loaded_again_by_both(folder: str, before: str) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from config import Config
-    from engines.table import ENGINES
+    from engines.table import engine_class
     from models.head import sequence_logp
     tokenizer = AutoTokenizer.from_pretrained(folder)
     text = tokenizer.apply_chat_template([{"role": "user", "content": "What is 12 + 30?"}], tokenize=False,
@@ -61,8 +61,8 @@ def loaded_again_by_both(folder: str, before: str) -> None:
     with torch.no_grad():
         saved, old = (sequence_logp(AutoModelForCausalLM.from_pretrained(f, dtype=torch.float32), tokens)
                       for f in (folder, before))
-    cfg = Config(estimator="reverse_mc", student=folder, teacher=folder, gpu_share=0.3, max_prompt=64, max_response=8,
+    cfg = Config(estimator="reverse_mc", student=folder, teacher=folder, max_prompt=64, max_response=8,
                  max_running=4)
-    engine = ENGINES["vllm"](cfg, "cpu", torch.float32)
+    engine = engine_class("vllm")(cfg, "cpu", torch.float32)
     torch.testing.assert_close(engine.logp(tokens), saved, rtol=0, atol=1e-4)
     assert (saved - old).abs().max() > 1e-2 and (Path(folder) / "model.safetensors").exists()

@@ -1,15 +1,21 @@
 """The draw, and both engines: what they record is what they sampled, before and after a push and over a cut."""
+from contextlib import nullcontext
+from dataclasses import replace
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 
 from cache import Slots
 from engines.hf import HFEngine
-from engines.table import ENGINES
+from engines.table import engine_class
 from estimators import BLOCK, draw, shaped
 from models.head import sequence_logp
 from models.loading import load_model
+from rollout import Worker
 from tests.conftest import save_tiny
+from transport.shared import SharedMemory
 from transport.weights import Weights
 
 # -- the draw --------------------------------------------------------------------------------------
@@ -86,7 +92,7 @@ def engines(tmp_path_factory):
                            "--max-response=24", "--max-running=16", "--mc-samples=3"])
     made = {"hf": HFEngine(cfg, "cpu", torch.float32)}
     if cfg.engine == "vllm":
-        made["vllm"] = ENGINES["vllm"](cfg, "cpu", torch.float32)
+        made["vllm"] = engine_class("vllm")(cfg, "cpu", torch.float32)
     return student, made
 
 
@@ -97,7 +103,7 @@ def engine(request, engines):
     made = engines[1][request.param]
     made.load(parameters(engines[0]))
     yield made
-    made.take(list(getattr(made, "request", [])) or [r.key for r in getattr(made, "rows", [])])
+    made.take(list(getattr(made, "names", [])) or [r.key for r in getattr(made, "rows", [])])
 
 
 def parameters(folder, scale=1.0):
@@ -150,11 +156,12 @@ def draws_and_softmax(engine, requests=2000, n=32):
     params = SamplingParams(max_tokens=1, temperature=0, detokenize=False, logprob_token_ids=words)
     out = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0].logprobs[0]
     p = torch.tensor([out[word].logprob for word in words], dtype=torch.float64).exp()
-    how, engine.how = engine.how, engine.how | {"n": n}
+    before = engine.drawing
+    engine.drawing = replace(before, n=n)
     try:
         drawn = run(engine, [prompt] * requests, budget=1)
     finally:
-        engine.how = how
+        engine.drawing = before
     return torch.stack([drawn[key][1][0] for key in range(requests)]), p
 
 
@@ -212,9 +219,11 @@ def test_a_response_goes_on_under_new_weights_as_the_new_model(engine, engines):
 def test_a_response_may_join_and_leave_between_steps(engine, engines):
     model = load_model(engines[0], "cpu", torch.float32)
     engine.add(0, PROMPTS[0], 24, uid=0, position=0)
-    engine.step(), engine.step()
+    engine.step()
+    engine.step()
     engine.add(1, PROMPTS[1], 24, uid=1, position=0)
-    engine.step(), engine.step()
+    engine.step()
+    engine.step()
     first = engine.take([0])
     engine.add(2, PROMPTS[2], 3, uid=2, position=0)
     while 2 not in engine.step():
@@ -253,7 +262,7 @@ def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     from control.resolve import configure
     cfg = configure(["--task=toy", f"--student={models['tied']}", f"--teacher={models['tied']}", "--gpus=0",
                            f"--engine={kind}", "--max-prompt=16", "--max-response=24", "--max-running=4"])
-    engine = ENGINES[kind](cfg, "cpu", torch.float32)
+    engine = engine_class(kind)(cfg, "cpu", torch.float32)
     model = load_model(models["tied"], "cpu", torch.float32)
     tensors = {n: p.detach() * 1.3 for n, p in model.named_parameters()}
     assert "lm_head.weight" not in tensors
@@ -265,17 +274,15 @@ def test_tied_embeddings_arrive_too(kind, models, tmp_path):
 
 def test_a_wrong_push_stops_the_worker(config, models):
     """Weights that do not match the probe published with them are refused, with the version and the size of the gap."""
-    from types import SimpleNamespace
-
-    from rollout import Worker
     cfg = config()
     model = load_model(models["student"], "cpu", torch.float32)
     weights = Weights({n: p.shape for n, p in model.named_parameters()}, [3, 4, 5, 6], torch.float32)
     probe = sequence_logp(model, weights.probe).detach()
     tensors = dict(model.named_parameters())
     weights.publish(tensors, 0, probe)
-    link = SimpleNamespace(send=lambda *a, **k: None, span=lambda what: __import__("contextlib").nullcontext())
-    worker = Worker(cfg, link, Slots(1, 16, 12, 4), weights, HFEngine(cfg, "cpu", torch.float32))
+    link = SimpleNamespace(send=lambda *a, **k: None, span=lambda what: nullcontext())
+    shared = SharedMemory(Slots(1, 16, 12, 4), weights)
+    worker = Worker(cfg, link, shared, HFEngine(cfg, "cpu", torch.float32))
     worker.load(None)
     weights.publish({n: p * 1.5 for n, p in tensors.items()}, 1, probe)
     with pytest.raises(RuntimeError, match="version 1 did not arrive"):

@@ -13,12 +13,11 @@ import torch
 
 from cache import Slots
 from config import Config
-from control.controller import Run
 from control.plan import plan
 from control.preflight import prepare
 from data import toy
 from engines.hf import HFEngine
-from engines.sampling import Sampler, draw_rows
+from engines.sampling import Drawing, Sampler, draw_rows
 from estimators import ESTIMATORS, QUESTIONS, Estimator, estimator_table
 from learner import Learner, summarize
 from models.head import teacher_logq
@@ -64,7 +63,7 @@ def filled(cfg, models, responses=4):
     """Slots as they reach the learner: drawn by the stale student, scored by the teacher."""
     row = ESTIMATORS[cfg.estimator]
     slots = Slots(responses, cfg.max_prompt, T, row.columns(cfg.mc_samples, cfg.top_k),
-                  HIDDEN if row.support == "full" else 0)
+                  hidden=HIDDEN if row.support == "full" else 0)
     engine = HFEngine(dataclasses.replace(cfg, student=str(models / "stale")), "cpu", torch.float32)
     engine.ends = set()
     for s in range(responses):
@@ -81,7 +80,9 @@ def filled(cfg, models, responses=4):
 
 def gradient(learner, segments, size=None):
     """Of one train batch, without taking the step; and its metrics."""
-    learner.known, size, measured = learner.prepass(segments), size or len(segments), []
+    learner.batch_context = learner.prepass(segments)
+    size = size or len(segments)
+    measured = []
     for i in range(0, len(segments), size):
         measured.append(learner.backward(segments[i:i + size], sum(map(len, segments))))
     found = torch.cat([p.grad.flatten() for p in learner.student.model.parameters()])
@@ -96,8 +97,9 @@ def test_every_estimator_steps_and_its_numbers_are_finite(models, name):
     learner = Learner(config(models, name, minibatches=2), "cpu", torch.float32)
     _, segments = filled(learner.cfg, models)
     before = learner.student.head.weight.clone()
-    metrics = learner.step(segments, 2)
-    assert metrics.pop("skipped") == metrics.pop("events") == [] and metrics.keys() <= METRICS.keys()
+    trained = learner.step(segments, 2)
+    metrics = trained.metrics
+    assert trained.skipped == trained.events == [] and not trained.flush and metrics.keys() <= METRICS.keys()
     assert all(torch.tensor(float(x)).isfinite() for x in metrics.values())
     assert metrics["tokens"] == sum(map(len, segments)) and metrics["kl"] != 0
     assert not torch.equal(before, learner.student.head.weight)
@@ -105,8 +107,9 @@ def test_every_estimator_steps_and_its_numbers_are_finite(models, name):
 
 @pytest.mark.parametrize("name", WITH_LOSS)
 def test_splitting_a_batch_or_its_logits_changes_nothing(models, name):
-    whole, split = (Learner(config(models, name, **how), "cpu", torch.float32) for how in
-                    ({}, dict(micro_tokens=20, chunk=2)))
+    whole = Learner(config(models, name), "cpu", torch.float32)
+    split = Learner(config(models, name, micro_tokens=20), "cpu", torch.float32)
+    split.student.chunk = 2
     _, segments = filled(whole.cfg, models)
     a, m = gradient(whole, segments)
     b, n = gradient(split, segments, size=1)
@@ -118,7 +121,7 @@ def test_splitting_a_batch_or_its_logits_changes_nothing(models, name):
 def test_a_slot_costs_what_the_table_says(name):
     row, hidden = ESTIMATORS[name], 16
     columns = row.columns(N, K)
-    slots = Slots(2, 8, 50, columns, hidden if row.support == "full" else 0, torch.bfloat16)
+    slots = Slots(2, 8, 50, columns, hidden=hidden if row.support == "full" else 0, dtype=torch.bfloat16)
     held = sum(getattr(slots, x).nbytes for x in ("ids", "logmu", "logq", "hidden"))
     assert held == 2 * 50 * row.bytes(N, K, 2 * hidden)
 
@@ -131,9 +134,9 @@ def test_a_new_row_in_the_table_is_all_that_a_new_estimator_takes(models):
     try:
         learner = Learner(config(models, "tv_topk"), "cpu", torch.float32)
         _, segments = filled(learner.cfg, models)
-        first = learner.step(segments, 0)["loss"]
+        first = learner.step(segments, 0).metrics["loss"]
         for _ in range(20):
-            last = learner.step(segments, 0)["loss"]
+            last = learner.step(segments, 0).metrics["loss"]
         assert 0 < last < first < 1
     finally:
         del ESTIMATORS["tv_topk"]
@@ -190,7 +193,7 @@ def test_the_student_records_its_best_words_with_their_log_probs(models):
 
 def test_best_words_under_temperature_and_nucleus_are_those_of_what_was_sampled():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
-    ids, logmu = draw_rows(logits, [Sampler(0, 0, 0)], 2, 5, 0.5, 0.9)
+    ids, logmu = draw_rows(logits, [Sampler(0, 0, 0)], Drawing(n=2, k=5, temperature=0.5, top_p=0.9, seed=0))
     p = (2 * logits[0]).softmax(-1)
     kept = (p[:2] / p[:2].sum()).log()
     assert ids.shape == (1, 7) and set(ids[0, :2].tolist()) <= {0, 1}
@@ -209,6 +212,7 @@ def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
 def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabulary(models, tmp_path, name):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
     cfg, job = prepare(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
+    from control.controller import Run
     run = Run(cfg, job, {w.name: w.device for w in plan(cfg)})
     row, hidden = ESTIMATORS[name], HIDDEN if ESTIMATORS[name].support == "full" else 0
     assert run.cfg.top_k == VOCAB and run.slots.hidden.shape == (4, T, hidden)
@@ -258,7 +262,7 @@ def test_a_wider_teacher_offers_no_word_the_student_lacks(models, name):
     learner = Learner(config(models, name, teacher=str(models / "wide")), "cpu", torch.float32)
     _, segments = filled(learner.cfg, models)
     assert all(int(s.ids.max()) < VOCAB for s in segments)
-    assert torch.tensor(learner.step(segments, 0)["loss"]).isfinite()
+    assert torch.tensor(learner.step(segments, 0).metrics["loss"]).isfinite()
 
 
 def test_rows_that_only_one_head_has_are_cut_or_impossible():
@@ -277,7 +281,7 @@ def test_what_the_whole_batch_knows_is_the_student_before_its_first_update(model
     for s in segments:
         with torch.no_grad():
             truth = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
-        assert torch.allclose(learner.known[s.slot]["prox"], truth.gather(-1, s.ids.long()), atol=1e-4)
+        assert torch.allclose(learner.batch_context[s.slot]["prox"], truth.gather(-1, s.ids.long()), atol=1e-4)
 
 
 # -- what the log says -----------------------------------------------------------------------------
@@ -308,7 +312,7 @@ def test_diagnostics_are_those_of_the_columns_that_mu_drew(models, name):
                 duplicates.append(1 - len(set(ids)) / n)
     size, value = len(w), [sum(x) / n for x in value]
     want = {"w_max": max(w), "w_p99": sorted(w)[math.ceil(0.99 * size) - 1], "entropy": sum(entropy) / size,
-            "ess": sum(w) ** 2 / sum(x * x for x in w) / size, "duplicates": sum(duplicates) / size, "tokens": size,
+            "ess": sum(w) ** 2 / sum(x * x for x in w) / size, "duplicates": sum(duplicates) / size,
             "kl": sum(exact if ESTIMATORS[name].support == "full" else value) / size}
     assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-3, abs=1e-4)
 
@@ -320,7 +324,7 @@ def test_nothing_to_train_on_is_a_loss_of_zero(models):
     measured = learner.backward([slots.read(0)], 1)
     assert measured["loss"].sum() == 0 and all((p.grad == 0).all() for p in learner.student.model.parameters())
     _, segments = slots, [slots.read(s) for s in range(4)]
-    assert learner.step(segments, 0)["tokens"] == sum(map(len, segments))
+    assert learner.step(segments, 0).metrics["tokens"] == sum(map(len, segments))
 
 
 @pytest.mark.parametrize("source", ["logq", "logmu", "hidden", "logp"])
@@ -333,7 +337,7 @@ def test_a_nan_is_not_learnt_from_and_named(models, source):
     else:
         getattr(slots, source)[2, 1] = torch.nan
     before = learner.student.model.base_model.embed_tokens.weight.clone()
-    skipped, = learner.step(segments, 0)["skipped"]
+    skipped, = learner.step(segments, 0).skipped
     assert torch.equal(before, learner.student.model.base_model.embed_tokens.weight)
     assert skipped["why"].startswith("the gradient" if source == "logp" else source)
     assert skipped["slots"] == ([s.slot for s in segments] if source == "logp" else [2])
