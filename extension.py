@@ -48,9 +48,12 @@ class SlotTensor:
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape of each."""
+    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape of each, and the
+    transformers configuration of each."""
     student: Any
     teacher: Any
+    student_config: Any = None
+    teacher_config: Any = None
     slot_bytes: int = 0                          # of one slot, the extensions' tensors included
 
 
@@ -79,7 +82,7 @@ class Extension:
         """--NAME.FIELD: a frozen dataclass; the text under a field is its help; config.Bound limits a number."""
 
     METRICS: ClassVar[Mapping[str, str]] = {}    # keys that it adds to every step line: meaning and unit
-    fixed_on_resume: ClassVar[Sequence[str]] = ()       # flags a resumed run may not change: its own, or the core's
+    fixed_on_resume: Sequence[str] = ()          # flags a resumed run may not change: its own, or the core's
     validation_rows: int = 0                     # training rows with an answer that the parent grades for it
     sparse: bool = False                         # `stored` may leave out positions
     teacher_layers: Sequence[int] = ()           # layers whose states `record` receives, 0-based
@@ -108,7 +111,8 @@ class Extension:
         return {}
 
     def extra_gb(self, models: ModelPair) -> dict[str, float]:
-        """Further memory, GB: "host" for all learners together, "checkpoint" on the disk for each checkpoint."""
+        """Further memory, GB: "host" of the CPU's for all learners together, "learner" on the device of each,
+        "checkpoint" on the disk for each checkpoint."""
         return {}
 
     def prepare(self, prompts: list[list[int]], device: str, dtype: torch.dtype) -> dict[str, Tensor] | None:

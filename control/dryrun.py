@@ -35,6 +35,7 @@ WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
 class KnownModel:
     """What a configuration says of a model."""
     shape: Shape
+    config: Any              # of its language model
     active: int              # parameters that a token meets: of a mixture of experts, not all
     source: str              # where the configuration is from
 
@@ -43,7 +44,8 @@ def show(cfg: Config) -> None:
     """Print the plan of a run. Raises ValueError where there can be none, as the run itself would."""
     student = known_model("student", cfg.student)
     teacher = known_model("teacher", cfg.teacher)
-    models = ModelPair(student=student.shape, teacher=teacher.shape)
+    models = ModelPair(student=student.shape, teacher=teacher.shape, student_config=student.config,
+                       teacher_config=teacher.config)
     extensions = Extensions.load(cfg)
     notes = extensions.check(models)
     check_teacher_states(cfg, extensions)
@@ -119,7 +121,7 @@ def known_model(role: str, name: str) -> KnownModel:
     """A model by its configuration alone: from a folder, the cache or the hub, or from configs/shapes.json."""
     config, source = configuration(role, name)
     shape = Shape.of(config)
-    return KnownModel(shape, shape.P - idle_parameters(config, shape), source)
+    return KnownModel(shape, config.get_text_config(), shape.P - idle_parameters(config, shape), source)
 
 
 def configuration(role: str, name: str) -> tuple[Any, str]:

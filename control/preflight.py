@@ -25,7 +25,7 @@ from control.preflight_prompts import grader, load_task, read_texts, validation_
 from data import toy
 from data.prompts import Row, prompt_number
 from extension import Extension, Extensions, ModelPair, SlotTensor, prepared_file
-from models.loading import vocab_size
+from models.loading import text_config, vocab_size
 from transport.process import alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -64,7 +64,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     check_lengths(cfg)
     check_slow_teacher(cfg)
     extensions = Extensions.load(cfg)
-    models = ModelPair(student=shape_of(cfg.student), teacher=shape_of(cfg.teacher))
+    models = ModelPair(student=shape_of(cfg.student), teacher=shape_of(cfg.teacher),
+                       student_config=text_config(cfg.student), teacher_config=text_config(cfg.teacher))
     extension_notes = extensions.check(models)
     check_teacher_states(cfg, extensions)
     validation = validation_pairs(cfg, extensions, texts)

@@ -42,7 +42,6 @@ from engines.sampling import VALIDATION
 from estimators import DENSE, VALUE, importance_weight
 from extension import Extension, ModelPair, Outcome, Step
 from models.head import teacher_logq
-from models.loading import text_config
 from models.sharding import layers, shard_of
 
 BETTER = {"kl": operator.lt, "accuracy": operator.gt}    # by gate: whether a value beats another
@@ -68,11 +67,11 @@ class EffOPD(Extension):
         most: Count = 5
         """number of longer steps that are tried at most, each time"""
 
-    fixed_on_resume = ("gate", "teacher")
-
     def __init__(self, name: str, cfg: Config, flags: Any):
         super().__init__(name, cfg, flags)
+        self.fixed_on_resume = ("gate", "teacher")       # the scores of the set are this teacher's
         if flags.gate == "accuracy":
+            self.fixed_on_resume = ("gate",)
             self.validation_rows = PROMPTS
 
     # -- the parent
@@ -88,18 +87,23 @@ class EffOPD(Extension):
             require(cfg.learners == 1,
                     f"--learners {cfg.learners}: --effopd.gate accuracy generates on one "
                     "(--learners 1, or --effopd.gate kl)")
-            require(not getattr(text_config(cfg.student), "sliding_window", None),
+            require(not getattr(models.student_config, "sliding_window", None),
                     f"--student {cfg.student}: has a sliding window, which the answers of "
                     "--effopd.gate accuracy would ignore")
         return []
 
     def extra_gb(self, models: ModelPair) -> dict[str, float]:
-        """The weights before a jump and those it is measured from; every learner has the set."""
+        """The weights before a jump and those it is measured from. Gate `kl`: the set, which every
+        learner has; gate `accuracy`: keys and values, float32, of the answers."""
+        cfg = self.cfg
         P = models.student.P
         found = {"host": 8 * P / 1e9, "checkpoint": 4 * P / 1e9}
         if self.flags.gate == "kl":
-            kept = min(KEPT, self.cfg.batch)
-            found["host"] += self.cfg.learners * kept * models.slot_bytes / 1e9
+            kept = min(KEPT, cfg.batch)
+            found["host"] += cfg.learners * kept * models.slot_bytes / 1e9
+        else:
+            tokens = min(PROMPTS, cfg.max_running) * (cfg.max_prompt + cfg.max_response)
+            found["learner"] = tokens * models.student.cached(4) / 1e9
         return found
 
     # -- a learner

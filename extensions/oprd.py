@@ -39,11 +39,11 @@ from torch import Tensor
 from torch.nn.functional import cosine_similarity, normalize
 
 from cache import Segment, Slots
-from config import Config, Count, CountOrZero, NotNegative, require
+from config import Config, Count, CountOrZero, Positive, require
 from data.prompts import prompt_number
 from engines.hf import HFEngine
 from estimators import ESTIMATORS
-from extension import Extension, ModelPair, Outcome, SlotTensor, Step
+from extension import Extension, ModelPair, Outcome, SlotTensor, Step, prepared_file
 from models.alignment import by_length, pad, response_rows
 from models.loading import load_head, load_model, text_config
 
@@ -58,7 +58,7 @@ class OPRD(Extension):
 
     @dataclass(frozen=True)
     class Flags:
-        weight: NotNegative = 1.0
+        weight: Positive = 1.0
         """factor of the distance between hidden states in the loss"""
         rank: CountOrZero = 0
         """project the teacher's states to this rank before they are cached; 0 caches them whole"""
@@ -82,14 +82,17 @@ class OPRD(Extension):
     def __init__(self, name: str, cfg: Config, flags: Any):
         super().__init__(name, cfg, flags)
         self.rank = flags.rank or (8 if flags.bridge else 0)
+        self.layer_counts: tuple[int, int] | None = None     # of student and teacher
         self.distances: list[Tensor] = []            # of the current step, by micro-batch [m]
         self.projection: StateProjection | None = None
 
     @property
     def pairs(self) -> list[tuple[int, int]]:
-        counts = [text_config(name).num_hidden_layers for name in
-                  (self.cfg.student, self.cfg.teacher)]
-        return layer_pairs(self.flags.layers, *counts)
+        """(student layer, teacher layer) that are compared."""
+        if self.layer_counts is None:
+            ours, theirs = text_config(self.cfg.student), text_config(self.cfg.teacher)
+            self.layer_counts = (ours.num_hidden_layers, theirs.num_hidden_layers)
+        return layer_pairs(self.flags.layers, *self.layer_counts)
 
     @property
     def student_layers(self) -> list[int]:
@@ -103,7 +106,7 @@ class OPRD(Extension):
 
     def check(self, models: ModelPair) -> list[str]:
         flags = self.flags
-        require(flags.weight > 0, f"--oprd.weight {flags.weight:g}: must be above 0")
+        self.layer_counts = (models.student.L, models.teacher.L)
         require(self.cfg.teacher_engine == "hf",
                 f"--teacher-engine {self.cfg.teacher_engine}: --extend oprd needs the teacher's "
                 "hidden states, which vLLM does not give (--teacher-engine hf does)")
@@ -114,21 +117,24 @@ class OPRD(Extension):
                 f"{ours} (--oprd.bridge compares them all the same)")
         require(self.rank <= theirs,
                 f"--oprd.rank {self.rank}: the teacher's states are {theirs} wide")
-        require(layer_pairs(flags.layers, models.student.L, models.teacher.L),
+        require(self.pairs,
                 f"--oprd.layers {flags.layers}: the student has {models.student.L} layer "
                 "(--oprd.layers all)")
-        require(not getattr(text_config(self.cfg.student), "sliding_window", None),
+        require(not getattr(models.student_config, "sliding_window", None),
                 f"--student {self.cfg.student}: has a sliding window, which the rollouts of "
                 "--extend oprd would ignore")
-        if ESTIMATORS[self.cfg.estimator].head or self.copies_head():
+        file = prepared_file(self.cfg, self.name)
+        require(not self.cfg.resume or self.rank == 0 or file.exists(),
+                f"--resume: {file} is gone, and without it the states cannot be projected as before")
+        copied = self.copies_head(models.student_config, models.teacher_config)
+        if ESTIMATORS[self.cfg.estimator].head or copied:
             return []
         return ["the student keeps its LM head, which --estimator none does not train "
                 "(--kl reverse --extend oprd --oprd.weight 10 does)"]
 
-    def copies_head(self) -> bool:
-        """Whether the student starts with the teacher's LM head. Not a tied one: the embedding
-        would come along."""
-        ours, theirs = map(text_config, (self.cfg.student, self.cfg.teacher))
+    def copies_head(self, ours: Any, theirs: Any) -> bool:
+        """Whether the student starts with the teacher's LM head, from their configurations. Not a
+        tied one: the embedding would come along."""
         same = (ours.vocab_size, ours.hidden_size) == (theirs.vocab_size, theirs.hidden_size)
         tied = ours.tie_word_embeddings or theirs.tie_word_embeddings
         return self.flags.head and self.cfg.lora_rank == 0 and same and not tied
@@ -140,6 +146,15 @@ class OPRD(Extension):
         pairs = layer_pairs(self.flags.layers, models.student.L, models.teacher.L)
         width = len(pairs) * (self.rank or models.teacher.H)
         return {STATES: SlotTensor((positions, width), torch.bfloat16)}
+
+    def extra_gb(self, models: ModelPair) -> dict[str, float]:
+        """On GPUs: while a learner starts, the teacher that it takes the head from. Where the
+        estimator wants that head as well, it is counted already."""
+        counted = ESTIMATORS[self.cfg.estimator].support == "full"
+        copied = self.copies_head(models.student_config, models.teacher_config)
+        if self.cfg.gpus == 0 or counted or not copied:
+            return {}
+        return {"host": self.cfg.learners * 2 * models.teacher.P / 1e9}
 
     @torch.no_grad()
     def prepare(self, prompts: list[list[int]], device: str,
@@ -218,7 +233,8 @@ class OPRD(Extension):
         self.ranks = learner.ranks
         self.device = learner.student.device
         self.projection = self.load_projection("student")
-        if not learner.continues and self.copies_head():
+        configs = text_config(self.cfg.student), text_config(self.cfg.teacher)
+        if not learner.continues and self.copies_head(*configs):
             student = learner.student
             theirs = load_head(self.cfg.teacher, "cpu", student.dtype)
             for name, p in student.head.named_parameters():
@@ -249,6 +265,8 @@ class OPRD(Extension):
     def after_step(self, step: Step) -> Outcome:
         mine = torch.cat([torch.empty(0), *self.distances])
         self.distances = []
+        if any(part["y"].isnan().any() for part in step.measured):       # an update was not made
+            mine = torch.tensor([torch.nan])
         every = torch.cat(self.ranks.all(mine))
         return Outcome(metrics={"oprd": every.mean().item()})        # nan: nothing was compared
 

@@ -86,7 +86,7 @@ class Rock(Extension):
         require(ESTIMATORS[self.cfg.estimator].head,
                 f"--extend rock: --estimator {self.cfg.estimator} has no loss at a token to weigh "
                 "(--kl reverse has one)")
-        if self.flags.types:
+        if self.flags.types and not self.cfg.dry_run:    # which reads no tokenizer
             fixed_types(self.flags.types, AutoTokenizer.from_pretrained(self.cfg.student))
         return []
 

@@ -12,20 +12,20 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-import asyncopd
+
 from cache import Segment, Slots
 from config import Config
 from control import plan
-from control.preflight import prepare
+from control.command_line import as_flag
+from control.preflight import prepare, prepare_one
 from control.resolve import configure
-from estimators import ESTIMATORS
+from extension import Extensions, ModelPair, Step, prepared_file
 from extensions import oprd
-from extensions.oprd import Side, Sums, compared, pairs
-from learner import Learner, summarize
+from extensions.oprd import OPRD, STATES, StateProjection, Sums, layer_pairs
+from learner import Learner, rows_in_use, summarize
 from models.footprint import Shape
-from models.loading import load_model
+from models.loading import load_model, text_config
 from models.sharding import Ranks
-from record.run_folder import check_out
 from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
 from tests.runs import alive, command, run, start_and_wait_for, steps
@@ -57,28 +57,40 @@ def folders(tmp_path_factory):
 
 @pytest.fixture
 def config(folders, tmp_path):
+    """config(oprd__rank=5) is --oprd.rank=5; OPRD alone, unless an estimator is given; extend="" leaves OPRD out."""
     def make(teacher="continued", **flags):
         given = dict(task="toy", student=folders / "student", teacher=folders / teacher, gpus=0, engine="hf", batch=4,
-                     max_prompt=8, max_response=T, max_running=64, lr=1e-3, estimator="none",
+                     max_prompt=8, max_response=T, max_running=64, lr=1e-3, estimator="none", extend="oprd",
                      out=str(tmp_path / "run")) | flags
-        return configure([f"--{k.replace('_', '-')}={v}" if not isinstance(v, bool) else
-                                f"--{'' if v else 'no-'}{k.replace('_', '-')}" for k, v in given.items()])
+        return configure([as_flag(name.replace("__", "."), value) for name, value in given.items()])
     return make
+
+
+def extension(cfg) -> OPRD:
+    made, = Extensions.load(cfg)
+    return made
+
+
+def pair_of(cfg) -> ModelPair:
+    """What the parent knows of the two models."""
+    configs = text_config(str(cfg.student)), text_config(str(cfg.teacher))
+    return ModelPair(*map(Shape.of, configs), *configs)
 
 
 def fitted(cfg):
     """What a run does before its workers start."""
     prompts = [[3 + i % 10, 13, 3 + i // 10] for i in range(100)]
     Path(cfg.out).mkdir(exist_ok=True)
-    (Path(cfg.out) / oprd.FILE).write_bytes(oprd.fit(cfg, prompts, "cpu", torch.float32))
+    prepared_file(cfg, "oprd").write_bytes(prepare_one(cfg, ("oprd", prompts), "cpu", torch.float32))
     return cfg
 
 
 def scored(cfg, cut=0):
     """Slots as the learner gets them; the last response goes on from `cut` tokens."""
-    shapes = [Shape.of(load_model(m, "cpu", torch.float32).config) for m in (cfg.student, cfg.teacher)]
-    slots = Slots(4, 8, T, 4, states=oprd.shape(cfg, *shapes))
-    slots.states.fill_(torch.nan)                                          # nobody may read what nobody has written
+    extra = {name: (t.shape, t.dtype) for name, t in Extensions.load(cfg).slot_tensors(pair_of(cfg)).items()}
+    slots = Slots(4, 8, T, 4, extra=extra)
+    for x in slots.extra.values():
+        x.fill_(torch.nan)                                                 # nobody may read what nobody has written
     g = torch.Generator().manual_seed(1)
     for s, (prompt, before, n) in enumerate([(3, 0, 5), (2, 0, 1), (8, 0, 7), (4, cut, 3)]):
         slots.open(s, s, torch.randint(3, 17, (prompt + before,), generator=g), prompt, 0)
@@ -91,21 +103,24 @@ def scored(cfg, cut=0):
 def gradient(cfg, segments, size=4, ranks=None):
     """{parameter: gradient} of one train batch, and its metrics."""
     learner, measured = Learner(cfg, "cpu", torch.float32, ranks=ranks), []
-    count, some = sum(map(len, segments)), sum(len(s.states) for s in segments)
+    count, used = sum(map(len, segments)), rows_in_use(segments)
     for i in range(0, len(segments), size):
-        measured.append(learner.backward(segments[i:i + size], count, some))
-    return {name: p.grad for name, p in learner.model.named_parameters()}, summarize(measured)
+        measured.append(learner.backward(segments[i:i + size], count, used))
+    metrics = summarize(measured)
+    for made in learner.extensions:
+        metrics |= made.after_step(Step(segments, measured, 0)).metrics
+    return {name: p.grad for name, p in learner.student.model.named_parameters()}, metrics
 
 
 def naive(cfg, segments, shift=1):
     """One sequence at a time, the formula as in the paper. `shift` is 1 where a row predicts its token."""
     models = [load_model(m, "cpu", torch.float32) for m in (cfg.student, cfg.teacher)]
-    total, n = 0.0, 0
+    total, n, made = 0.0, 0, extension(cfg)
     for s in segments:
         ours, theirs = (m.base_model(input_ids=s.tokens[None].long(), output_hidden_states=True).hidden_states
                         for m in models)
-        layers = pairs(cfg.oprd_layers, len(ours) - 1, len(theirs) - 1)
-        for t in range(len(s))[compared(cfg, s)]:
+        layers = layer_pairs(made.flags.layers, len(ours) - 1, len(theirs) - 1)
+        for t in range(len(s))[made.compared(s)]:
             at = min(s.start + t - shift, len(s.tokens) - 1)
             each = [(ours[i + 1][0, at] - theirs[j + 1][0, at].detach().bfloat16().float()).square().mean()
                     for i, j in layers]
@@ -128,7 +143,7 @@ def close(got, want, tolerance=1e-4):
     ("even", 4, 4, [(0, 0), (2, 2)]), ("odd", 4, 7, [(1, 2), (3, 6)]), ("last", 28, 36, [(27, 35)]),
     ("all", 5, 3, [(0, 0), (1, 0), (2, 1), (3, 2), (4, 2)]), ("odd", 1, 1, [])])
 def test_layers_are_paired_by_their_depth(which, S, T, want):
-    assert pairs(which, S, T) == want
+    assert layer_pairs(which, S, T) == want
 
 
 @pytest.mark.parametrize("positions, tokens, before, want", [
@@ -137,21 +152,23 @@ def test_layers_are_paired_by_their_depth(which, S, T, want):
     ("all", 4, 3, list(range(10)))])
 def test_positions_after_a_cut_too(positions, tokens, before, want):
     """`before`: tokens of the response that were trained before it was cut."""
-    cfg = Config(oprd_positions=positions, oprd_tokens=tokens)
+    made = OPRD("oprd", Config(), OPRD.Flags(positions=positions, tokens=tokens))
     blank = torch.empty(10, 0)
-    s = Segment(0, torch.zeros(3 + before + 10), 3, 3 + before, blank, blank, blank, blank)
-    assert list(range(10)[compared(cfg, s)]) == want
+    s = Segment(slot=0, tokens=torch.zeros(3 + before + 10), prompt=3, start=3 + before, version=blank, ids=blank,
+                logmu=blank, logq=blank)
+    assert list(range(10)[made.compared(s)]) == want
 
 
 @pytest.mark.parametrize("flags", [
-    dict(), dict(oprd_layers="even"), dict(oprd_layers="odd"), dict(oprd_layers="last"),
-    dict(oprd_positions="first", oprd_tokens=4), dict(oprd_positions="last", oprd_tokens=4), dict(teacher="deep"),
-    dict(oprd_positions="all", oprd_tokens=1)], ids=str)
+    dict(), dict(oprd__layers="even"), dict(oprd__layers="odd"), dict(oprd__layers="last"),
+    dict(oprd__positions="first", oprd__tokens=4), dict(oprd__positions="last", oprd__tokens=4), dict(teacher="deep"),
+    dict(oprd__positions="all", oprd__tokens=1)], ids=str)
 @pytest.mark.parametrize("cut", [0, 2, 5])
 def test_a_batch_is_what_a_naive_loop_makes_of_it(config, flags, cut):
-    cfg = config(oprd_head=False, **flags)
+    cfg = config(oprd__head=False, **flags)
     slots, segments = scored(cfg, cut)
-    assert [len(s.states) for s in segments] == [len(range(len(s))[compared(cfg, s)]) for s in segments]
+    made = extension(cfg)
+    assert [len(s.extra[STATES]) for s in segments] == [len(range(len(s))[made.compared(s)]) for s in segments]
     got, metrics = gradient(cfg, segments)
     want, distance = naive(cfg, segments)
     assert metrics["oprd"] == pytest.approx(distance, rel=1e-4) and metrics["loss"] == 0
@@ -163,7 +180,7 @@ def test_states_that_are_one_position_late_would_be_seen(config, monkeypatch, la
     """The check above, fed with a teacher whose rows are those of the emitted tokens."""
     def shifted(hidden, segments):
         return torch.cat([hidden[b, s.start:s.start + len(s)] for b, s in enumerate(segments)])
-    cfg = config(oprd_head=False)
+    cfg = config(oprd__head=False)
     if late:
         monkeypatch.setattr("teacher.response_rows", shifted)
     _, segments = scored(cfg)
@@ -177,16 +194,22 @@ def test_states_that_are_one_position_late_would_be_seen(config, monkeypatch, la
 @pytest.mark.parametrize("rank", [0, 5])
 @pytest.mark.parametrize("positions, P", [("last", 4), ("first", 4), ("all", T)])
 def test_a_slot_costs_two_bytes_per_rank_layer_and_position(config, rank, positions, P):
-    cfg = config(oprd_rank=rank, oprd_positions=positions, oprd_tokens=4, oprd_layers="even", max_ahead=2)
-    shapes = [Shape.of(load_model(m, "cpu", torch.float32).config) for m in (cfg.student, cfg.teacher)]
-    shape = oprd.shape(cfg, *shapes)
-    slots, plain = Slots(12, 8, T, 1, states=shape), Slots(12, 8, T, 1)
-    assert slots.bytes - plain.bytes == slots.states.nbytes == 12 * 2 * (rank or WIDTH) * 2 * P
-    off = dataclasses.replace(cfg, oprd_weight=0.0)
-    gb = [next(n for n in plan.memory(c, *shapes) if n.worker == "shared").parts["cache"] for c in (cfg, off)]
-    assert gb[0] - gb[1] == pytest.approx(slots.states.nbytes / 1e9), "(2 + 1) batches of 4"
+    cfg = config(oprd__rank=rank, oprd__positions=positions, oprd__tokens=4, oprd__layers="even", max_ahead=2)
+    models = pair_of(cfg)
+    tensor, = extension(cfg).slot_tensors(models).values()
+    slots, plain = Slots(12, 8, T, 1, extra={STATES: (tensor.shape, tensor.dtype)}), Slots(12, 8, T, 1)
+    states = slots.extra[STATES]
+    assert slots.bytes - plain.bytes - slots.used[STATES].nbytes == states.nbytes == 12 * 2 * (rank or WIDTH) * 2 * P
+    off = dataclasses.replace(cfg, extend="", extensions={})
+    gb = []
+    for c in (cfg, off):
+        added = plan.additions(c, Extensions.load(c), models)
+        needs = plan.memory(c, models.student, models.teacher, added=added)
+        gb.append(next(n for n in needs if n.worker == "shared").parts["cache"])
+    assert gb[0] - gb[1] == pytest.approx(states.nbytes / 1e9), "(2 + 1) batches of 4"
+    from control.memory import allocate
     cfg, job = prepare(cfg)
-    assert asyncopd.Run(cfg, job, {w.name: w.device for w in plan.plan(cfg)}).slots.states.shape == (12, *shape)
+    assert allocate(cfg, job).slots.extra[STATES].shape == (12, *tensor.shape)
 
 
 # -- the gradient ----------------------------------------------------------------------------------
@@ -195,12 +218,12 @@ def test_the_head_learns_from_a_divergence_and_from_nothing_else(config):
     _, segments = scored(config())
     alone, _ = gradient(config(), segments)
     assert alone["lm_head.weight"] is None and sum(g is not None for g in alone.values()) == len(alone) - 1
-    both, _ = gradient(config(estimator="reverse_mc", oprd_weight=3.0), segments)
-    kl, m = gradient(config(estimator="reverse_mc", oprd_weight=0.0), segments)
+    both, _ = gradient(config(estimator="reverse_mc", oprd__weight=3.0), segments)
+    kl, m = gradient(config(estimator="reverse_mc", extend=""), segments)
     # the head of the first two is the teacher's: give the divergence alone the same
-    plain, _ = gradient(config(estimator="reverse_mc", oprd_weight=3.0, oprd_head=False), segments)
+    plain, _ = gradient(config(estimator="reverse_mc", oprd__weight=3.0, oprd__head=False), segments)
     assert torch.equal(plain["lm_head.weight"], kl["lm_head.weight"]) and kl["lm_head.weight"].any()
-    assert m["oprd"] == 0
+    assert "oprd" not in m
     for name in kl.keys() - {"lm_head.weight"}:
         torch.testing.assert_close(plain[name], kl[name] + 3 * alone[name], rtol=1e-4, atol=1e-6)
     assert not torch.equal(both["lm_head.weight"], kl["lm_head.weight"]), "another head, another gradient"
@@ -208,16 +231,16 @@ def test_the_head_learns_from_a_divergence_and_from_nothing_else(config):
 
 def test_the_head_stays_what_it_is_to_the_bit(config):
     learner = Learner(config(weight_decay=0.5), "cpu", torch.float32)
-    before = {n: p.clone() for n, p in learner.model.named_parameters()}
+    before = {n: p.clone() for n, p in learner.student.model.named_parameters()}
     learner.step(scored(config())[1], version=0)
-    same = {n for n, p in learner.model.named_parameters() if torch.equal(p, before[n])}
+    same = {n for n, p in learner.student.model.named_parameters() if torch.equal(p, before[n])}
     assert same == {"lm_head.weight"}
 
 
 @pytest.mark.parametrize("size", [1, 2])
 @pytest.mark.parametrize("estimator", ["none", "reverse_mc"])
 def test_micro_batches_change_nothing(config, size, estimator):
-    cfg = config(estimator=estimator, oprd_weight=2.0, oprd_positions="first", oprd_tokens=4)
+    cfg = config(estimator=estimator, oprd__weight=2.0, oprd__positions="first", oprd__tokens=4)
     _, segments = scored(cfg, cut=2)
     (want, m), (got, n) = gradient(cfg, segments), gradient(cfg, segments, size)
     close(got, want, 1e-5)
@@ -226,15 +249,16 @@ def test_micro_batches_change_nothing(config, size, estimator):
 
 def test_a_step_divides_by_the_compared_positions_of_its_own_minibatch(config):
     """In minibatches of unequal size, and in one that compares nothing."""
-    cfg = config(oprd_positions="first", oprd_tokens=2, minibatches=2, micro_tokens=1, clip=1e9)
+    cfg = config(oprd__positions="first", oprd__tokens=2, minibatches=2, micro_tokens=1, clip=1e9)
     _, segments = scored(cfg, cut=2)
     norms = [torch.stack([g.norm() for g in gradient(cfg, segments[i:i + 2])[0].values() if g is not None]).norm()
              for i in (0, 2)]
     learner = Learner(dataclasses.replace(cfg, minibatches=1), "cpu", torch.float32)
-    assert learner.step(segments[:2], 0)["grad_norm"] == pytest.approx(norms[0].item(), rel=1e-4)
+    assert learner.step(segments[:2], 0).metrics["grad_norm"] == pytest.approx(norms[0].item(), rel=1e-4)
     learner = Learner(dataclasses.replace(cfg, minibatches=1), "cpu", torch.float32)
-    metrics = learner.step(segments[3:], 0)
-    assert len(segments[3].states) == metrics["grad_norm"] == 0 and not metrics["skipped"]
+    trained = learner.step(segments[3:], 0)
+    metrics = trained.metrics
+    assert len(segments[3].extra[STATES]) == metrics["grad_norm"] == 0 and not trained.skipped
     assert metrics["oprd"] != metrics["oprd"], "the mean of nothing: nan, null in the log"
 
 
@@ -254,7 +278,7 @@ def test_lag_and_weights_do_not_enter(config):
 def test_layers_that_are_computed_again_and_adapters(config, flags):
     if "lora_rank" in flags:
         pytest.importorskip("peft")
-    cfg = config(oprd_head=False, **flags)
+    cfg = config(oprd__head=False, **flags)
     _, segments = scored(cfg)
     plain = dataclasses.replace(cfg, gradient_checkpointing=False)
     (got, m), (want, _) = gradient(cfg, segments), gradient(plain, segments)
@@ -270,17 +294,19 @@ def one_of_two(rank, cfgs, segments, root):
     for cfg in cfgs:
         learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
         for group in ranks.groups(segments, cfg.micro_tokens):
-            learner.backward(group, sum(map(len, segments)), sum(len(s.states) for s in segments))
-        grads = ranks.collect((n, p.grad) for n, p in learner.model.named_parameters() if p.grad is not None)
+            learner.backward(group, sum(map(len, segments)), rows_in_use(segments))
+        parameters = learner.student.model.named_parameters()
+        grads = ranks.collect((n, p.grad) for n, p in parameters if p.grad is not None)
         learner.optimizer.zero_grad()
-        found.append((grads, learner.step(segments, 0)))
+        learner.extensions[0].distances.clear()
+        found.append((grads, learner.step(segments, 0).metrics))
     torch.save(found, root / f"{rank}.pt")
     ranks.leave()
 
 
 def test_two_learners_have_the_gradient_of_one(config, tmp_path):
     """Three segments, one at a time: the second learner has nothing left when the first takes its last."""
-    cfgs = [config(estimator=e, oprd_weight=2.0, oprd_layers="even", micro_tokens=1, learners=2, clip=1e9, **more)
+    cfgs = [config(estimator=e, oprd__weight=2.0, oprd__layers="even", micro_tokens=1, learners=2, clip=1e9, **more)
             for e, more in (("none", {}), ("reverse_mc", {}), ("none", dict(gradient_checkpointing=True)))]
     segments = scored(cfgs[0])[1][:3]
     torch.multiprocessing.spawn(one_of_two, (cfgs, segments, tmp_path), nprocs=2)
@@ -288,7 +314,7 @@ def test_two_learners_have_the_gradient_of_one(config, tmp_path):
     for i, cfg in enumerate(cfgs):
         want, _ = gradient(cfg, segments, size=1)
         close(both[0][i][0], {n: g for n, g in want.items() if g is not None}, 1e-5)
-        metrics = Learner(cfg, "cpu", torch.float32).step(segments, 0)
+        metrics = Learner(cfg, "cpu", torch.float32).step(segments, 0).metrics
         assert both[0][i][1] == both[1][i][1]
         for name, value in metrics.items():
             assert both[0][i][1][name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
@@ -296,9 +322,22 @@ def test_two_learners_have_the_gradient_of_one(config, tmp_path):
 
 def test_a_nan_among_the_states_is_not_learnt_from_and_named(config):
     slots, segments = scored(config())
-    slots.states[2, 1, 5] = torch.nan
-    skipped, = Learner(config(), "cpu", torch.float32).step(segments, 0)["skipped"]
-    assert skipped["slots"] == [2] and skipped["why"].startswith("states")
+    slots.extra[STATES][2, 1, 5] = torch.nan
+    learner = Learner(config(), "cpu", torch.float32)
+    trained = learner.step(segments, 0)
+    skipped, = trained.skipped
+    assert skipped["slots"] == [2] and skipped["why"].startswith("oprd_states: ")
+    assert trained.metrics["oprd"] != trained.metrics["oprd"]
+    slots.extra[STATES][2, 1, 5] = 0
+    assert learner.step(segments, 1).metrics["oprd"] > 0
+
+
+def test_a_step_of_which_one_update_was_not_made_has_no_distance(config):
+    slots, segments = scored(config())
+    slots.extra[STATES][2, 1, 5] = torch.nan
+    trained = Learner(config(minibatches=2), "cpu", torch.float32).step(segments, 0)
+    assert len(trained.skipped) == 1 and trained.metrics["oprd"] != trained.metrics["oprd"], "as its kl"
+    assert trained.metrics["kl"] != trained.metrics["kl"]
 
 
 # -- projections, and what is found before the run -------------------------------------------------
@@ -306,11 +345,11 @@ def test_a_nan_among_the_states_is_not_learnt_from_and_named(config):
 def test_a_projection_of_full_rank_is_the_raw_distance(config):
     raw = config()
     want, m = gradient(raw, scored(raw)[1])
-    cfg = fitted(config(oprd_rank=WIDTH))
+    cfg = fitted(config(oprd__rank=WIDTH))
     got, n = gradient(cfg, scored(cfg)[1])
     assert n["oprd"] == pytest.approx(m["oprd"], rel=1e-2), "to the bfloat16 of the cache"
     close(got, want, 2e-2)
-    few = fitted(config(oprd_rank=WIDTH // 2))
+    few = fitted(config(oprd__rank=WIDTH // 2))
     assert 0 < gradient(few, scored(few)[1])[1]["oprd"] < 0.9 * m["oprd"]
 
 
@@ -319,10 +358,10 @@ def test_a_projection_keeps_the_directions_in_which_the_teacher_varies():
     spread = torch.tensor([9.0, 5.0, 3.0, 0.1, 0.1, 0.1])
     turn = torch.linalg.qr(torch.randn(6, 6, generator=g, dtype=torch.float64)).Q
     h = (torch.randn(20_000, 6, generator=g) * spread).double() @ turn.T + 7
-    sums = Sums()
+    sums = Sums(3, bridge=False)
     for part in h.split(1000):
-        sums.add(torch.zeros(len(part), 6), part, 3, bridge=False)
-    found = sums.solve(3, bridge=False)
+        sums.add(torch.zeros(len(part), 6), part)
+    found = sums.solve()
     overlap = found["teacher.basis"].T @ turn[:, :3]
     torch.testing.assert_close(overlap.abs(), torch.eye(3).double(), rtol=0, atol=0.02)
     assert torch.equal(found["student.basis"], found["teacher.basis"]) and (found["teacher.mean"] - 7).abs().max() < 0.2
@@ -330,16 +369,17 @@ def test_a_projection_keeps_the_directions_in_which_the_teacher_varies():
 
 def test_a_bridge_recovers_a_linear_map(tmp_path, config, folders):
     """Student states that are a linear image of the teacher's: no distance is left, in states it was not fitted on."""
-    cfg = config(teacher="narrow", oprd_bridge=True, oprd_rank=5, oprd_layers="last")
-    g, sums = torch.Generator().manual_seed(0), Sums()
+    cfg = config(teacher="narrow", oprd__bridge=True, oprd__rank=5, oprd__layers="last")
+    g, sums = torch.Generator().manual_seed(0), Sums(5, bridge=True)
     image, shift = torch.randn(32, WIDTH, generator=g, dtype=torch.float64), torch.randn(WIDTH, generator=g)
     for _ in range(20):
         theirs = torch.randn(500, 32, generator=g, dtype=torch.float64) * torch.linspace(0.2, 4, 32) + 3
-        sums.add(theirs @ image + shift, theirs, 5, bridge=True)
+        sums.add(theirs @ image + shift, theirs)
     Path(cfg.out).mkdir()
-    save_file({name: x[None].float().contiguous() for name, x in sums.solve(5, bridge=True).items()},
-              Path(cfg.out) / oprd.FILE)
-    ours, his = Side(cfg, "student", "cpu"), Side(cfg, "teacher", "cpu")
+    save_file({name: x[None].float().contiguous() for name, x in sums.solve().items()}, prepared_file(cfg, "oprd"))
+    ours, his = extension(cfg), extension(cfg).load_projection("teacher")
+    ours.projection = ours.load_projection("student")
+    assert isinstance(his, StateProjection)
     theirs = torch.randn(50, 32, generator=g, dtype=torch.float64) * torch.linspace(0.2, 4, 32) + 3
     cached = his.show(0, theirs)
     assert ours.distance([theirs @ image + shift], cached).max() < 1e-6
@@ -349,51 +389,62 @@ def test_a_bridge_recovers_a_linear_map(tmp_path, config, folders):
 
 def test_the_fit_of_a_bridge_lowers_the_distance_of_real_models(config, monkeypatch):
     monkeypatch.setattr(oprd, "ROLLOUTS", {True: 200})
-    cfg = fitted(config(teacher="narrow", oprd_bridge=True))
-    assert cfg.oprd_rank == 8
-    found = load_file(Path(cfg.out) / oprd.FILE)
+    cfg = fitted(config(teacher="narrow", oprd__bridge=True))
+    assert extension(cfg).rank == 8
+    found = load_file(prepared_file(cfg, "oprd"))
     assert found["student.basis"].shape == (3, WIDTH, 8) and found["teacher.basis"].shape == (3, 32, 8)
     fit = gradient(cfg, scored(cfg)[1])[1]["oprd"]
     found["student.basis"] = found["student.basis"].flip(2).contiguous()
-    save_file(found, Path(cfg.out) / oprd.FILE)
+    save_file(found, prepared_file(cfg, "oprd"))
     assert fit < 0.7 * gradient(cfg, scored(cfg)[1])[1]["oprd"]
 
 
 def test_cosines_are_those_of_the_two_models_side_by_side(config, monkeypatch):
     monkeypatch.setattr(oprd, "ROLLOUTS", {False: 8})
     cfg = fitted(config())
-    cosine = load_file(Path(cfg.out) / oprd.FILE)["cosine"]
+    cosine = load_file(prepared_file(cfg, "oprd"))["cosine"]
     assert cosine.shape == (LAYERS,) and (cosine > 0.5).all() and (cosine < 0.999).all(), cosine
     same = fitted(config(teacher="student"))
-    assert load_file(Path(same.out) / oprd.FILE)["cosine"].tolist() == pytest.approx([1.0] * 3)
+    assert load_file(prepared_file(same, "oprd"))["cosine"].tolist() == pytest.approx([1.0] * 3)
 
 
 # -- the head --------------------------------------------------------------------------------------
 
 def test_the_student_begins_with_the_teachers_head_and_goes_on_with_its_own(config, folders, tmp_path):
     theirs = load_model(str(folders / "continued"), "cpu", torch.float32).lm_head.weight
-    cfg = config(estimator="reverse_mc", oprd_weight=1.0, lr=0.01)
+    cfg = config(estimator="reverse_mc", oprd__weight=1.0, lr=0.01)
     learner = Learner(cfg, "cpu", torch.float32)
-    assert torch.equal(learner.head.weight, theirs)
+    assert torch.equal(learner.student.head.weight, theirs)
     learner.step(scored(cfg)[1], 0)
     learner.checkpoint(tmp_path)
     resumed = Learner(cfg, "cpu", torch.float32, str(tmp_path))
-    assert torch.equal(resumed.head.weight, learner.head.weight) and not torch.equal(resumed.head.weight, theirs)
+    head = resumed.student.head.weight
+    assert torch.equal(head, learner.student.head.weight) and not torch.equal(head, theirs)
 
 
 @pytest.mark.parametrize("teacher, flags, given", [
-    ("continued", {}, True), ("continued", dict(oprd_head=False), False), ("tied", {}, False), ("deep", {}, True),
-    ("narrow", dict(oprd_bridge=True), False), ("continued", dict(lora_rank=2), False)])
+    ("continued", {}, True), ("continued", dict(oprd__head=False), False), ("tied", {}, False), ("deep", {}, True),
+    ("narrow", dict(oprd__bridge=True), False), ("continued", dict(lora_rank=2), False)])
 def test_whether_a_head_is_given(config, teacher, flags, given):
     if "lora_rank" in flags:
         pytest.importorskip("peft")
     cfg = config(teacher, **flags)
-    assert oprd.gives_head(cfg) == given
-    assert len(oprd.note(cfg, ESTIMATORS["none"])) == (not given) and oprd.note(cfg, ESTIMATORS["reverse_mc"]) == []
+    models = pair_of(cfg)
+    made = extension(cfg)
+    assert made.copies_head(models.student_config, models.teacher_config) == given
+    assert len(made.check(models)) == (not given)
+    assert extension(config(teacher, estimator="reverse_mc", **flags)).check(models) == []
+    theirs = load_model(cfg.teacher, "cpu", torch.float32).get_output_embeddings().weight
+    if made.rank:
+        fitted(cfg)
+    head = Learner(cfg, "cpu", torch.float32).student.head.weight
+    assert (head.shape == theirs.shape and torch.equal(head, theirs)) == given
 
 
 def test_a_tied_head_is_not_given_since_the_embedding_would_come_along(config, folders):
-    assert not oprd.gives_head(config("tied", student=folders / "tied"))
+    cfg = config("tied", student=folders / "tied")
+    models = pair_of(cfg)
+    assert not extension(cfg).copies_head(models.student_config, models.teacher_config)
 
 
 def test_a_sliding_window_is_refused_before_the_run(config, folders, tmp_path):
@@ -420,19 +471,20 @@ def refused(flags) -> str:
 
 
 def test_a_teacher_of_another_origin_is_refused_and_nothing_is_created(flags, folders):
-    said = refused(flags | dict(teacher=folders / "other", estimator="none"))
-    assert "layer 0" in said and "cosine" in said and "--oprd-bridge" in said and str(folders / "other") in said
-    said = refused(flags | dict(teacher=folders / "narrow", estimator="none"))
-    assert "32 wide, the student's 64 (--oprd-bridge)" in said
+    alone = dict(estimator="none", extend="oprd")
+    said = refused(flags | dict(teacher=folders / "other", **alone))
+    assert "layer 0" in said and "cosine" in said and "--oprd.bridge" in said and str(folders / "other") in said
+    said = refused(flags | dict(teacher=folders / "narrow", **alone))
+    assert "32 wide, the student's 64 (--oprd.bridge" in said
 
 
 def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folders):
     """With a projection, that a run which goes on reads and does not fit anew."""
-    flags |= dict(estimator="reverse_mc", oprd_weight=2.0, oprd_rank=8, max_ahead=4, steps=40)
+    flags |= dict(estimator="reverse_mc", extend="oprd", oprd__weight=2.0, oprd__rank=8, max_ahead=4, steps=40)
     process, _ = start_and_wait_for(flags, step=15)
     process.send_signal(signal.SIGINT)
     assert process.wait(20) == 130
-    file = Path(flags["out"]) / oprd.FILE
+    file = Path(flags["out"]) / "oprd.safetensors"
     before = file.stat().st_mtime_ns
     done = subprocess.run([*command(flags)[:2], "--resume", f"--out={flags['out']}"], capture_output=True, text=True,
                           timeout=240)
@@ -446,13 +498,13 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
         configure(["--resume", f"--out={flags['out']}", f"--teacher={folders / 'deep'}"])
     file.unlink()
     with pytest.raises(ValueError, match="oprd.safetensors is gone"):
-        check_out(configure(["--resume", f"--out={flags['out']}"]))
+        prepare(configure(["--resume", f"--out={flags['out']}"]))
 
 
 @pytest.mark.parametrize("engine, more", [
-    ("hf", dict(estimator="none", oprd_positions="first", oprd_tokens=5, max_ahead=1, max_lag=1)),
-    ("hf", dict(oprd_weight=1, kl="forward", top_k=4, oprd_layers="last", minibatches=2)),
-    ("vllm", dict(estimator="none", oprd_rank=4, max_ahead=4))])
+    ("hf", dict(estimator="none", extend="oprd", oprd__positions="first", oprd__tokens=5, max_ahead=1, max_lag=1)),
+    ("hf", dict(extend="oprd", oprd__weight=1, kl="forward", top_k=4, oprd__layers="last", minibatches=2)),
+    ("vllm", dict(estimator="none", extend="oprd", oprd__rank=4, max_ahead=4))])
 def test_runs_of_other_kinds(flags, engine, more):
     if engine == "vllm":
         pytest.importorskip("vllm")
@@ -465,19 +517,20 @@ def test_runs_of_other_kinds(flags, engine, more):
 
 
 def test_a_dry_run_counts_the_states(capsys):
+    import asyncopd
     """Qwen3-1.7B: 28 layers; the teacher's states are 2,048 wide. At rank 16 a token of them costs 896 bytes."""
     for rank, said in (("16", "896"), ("0", "114,688")):
         assert asyncopd.main([f"--config={ROOT}/configs/deepmath_1.7b.yaml", "--gpus=8", "--dry-run",
                               "--student=Qwen/Qwen3-1.7B", "--teacher=Qwen/Qwen3-30B-A3B-Instruct-2507",
-                              "--oprd-weight=1", f"--oprd-rank={rank}"]) == 0
-        line, = (x for x in capsys.readouterr().out.splitlines() if "OPRD" in x)
-        assert line.split() == ["bytes", "per", "token", "of", "OPRD's", "states", said]
+                              "--extend=oprd", "--oprd.weight=1", f"--oprd.rank={rank}"]) == 0
+        line, = (x for x in capsys.readouterr().out.splitlines() if STATES in x)
+        assert line.split() == ["bytes", "per", "row", "of", "oprd_states", said]
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_what_ends_the_command_ends_the_fit(flags, how):
     """Before the run there is nothing to save, and nobody is left behind."""
-    flags |= dict(estimator="none", max_response=400, max_running=1)             # minutes of it
+    flags |= dict(estimator="none", extend="oprd", max_response=400, max_running=1)             # minutes of it
     process = subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     limit, children = time.monotonic() + 60, []
     while not children and time.monotonic() < limit:             # until there is one that has begun

@@ -1,34 +1,43 @@
 """Rock Tokens: the mask, the denominator, the bypass, the choice and its versions; runs that bypass or are resumed."""
 # ruff: noqa: F811
+import dataclasses
 import json
 import signal
 import subprocess
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 
 from cache import Segment, Slots
 from engines.hf import HFEngine
 from estimators import ESTIMATORS
-from extensions.rock import AUDITED, COUNT, Bypass, Rocks, audited, choose, parse
+from extension import ModelPair, Step
+from extensions import rock
+from extensions.rock import AUDITED, CHOSEN, COUNT, Rock, audited, choose
 from learner import Learner, summarize
 from models.alignment import kept_rows
 from models.loading import load_model
 from models.sharding import Ranks
-from teacher import Watch, score
+from rollout import Worker
+from teacher import TeacherCheck, score
 from tests.runs import command, lines, run, start_and_wait_for, steps
 from tests.test_supports import HIDDEN, VOCAB, T, config, gradient
 from tests.test_supports import models as folders  # noqa: F401
+from transport.shared import SharedMemory
 
 ROCKS = list(range(0, VOCAB, 2))       # half of the words of models that know nothing
 
 
 def drawn(cfg, folders, responses=5) -> list[tuple]:
     """(prompt, tokens, ids, logmu) of responses of the stale student."""
-    engine = HFEngine(type(cfg)(**vars(cfg) | {"student": str(folders / "stale")}), "cpu", torch.float32)
-    engine.ends, prompts, out = set(), [[3 + (s + i) % 10 for i in range(2 + s)] for s in range(responses)], {}
+    engine = HFEngine(dataclasses.replace(cfg, student=str(folders / "stale")), "cpu", torch.float32)
+    engine.ends = set()
+    prompts = [[3 + (s + i) % 10 for i in range(2 + s)] for s in range(responses)]
+    out = {}
     for s, prompt in enumerate(prompts):
         engine.add(s, prompt, T - s % 3, uid=s, position=0)
     while engine.rows or engine.new:
@@ -36,36 +45,54 @@ def drawn(cfg, folders, responses=5) -> list[tuple]:
     return [(prompts[s], *out[s]) for s in range(responses)]
 
 
-def scored(cfg, responses: list[tuple], bypass: Bypass | None = None) -> tuple[Slots, list[Segment]]:
-    """Slots as they reach the learner; every response is handed over in two pieces."""
+def write(cfg, slots: Slots, bypass: dict[str, Tensor], s: int, drawn: tuple[Tensor, ...], version: int) -> None:
+    """What a rollout worker does with new tokens (tokens, ids, logmu) of slot s."""
+    engine = SimpleNamespace(take=lambda wanted: {wanted[0]: drawn})
+    worker = Worker(cfg, None, SharedMemory(slots=slots, weights=None, tensors=bypass), engine)
+    worker.version = version
+    worker.flush([s])
+
+
+def scored(cfg, responses: list[tuple], bypass: dict[str, Tensor] | None = None) -> tuple[Slots, list[Segment]]:
+    """Slots as they reach the learner; every response is handed over in two pieces. `bypass`: shared tensors."""
     row = ESTIMATORS[cfg.estimator]
     slots = Slots(len(responses), cfg.max_prompt, T, row.columns(cfg.mc_samples, cfg.top_k),
-                  HIDDEN if row.support == "full" else 0, bypass=bypass)
+                  hidden=HIDDEN if row.support == "full" else 0, sparse=bypass is not None)
     for s, (prompt, *parts) in enumerate(responses):
         slots.open(s, 10 + s, prompt, len(prompt), 0)
         for piece in (slice(0, 2), slice(2, None)):
-            slots.append(s, *(x[piece] for x in parts), 0)
+            new = [x[piece] for x in parts]
+            if bypass is None:
+                slots.append(s, *new, 0)
+            else:
+                write(cfg, slots, bypass, s, new, 0)
     score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(len(responses))], slots,
           row.support, VOCAB, seed=cfg.seed)
     return slots, [slots.read(s) for s in range(len(responses))]
 
 
-def bypassing(cfg, rocks=ROCKS) -> Bypass:
-    bypass = Bypass(VOCAB, cfg.seed)
-    bypass.chosen[rocks] = True
-    return bypass
+def bypassing(cfg, rocks=ROCKS) -> dict[str, Tensor]:
+    """The shared tensors, as the learner has written them."""
+    flags = Rock.Flags(**cfg.extensions["rock"])
+    shared = Rock("rock", cfg, flags).shared_tensors(ModelPair(SimpleNamespace(V=VOCAB), None))
+    shared[CHOSEN][rocks] = True
+    return shared
+
+
+def with_rock(folders, estimator="reverse_mc", *, weight, k=3, every=20, types="", **more):
+    own = dict(weight=weight, k=k, every=every, types=types)
+    return config(folders, estimator, **dict(task="toy") | more, extend="rock", extensions={"rock": own})
 
 
 def rocky(folders, estimator="reverse_mc", rocks=ROCKS, weight=0.0, **more):
-    given = dict(task="toy", rock=f"{weight},3", rock_set=",".join(map(str, rocks)))
-    return config(folders, estimator, **given | more)
+    """With a fixed set."""
+    return with_rock(folders, estimator, **dict(weight=weight, types=",".join(map(str, rocks))) | more)
 
 
 @pytest.fixture(autouse=True)
 def every_row_is_a_word(monkeypatch):
-    """The tiny models draw rows that the tokenizer has no word for; --rock-set refuses these."""
-    from extensions import rock
-    monkeypatch.setattr(rock, "fixed", lambda text, vocab: [int(x) for x in text.split(",")])
+    """The tiny models draw rows that the tokenizer has no word for; --rock.types refuses these."""
+    monkeypatch.setattr(rock, "fixed_types", lambda text, tokenizer: [int(x) for x in text.split(",")])
 
 
 # -- mask and denominator ----------------------------------------------------------------------------
@@ -124,34 +151,38 @@ def test_a_step_counts_what_was_bypassed(folders):
     responses = drawn(cfg, folders)
     (_, all_of_it), (_, segments) = scored(cfg, responses), scored(cfg, responses, bypassing(cfg))
     one, other = (Learner(cfg, "cpu", torch.float32) for _ in range(2))
-    full, short = one.step(all_of_it, 0), other.step(segments, 0)
+    trained = one.step(all_of_it, 0), other.step(segments, 0)
+    full, short = (t.metrics for t in trained)
     n, stored = sum(map(len, segments)), sum(len(s.ids) for s in segments)
     rocks = sum(int(y) in ROCKS for s in segments for y in s.tokens[s.start:])
     assert short["tokens"] == full["tokens"] == n and (full["stored"], short["stored"]) == (1.0, stored / n)
     assert short["rock"] == full["rock"] == pytest.approx(rocks / n) and short["loss"] == pytest.approx(full["loss"])
-    assert n - stored >= 0.8 * rocks and not short["skipped"]
+    assert n - stored >= 0.8 * rocks and not trained[1].skipped
     assert short["grad_norm"] == pytest.approx(full["grad_norm"], rel=1e-4), "the denominator is that of all"
-    for a, b in zip(one.model.parameters(), other.model.parameters()):
+    for a, b in zip(one.student.model.parameters(), other.student.model.parameters()):
         torch.testing.assert_close(a, b, rtol=0, atol=1e-6)
 
 
 @pytest.mark.parametrize("name", ["reverse_mc", "m2po", "decoupled_ppo", "forward_topk", "forward_mc", "reverse_dense"])
 def test_a_response_or_a_batch_of_which_nothing_is_stored_breaks_nothing(folders, name, monkeypatch):
     cfg = rocky(folders, name, rocks=range(VOCAB))
-    monkeypatch.setattr("extensions.rock.AUDITED", 0.0)
+    monkeypatch.setattr(rock, "AUDITED", 0.0)
     responses = drawn(cfg, folders)
-    slots, segments = scored(cfg, responses, bypass := bypassing(cfg, range(VOCAB)))
-    assert [len(s.ids) for s in segments] == [0] * 5 and Watch(cfg).see(segments) == ""
+    bypass = bypassing(cfg, range(VOCAB))
+    slots, segments = scored(cfg, responses, bypass)
+    assert [len(s.ids) for s in segments] == [0] * 5 and TeacherCheck(cfg).see(segments) == ""
     learner = Learner(cfg, "cpu", torch.float32)
-    metrics = learner.step(segments, 0)
-    assert not metrics["skipped"] and metrics["stored"] == 0 and metrics["tokens"] == sum(map(len, segments))
-    bypass.chosen[:] = False
+    trained = learner.step(segments, 0)
+    metrics = trained.metrics
+    assert not trained.skipped and metrics["stored"] == 0 and metrics["tokens"] == sum(map(len, segments))
+    bypass[CHOSEN][:] = False
     slots.open(2, 12, responses[2][0], len(responses[2][0]), 0)
-    slots.append(2, *responses[2][1:], 0)
+    write(cfg, slots, bypass, 2, responses[2][1:], 0)
     score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(5)], slots,
           ESTIMATORS[name].support, VOCAB)
-    metrics = learner.step([slots.read(s) for s in range(5)], 1)
-    assert not metrics["skipped"] and torch.tensor(metrics["kl"]).isfinite() and 0 < metrics["stored"] < 1
+    trained = learner.step([slots.read(s) for s in range(5)], 1)
+    metrics = trained.metrics
+    assert not trained.skipped and torch.tensor(metrics["kl"]).isfinite() and 0 < metrics["stored"] < 1
 
 
 # -- what is stored ----------------------------------------------------------------------------------
@@ -177,27 +208,32 @@ def test_without_rocks_nothing_is_indexed_or_copied(folders):
     slots, segments = scored(cfg, drawn(cfg, folders))
     rows = torch.zeros(3, 2)
     assert kept_rows(rows, segments) is rows and slots.kept.numel() == 0
-    assert Learner(cfg, "cpu", torch.float32).rocks is None
+    assert Learner(cfg, "cpu", torch.float32).extensions == []
     assert all(s.kept is None and s.ids.data_ptr() == slots.ids[s.slot].data_ptr() for s in segments)
 
 
 def test_the_rest_of_a_cut_response_is_kept_as_the_whole_would_have_been(folders):
     cfg, g = rocky(folders), torch.Generator().manual_seed(0)
     y = torch.randint(3, VOCAB, (200,), generator=g)
-    whole, parts = (Slots(2, 300, 200, 1, bypass=bypassing(cfg)) for _ in range(2))
+    bypass = bypassing(cfg)
+    whole, parts = (Slots(2, 300, 200, 1, sparse=True) for _ in range(2))
+
+    def add(slots, s, piece, version):
+        new = y[piece]
+        write(cfg, slots, bypass, s, (new, new[:, None], torch.zeros(len(new), 1)), version)
     whole.open(0, 7, [3, 4, 5], 3, 0)
-    whole.append(0, y, y[:, None], torch.zeros(200, 1), 0)
+    add(whole, 0, slice(0, 200), 0)
     parts.open(0, 7, [3, 4, 5], 3, 0)
-    parts.append(0, y[:60], y[:60, None], torch.zeros(60, 1), 0)
+    add(parts, 0, slice(0, 60), 0)
     parts.open(1, 7, parts.read(0).tokens, 3, 4)
     for piece in (slice(60, 61), slice(61, 61), slice(61, 200)):
-        parts.append(1, y[piece], y[piece, None], torch.zeros(len(y[piece]), 1), 4)
+        add(parts, 1, piece, 4)
     first, rest, all_of_it = parts.read(0), parts.read(1), whole.read(0)
     assert torch.equal(torch.cat([first.kept, rest.kept]), all_of_it.kept) and rest.start == 63
     assert torch.equal(torch.cat([first.ids, rest.ids]), all_of_it.ids)
     assert 0 < sum(int(x) in ROCKS for x in all_of_it.ids) < 0.2 * sum(int(x) in ROCKS for x in y), "audited ones"
     parts.length[1] = 0                                  # its worker died
-    parts.append(1, y[60:], y[60:, None], torch.zeros(140, 1), 5)
+    add(parts, 1, slice(60, 200), 5)
     assert torch.equal(parts.read(1).ids, rest.ids)
 
 
@@ -243,35 +279,44 @@ def test_every_clause_of_the_rule_decides_something():
     assert choose(*torch.zeros(4, 3, dtype=torch.float64), 2).sum() == 0, "nothing was measured"
 
 
-def rocks(cfg, kept=()) -> Rocks:
-    return Rocks(cfg, VOCAB, dict(kept))
+def rocks(cfg, kept=()) -> Rock:
+    """At the only learner. `kept`: what `state` returned, of a run that goes on."""
+    r = Rock("rock", cfg, Rock.Flags(**cfg.extensions["rock"]))
+    r.attach(SimpleNamespace(student=SimpleNamespace(words=VOCAB), ranks=Ranks()), dict(kept))
+    return r
+
+
+def see(r: Rock, segments: list[Segment], measured: list[dict], version: int) -> list[dict]:
+    """The events after a train batch."""
+    return r.after_step(Step(segments, measured, version)).events
 
 
 def batch(tokens, kl, measured=None) -> tuple[list[Segment], list[dict]]:
     """A train batch of one response and what two learners measured of it."""
     y = torch.tensor(tokens)
-    s = Segment(0, torch.cat([torch.tensor([3, 4]), y]), 2, 2, torch.zeros(len(y)), *[y[:, None]] * 3)
+    column = y[:, None]
+    s = Segment(slot=0, tokens=torch.cat([torch.tensor([3, 4]), y]), prompt=2, start=2, version=torch.zeros(len(y)),
+                ids=column, logmu=column, logq=column)
     at = torch.arange(len(y)) if measured is None else torch.tensor(measured)
     found = {"y": y[at], "kl": torch.tensor(kl)[at]}
     return [s], [{k: x[i::2] for k, x in found.items()} for i in (0, 1)]
 
 
 def test_windows_hold_successive_versions_and_are_never_mixed(folders, tmp_path):
-    r = rocks(config(folders, "reverse_mc", rock="0.5,1,2", out=str(tmp_path)))
+    r = rocks(with_rock(folders, weight=0.5, k=1, every=2, out=str(tmp_path)))
     style, rest = [5] * 20, [6] * 20 + [7] * 20
-    assert r.see(*batch(style + rest, [2.0] * 20 + [1.0] * 40), 3) == []
-    event, = r.see(*batch(rest, [1.0] * 40), 4)
+    assert see(r, *batch(style + rest, [2.0] * 20 + [1.0] * 40), 3) == []
+    event, = see(r, *batch(rest, [1.0] * 40), 4)
     assert event == {"what": "rock", "versions": [3, 4], "types": 0, "ids": []}, "the early window chooses nothing"
     assert r.early[5] == 2.0 and r.early[6] == 1.0 and r.early[8].isnan()
     assert r.n.sum() == r.m.sum() == r.total.sum() == 0 and r.versions == []
-    r.see(*batch(style + rest, [1.9] * 20 + [0.5] * 40), 5)
+    see(r, *batch(style + rest, [1.9] * 20 + [0.5] * 40), 5)
     assert (r.n[5], r.m[6], r.total[7]) == (20, 20, 10) and r.versions == [5]
     with pytest.raises(AssertionError, match="version 5 after those of"):
-        r.see(*batch(style, [2.0] * 20), 5)
-    event, = r.see(*batch(style + rest, [1.9] * 20 + [0.5] * 40), 6)
+        see(r, *batch(style, [2.0] * 20), 5)
+    event, = see(r, *batch(style + rest, [1.9] * 20 + [0.5] * 40), 6)
     assert event["versions"] == [5, 6] and event["ids"] == [5] and r.early[5] == 2.0, "the first mean stays"
     assert torch.equal(r.weight(torch.tensor([5, 6])), torch.tensor([0.5, 1.0]))
-    r.write()
     said = json.loads((tmp_path / "rocks.json").read_text())
     about, = said["types"]
     assert said["versions"] == [5, 6] and said["rule"]["weight"] == 0.5 and about["example"] == "01" + "2" * 5
@@ -281,18 +326,17 @@ def test_windows_hold_successive_versions_and_are_never_mixed(folders, tmp_path)
 
 
 def test_a_bypassed_type_is_judged_by_its_audit_and_leaves_when_that_says_so(folders, tmp_path):
-    cfg = config(folders, "reverse_mc", rock="0,1,1", out=str(tmp_path))
+    cfg = with_rock(folders, weight=0.0, k=1, every=1, out=str(tmp_path))
     style, rest = [5] * 400, [6] * 20 + [7] * 20
     for audits, mean, stays in ((20, 1.9, True), (20, 1.0, False), (10, 1.9, False)):
         r, everything = rocks(cfg), list(range(440))
-        r.see(*batch(style + rest, [2.0] * 400 + [1.0] * 40), 0)
-        assert r.see(*batch(style + rest, [1.8] * 400 + [0.2] * 40), 1)[0]["ids"] == [5]
+        see(r, *batch(style + rest, [2.0] * 400 + [1.0] * 40), 0)
+        assert see(r, *batch(style + rest, [1.8] * 400 + [0.2] * 40), 1)[0]["ids"] == [5]
         assert r.entered[5] == pytest.approx(1.8)
         r = rocks(cfg, dict(r.state()))                        # as it goes on after a resumption
         kl = [mean] * 400 + [0.2] * 40
-        event, = r.see(*batch(style + rest, kl, everything[:audits] + everything[400:]), 2)
+        event, = see(r, *batch(style + rest, kl, everything[:audits] + everything[400:]), 2)
         assert event["ids"] == [5] * stays
-        r.write()
         about, = json.loads((tmp_path / "rocks.json").read_text())["types"]
         assert (about["count"], about["measured"], about["weight"]) == (400, audits, 0.0 if stays else 1.0)
         assert about["mean"] == pytest.approx(mean) and (about["entered"] == pytest.approx(1.8) if stays else
@@ -300,17 +344,17 @@ def test_a_bypassed_type_is_judged_by_its_audit_and_leaves_when_that_says_so(fol
 
 
 def test_an_update_that_was_not_made_is_not_measured(folders):
-    r = rocks(config(folders, "reverse_mc", rock="0,1,9"))
-    r.see(*batch([5, 6], [1.0, torch.nan]), 0)
+    r = rocks(with_rock(folders, weight=0.0, k=1, every=9))
+    see(r, *batch([5, 6], [1.0, torch.nan]), 0)
     assert r.n[[5, 6]].tolist() == [1, 1] and r.m[[5, 6]].tolist() == [1, 0] and r.total.isfinite().all()
 
 
-def test_a_fixed_set_is_measured_and_not_replaced(folders):
-    r = rocks(rocky(folders, rocks=[9], rock="0.5,2,1"))
+def test_a_fixed_set_is_measured_and_not_replaced(folders, tmp_path):
+    r = rocks(rocky(folders, rocks=[9], weight=0.5, k=2, every=1, out=str(tmp_path)))
     for version in range(3):
-        event, = r.see(*batch([5] * 20 + [6] * 20, [2.0] * 20 + [1.0] * 20), version)
+        event, = see(r, *batch([5] * 20 + [6] * 20, [2.0] * 20 + [1.0] * 20), version)
         assert event["ids"] == [9]
-    assert parse("0.5,2").every == 20
+    assert Rock.Flags(weight=0.5, k=2).every == 20
 
 
 # -- runs --------------------------------------------------------------------------------------------
@@ -320,13 +364,14 @@ def one_of_two(rank, cfg, segments, folder):
     ranks = Ranks(rank, 2, f"{folder}/meeting")
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
     found = [learner.step(segments, version) for version in range(3)]
-    torch.save((found, dict(learner.rocks.state())), f"{folder}/{rank}.pt")
+    state = dict(learner.extensions.state())
+    torch.save(([dataclasses.asdict(trained) for trained in found], state), f"{folder}/{rank}.pt")
     ranks.leave()
 
 
 def test_two_learners_come_to_the_set_of_one(folders, tmp_path):
     (tmp_path / "run").mkdir()
-    cfg = config(folders, "reverse_mc", rock="0,3,1", micro_tokens=20, out=str(tmp_path / "run"), learners=2)
+    cfg = with_rock(folders, weight=0.0, k=3, every=1, micro_tokens=20, out=str(tmp_path / "run"), learners=2)
     responses = drawn(cfg, folders, responses=6) * 30
     _, segments = scored(cfg, responses)
     torch.multiprocessing.spawn(one_of_two, (cfg, segments, str(tmp_path)), nprocs=2)
@@ -336,15 +381,17 @@ def test_two_learners_come_to_the_set_of_one(folders, tmp_path):
     one = Learner(cfg, "cpu", torch.float32)
     alone = [one.step(segments, version) for version in range(3)]
     assert json.loads((tmp_path / "run" / "rocks.json").read_text())["versions"] == [2, 2]
-    assert [m["events"] for m in alone] == [m["events"] for m in a] and alone[2]["rock"] == a[2]["rock"] > 0
+    assert [t.events for t in alone] == [t["events"] for t in a]
+    assert alone[2].metrics["rock"] == a[2]["metrics"]["rock"] > 0
 
 
 @pytest.mark.parametrize("engine, teacher", [("hf", "hf"), ("vllm", "vllm")])
 def test_a_run_bypasses_from_its_first_token(flags, engine, teacher):
     if engine == "vllm":
         pytest.importorskip("vllm")
-    done = run(flags | dict(steps=12, engine=engine, teacher_engine=teacher, rock="0,2,4", rock_set="4,+,9,10,11",
-                            max_ahead=2, max_lag=2, rollouts=2))
+    done = run(flags | dict(steps=12, engine=engine, teacher_engine=teacher, max_ahead=2, max_lag=2,
+                            rollouts=2, extend="rock", rock__weight=0, rock__k=2, rock__every=4,
+                            rock__types="4,+,9,10,11"))
     assert done.returncode == 0, done.stderr
     log, last = steps(flags), lines(flags)[-1]
     tokens = sum(s["tokens"] for s in log)
@@ -360,7 +407,8 @@ def test_a_run_bypasses_from_its_first_token(flags, engine, teacher):
 
 
 def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path):
-    flags |= dict(schedule="sync", steps=21, rock="0,3,4", save_every=3, batch=16)
+    flags |= dict(schedule="sync", steps=21, save_every=3, batch=16, extend="rock", rock__weight=0, rock__k=3,
+                  rock__every=4)
     whole = flags | dict(out=str(tmp_path / "whole"))
     assert run(whole).returncode == 0
     process, _ = start_and_wait_for(flags, step=10)
