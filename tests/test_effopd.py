@@ -1,4 +1,5 @@
 """Jumps: what moves and how far, gates that are not fooled, a pipeline that empties, runs that go on after a kill."""
+import dataclasses
 import math
 import multiprocessing
 import signal
@@ -16,12 +17,13 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from cache import Segment, Slots
-from control.plan import memory
+from control import plan
 from control.preflight import prepare
 from control.scheduler import Ledger
 from engines.hf import HFEngine
 from estimators import reverse_value
-from extensions.effopd import GATES, OwnEngine, climb, kept, triggers
+from extension import Extensions, ModelPair
+from extensions.effopd import BETTER, EffOPD, OwnEngine, climb, is_trigger, kept_copies
 from learner import Learner
 from models.footprint import Shape
 from models.loading import load_model
@@ -34,17 +36,29 @@ from tests.test_supports import models as folders  # noqa: F401
 from transport.link import Link
 
 
+def with_effopd(folders, estimator, gate="kl", most=5, **flags):       # noqa: F811
+    """gate="" leaves EffOPD out."""
+    if gate:
+        flags |= dict(extend="effopd", extensions={"effopd": dict(gate=gate, most=most)})
+    return config(folders, estimator, **flags)
+
+
+def jumps_of(learner) -> EffOPD:
+    made, = learner.extensions
+    return made
+
+
 @pytest.fixture
 def learner(folders):       # noqa: F811
     """learner(estimator, **flags) -> a learner with the gate `kl`, and rollouts scored by its teacher."""
     def make(estimator="reverse_mc", **flags):
-        cfg = config(folders, estimator, **dict(effopd="kl", lr=1e-3) | flags)
+        cfg = with_effopd(folders, estimator, **dict(lr=1e-3) | flags)
         return Learner(cfg, "cpu", torch.float32), filled(cfg, folders)[1]
     return make
 
 
 def weights(learner):
-    return {name: p.detach().clone() for name, p in learner.model.named_parameters()}
+    return {name: p.detach().clone() for name, p in learner.student.model.named_parameters()}
 
 
 def same(a, b):
@@ -54,21 +68,21 @@ def same(a, b):
 # -- which steps, which weights, how far -----------------------------------------------------------
 
 def test_it_is_time_after_1_2_4_8_steps():
-    assert [t for t in range(1, 300) if triggers(t)] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    assert [t for t in range(1, 300) if is_trigger(t)] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
 
 
 def test_attention_and_mlp_move_and_nothing_else(learner):
-    jumps = learner()[0].jumps
-    still = {name for name, _ in jumps.learner.model.named_parameters()} - set(jumps.moving)
+    jumps = jumps_of(learner()[0])
+    still = {name for name, _ in jumps.learner.student.model.named_parameters()} - set(jumps.moving)
     assert still == {"model.embed_tokens.weight", "lm_head.weight", "model.norm.weight",
                      "model.layers.0.input_layernorm.weight", "model.layers.0.post_attention_layernorm.weight"}
     assert all(".self_attn." in name or ".mlp." in name for name in jumps.moving) and len(jumps.moving) == 9
 
 
 def test_a_jump_from_w_is_that_of_a_chain_of_jumps(learner):
-    made, segments = learner(effopd_max=3)
+    made, segments = learner(most=3)
     made.step(segments, 2)                               # step 3: no trigger
-    jumps, now = made.jumps, made.jumps.copies()
+    jumps, now = jumps_of(made), jumps_of(made).copies()
     chained = {name: w.clone() for name, w in now.items()}
     for k in (1, 2, 3):
         jumps.move(now, k)
@@ -86,9 +100,9 @@ def test_a_jump_from_w_is_that_of_a_chain_of_jumps(learner):
 VALUES = st.lists(st.floats(width=32) | st.sampled_from([0.0, 1.0]), min_size=6, max_size=6)
 
 
-@given(VALUES, st.integers(0, 5), st.sampled_from(sorted(GATES)))
+@given(VALUES, st.integers(0, 5), st.sampled_from(sorted(BETTER)))
 def test_the_best_is_taken_up_to_the_first_that_is_not_better(given_values, most, gate):
-    better = GATES[gate]
+    better = BETTER[gate]
     k, values = climb(lambda i: given_values[i], most, better)
     assert len(values) in (k + 1, k + 2) and k <= most
     assert all(better(values[i + 1], values[i]) for i in range(k)), "each accepted one is strictly better"
@@ -98,35 +112,35 @@ def test_the_best_is_taken_up_to_the_first_that_is_not_better(given_values, most
 
 def test_where_every_candidate_is_worse_the_weights_are_those_of_the_optimizer(learner):
     made, segments = learner()
-    plain, _ = learner(effopd="")
+    plain, _ = learner(gate="")
     noise = torch.Generator().manual_seed(0)
-    for ref in made.jumps.ref.values():                  # D is then mostly noise
+    for ref in jumps_of(made).ref.values():                  # D is then mostly noise
         ref += torch.randn(ref.shape, generator=noise)
-    event, = made.step(segments, 0)["events"]
+    event, = made.step(segments, 0).events
     plain.step(segments, 0)
     assert event["k"] == 0 and len(event["values"]) == 2 and event["values"][1] > event["values"][0]
-    assert same(weights(made), weights(plain)) and same(made.jumps.ref, made.jumps.copies())
+    assert same(weights(made), weights(plain)) and same(jumps_of(made).ref, jumps_of(made).copies())
 
 
 def test_a_direction_that_helps_is_gone_on_with(learner):
     """Eight steps of the forward KL over all words on the rollouts that the gate holds: no noise, and the same goal."""
     made, segments = learner("forward_dense", lr=3e-4)
-    before = made.jumps.copies()
-    events = [event for version in range(8) for event in made.step(segments, version)["events"]]
+    before = jumps_of(made).copies()
+    events = [event for version in range(8) for event in made.step(segments, version).events]
     assert [len(e["values"]) for e in events] >= [2] * 4 and sum(e["k"] for e in events) > 0
     first = events[0]
     assert first["k"] > 0 and first["values"][first["k"]] == min(first["values"])
     assert first["tokens"] == sum(len(s.tokens) for s in segments) * len(first["values"])
-    assert not same(before, made.jumps.ref) and same(made.jumps.ref, made.jumps.copies())
+    assert not same(before, jumps_of(made).ref) and same(jumps_of(made).ref, jumps_of(made).copies())
 
 
 def test_the_best_of_several_is_put_back_exactly(learner, monkeypatch):
     made, segments = learner()
     seen, said = [], iter([1.0, 0.5, 0.3, 0.4])
-    monkeypatch.setattr(made.jumps, "kl", lambda: seen.append(made.jumps.copies()) or next(said))
-    event, = made.step(segments, 0)["events"]
+    monkeypatch.setattr(jumps_of(made), "kl", lambda: seen.append(jumps_of(made).copies()) or next(said))
+    event, = made.step(segments, 0).events
     assert (event["k"], event["values"]) == (2, [1.0, 0.5, 0.3, 0.4])
-    assert same(made.jumps.copies(), seen[2]) and same(made.jumps.ref, seen[2]) and not same(seen[2], seen[1])
+    assert same(jumps_of(made).copies(), seen[2]) and same(jumps_of(made).ref, seen[2]) and not same(seen[2], seen[1])
 
 
 def test_a_learner_told_to_hurry_keeps_the_best_so_far(learner, monkeypatch):
@@ -134,12 +148,12 @@ def test_a_learner_told_to_hurry_keeps_the_best_so_far(learner, monkeypatch):
     link, said, seen = Link(None, torch.zeros(2)), iter([1.0, 0.5, 0.3]), []
 
     def value():
-        seen.append(made.jumps.copies())
+        seen.append(jumps_of(made).copies())
         link.pulse[1] = len(seen) == 2
         return next(said)
-    monkeypatch.setattr(made.jumps, "kl", value)
-    event, = made.step(segments, 0, link)["events"]
-    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(made.jumps.copies(), seen[1])
+    monkeypatch.setattr(jumps_of(made), "kl", value)
+    event, = made.step(segments, 0, link).events
+    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(jumps_of(made).copies(), seen[1])
 
 
 def test_answers_are_not_drawn_to_the_end_when_the_run_is_told_to(learner, monkeypatch):
@@ -147,22 +161,23 @@ def test_answers_are_not_drawn_to_the_end_when_the_run_is_told_to(learner, monke
     link, seen = Link(None, torch.zeros(2)), []
 
     def value():                                         # as the gate `accuracy`, which asks after every token
-        seen.append(made.jumps.copies())
+        seen.append(jumps_of(made).copies())
         link.pulse[1] = len(seen) == 3
-        made.jumps.token()
+        jumps_of(made).one_token()
         return 1.0 / len(seen)
-    monkeypatch.setattr(made.jumps, "kl", value)
-    event, = made.step(segments, 0, link)["events"]
-    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(made.jumps.copies(), seen[1])
+    monkeypatch.setattr(jumps_of(made), "kl", value)
+    event, = made.step(segments, 0, link).events
+    assert (event["k"], event["values"]) == (1, [1.0, 0.5, None]) and same(jumps_of(made).copies(), seen[1])
 
 
 # -- the gate `kl` ---------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("estimator", ["reverse_mc", "forward_topk", "reverse_dense"])
 def test_the_gate_is_the_forward_kl_of_a_naive_loop(learner, estimator):
-    made, segments = learner(estimator, micro_tokens=20, chunk=2)
+    made, segments = learner(estimator, micro_tokens=20)
+    made.student.chunk = 2
     student, teacher = (load_model(folder, "cpu", torch.float32) for folder in (made.cfg.student, made.cfg.teacher))
-    made.jumps.set, total, n = kept(segments), 0.0, made.estimator.drawn(segments[0].ids.shape[1])
+    jumps_of(made).set, total, n = kept_copies(segments), 0.0, made.estimator.drawn(segments[0].ids.shape[1])
     for s in segments:
         for t in range(len(s)):
             with torch.no_grad():
@@ -173,50 +188,49 @@ def test_the_gate_is_the_forward_kl_of_a_naive_loop(learner, estimator):
             else:
                 a = s.ids[t, :n].long()
                 total += ((logq[a] - s.logmu[t, :n]).exp() * (logq[a] - logp[a])).mean().item()
-    assert made.jumps.kl() == pytest.approx(total / sum(map(len, segments)), rel=1e-4)
+    assert jumps_of(made).kl() == pytest.approx(total / sum(map(len, segments)), rel=1e-4)
 
 
 def test_the_reverse_estimate_likes_a_student_that_has_forgotten_every_word_and_the_gate_does_not(learner):
     made, segments = learner()
-    made.jumps.set = kept(segments[:2])
-    said = torch.cat([s.ids for s in made.jumps.set]).long().unique()
+    jumps_of(made).set = kept_copies(segments[:2])
+    said = torch.cat([s.ids for s in jumps_of(made).set]).long().unique()
     assert len(said) < 32, "of 32 words some were not drawn"
 
     def reverse():
-        rows, (ids, logmu, logq) = made.rows(made.jumps.set), (
-            made.cached(made.jumps.set, name) for name in ("ids", "logmu", "logq"))
-        return reverse_value(made.jumps.logp(rows, ids.long()), logq, logmu).mean().item()
-    before = reverse(), made.jumps.kl()
-    forget = torch.zeros(len(made.head.weight))
+        rows = made.student.rows(jumps_of(made).set)
+        ids, logmu, logq = (made.cached(jumps_of(made).set, name) for name in ("ids", "logmu", "logq"))
+        return reverse_value(made.student.logp(rows, ids.long()), logq, logmu).mean().item()
+    before = reverse(), jumps_of(made).kl()
+    forget = torch.zeros(len(made.student.head.weight))
     forget[said] = -30.0
-    made.head.bias = torch.nn.Parameter(forget)          # the others share all of its mass
-    after = reverse(), made.jumps.kl()
+    made.student.head.bias = torch.nn.Parameter(forget)          # the others share all of its mass
+    after = reverse(), jumps_of(made).kl()
     assert after[0] < before[0] and abs(after[0]) < 1e-3, "the estimate has it for a perfect student"
     assert after[1] > before[1] + 1, "the gate has not"
 
 
 def test_nan_is_never_accepted_and_what_is_nan_is_not_kept(learner):
     made, segments = learner()
-    bad = Segment(9, *(getattr(segments[1], name) for name in ("tokens", "prompt", "start", "version", "ids", "logmu")),
-                  torch.full_like(segments[1].logq, torch.nan), segments[1].hidden)
-    assert [len(s) for s in kept([segments[0], bad, segments[2]])] == [len(segments[0]), len(segments[2])]
-    for ref in made.jumps.ref.values():
+    bad = dataclasses.replace(segments[1], slot=9, logq=torch.full_like(segments[1].logq, torch.nan))
+    assert [len(s) for s in kept_copies([segments[0], bad, segments[2]])] == [len(segments[0]), len(segments[2])]
+    for ref in jumps_of(made).ref.values():
         ref.fill_(torch.nan)                             # every candidate is nan
-    event, = made.step(segments, 0)["events"]
+    event, = made.step(segments, 0).events
     assert event["k"] == 0 and event["values"][1] is None
-    assert all(p.isfinite().all() for p in made.model.parameters())
-    made.model.lm_head.weight.data.fill_(torch.nan)      # and a student that is: nothing is better than that
-    event, = made.step(segments, 1)["events"]
+    assert all(p.isfinite().all() for p in made.student.model.parameters())
+    made.student.model.lm_head.weight.data.fill_(torch.nan)      # and a student that is: nothing is better than that
+    event, = made.step(segments, 1).events
     assert event["k"] == 0 and event["values"] == [None, None]
 
 
 def test_the_set_is_that_of_the_first_batch_and_a_copy(learner):
     made, segments = learner()
     made.step(segments[:2], 0)
-    first = [s.logq.clone() for s in made.jumps.set]
+    first = [s.logq.clone() for s in jumps_of(made).set]
     made.step(segments[2:], 1)
     segments[0].logq.zero_()
-    assert len(first) == 2 and all(torch.equal(a, s.logq) for a, s in zip(first, made.jumps.set))
+    assert len(first) == 2 and all(torch.equal(a, s.logq) for a, s in zip(first, jumps_of(made).set))
 
 
 @pytest.mark.parametrize("estimator", ["reverse_mc", "forward_dense"])
@@ -228,13 +242,13 @@ def test_a_checkpoint_remembers_where_it_jumps_from_and_by_which_rollouts(learne
     made.checkpoint(partial)
     folder = seal(partial, State(3, 9, [], {}))
     other = Learner(made.cfg, "cpu", torch.float32, str(folder))
-    assert same(made.jumps.ref, other.jumps.ref) and not same(made.jumps.ref, other.jumps.copies())
+    assert same(jumps_of(made).ref, jumps_of(other).ref) and not same(jumps_of(made).ref, jumps_of(other).copies())
     for version in range(3, 8):
         a, b = made.step(segments[1:], version), other.step(segments[1:], version)
-        for event in a["events"] + b["events"]:
+        for event in a.events + b.events:
             event.pop("seconds")
         assert a == b
-    assert same(weights(made), weights(other)) and same(made.jumps.ref, other.jumps.ref)
+    assert same(weights(made), weights(other)) and same(jumps_of(made).ref, jumps_of(other).ref)
 
 
 # -- two learners ----------------------------------------------------------------------------------
@@ -242,13 +256,13 @@ def test_a_checkpoint_remembers_where_it_jumps_from_and_by_which_rollouts(learne
 def jump(cfg, segments, ranks, folder):
     """A step and its jump, and from its checkpoint another."""
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
-    first = learner.step(segments, 0)["events"]
+    first = learner.step(segments, 0).events
     learner.checkpoint(folder)
     ranks.all("learner 0 has written it")
     again = Learner(cfg, "cpu", torch.float32, str(folder), ranks)
-    events = first + again.step(segments, 1)["events"]
-    ess = again.jumps.weigh(segments, Link(None, torch.zeros(2)))
-    return events, ess, ranks.collect(again.model.named_parameters())
+    events = first + again.step(segments, 1).events
+    ess = jumps_of(again).sample_sizes(segments, Link(None, torch.zeros(2)))
+    return events, ess, ranks.collect(again.student.model.named_parameters())
 
 
 def one_of_two(rank, cfg, segments, root):
@@ -260,7 +274,7 @@ def one_of_two(rank, cfg, segments, root):
 
 @pytest.mark.parametrize("estimator", ["forward_dense"])
 def test_two_learners_jump_as_one(folders, tmp_path, estimator):       # noqa: F811
-    cfg = config(folders, estimator, effopd="kl", lr=3e-4, learners=2, micro_tokens=20)
+    cfg = with_effopd(folders, estimator, lr=3e-4, learners=2, micro_tokens=20)
     segments = filled(cfg, folders, responses=5)[1]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
@@ -278,50 +292,64 @@ def test_two_learners_jump_as_one(folders, tmp_path, estimator):       # noqa: F
 
 @pytest.mark.parametrize("again", [False, True])
 def test_the_learners_engine_draws_what_an_engine_of_its_own_weights_draws(folders, again):       # noqa: F811
-    cfg = config(folders, "reverse_mc", effopd="accuracy", gradient_checkpointing=again, max_running=3)
+    cfg = with_effopd(folders, "reverse_mc", gate="accuracy", gradient_checkpointing=again, max_running=3)
     learner = Learner(cfg, "cpu", torch.float32)
     apart, prompts = HFEngine(cfg, "cpu", torch.float32), [[3, 4], [5, 6, 7], [8], [9, 4], [7, 7, 7]]
     sent, link = [], Link(None, torch.zeros(2))
     link.send, link.answer = lambda kind, **body: sent.append(body["answers"]), lambda wanted: 0.25
-    learner.jumps.prompts, learner.jumps.link = prompts, link
-    assert learner.jumps.accuracy() == learner.jumps.accuracy() == 0.25
+    jumps = jumps_of(learner)
+    jumps.validation_prompts, jumps.link = prompts, link
+    assert jumps.accuracy() == jumps.accuracy() == 0.25
     assert sent[0] == sent[1] == apart.complete(prompts, cfg.max_response, temperature=1.0, stream=3)
     assert sent[0] != apart.complete(prompts, cfg.max_response, temperature=1.0), "not the draws of an evaluation"
-    assert isinstance(learner.jumps.engine, OwnEngine) and learner.jumps.tokens == 2 * sum(map(len, sent[0]))
-    assert all(layer.training == again for layer in learner.model.model.layers)
+    assert isinstance(jumps.engine, OwnEngine) and jumps.tokens == 2 * sum(map(len, sent[0]))
+    assert all(layer.training == again for layer in learner.student.model.model.layers)
 
 
 def test_orders_that_come_while_an_answer_is_waited_for_are_heard_afterwards():
     ours, theirs = multiprocessing.Pipe()
-    link, orders = Link(ours, torch.zeros(2)), [("checkpoint", "a"), ("export", "b"), ("share", 0.5), ("stop", None)]
+    link, orders = Link(ours, torch.zeros(2)), [("checkpoint", "a"), ("export", "b"), ("validation_share", 0.5), ("stop", None)]
     sender = threading.Thread(target=lambda: [(time.sleep(0.01), theirs.send(x)) for x in orders])
     sender.start()
-    assert link.answer("share") == 0.5
+    assert link.answer("validation_share") == 0.5
     sender.join()
     assert list(link.orders(wait=False)) == [orders[0], orders[1], orders[3]], "in their order"
 
 
 def test_fifty_training_rows_are_graded_and_memory_is_counted(config):
-    cfg, job = prepare(config(effopd="accuracy"))
-    assert len(job.gate_prompts) == 50 and job.gate_prompts == job.prompts[:50] != job.eval_prompts[:50]
+    cfg, job = prepare(config(extend="effopd", effopd__gate="accuracy"))
+    asked = job.validation_prompts
+    assert len(asked) == 50 and asked == job.prompts[:50] != job.eval_prompts[:50]
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-    sums = [f";{eval(tokenizer.decode(prompt)[:-1])}" for prompt in job.gate_prompts]
+    sums = [f";{eval(tokenizer.decode(prompt)[:-1])}" for prompt in asked]
     sums[7] = ";5"
-    assert [right for right, in job.grade_gate([[tokenizer.encode(s)] for s in sums])[1]] == [i != 7 for i in range(50)]
+    _, grades = job.grade_validation([[tokenizer.encode(s)] for s in sums])
+    assert [right for right, in grades] == [i != 7 for i in range(50)]
     shape = Shape(P=1000, V=32, L=1, H=HIDDEN, I=96, A=64, K=64)
-    needs = {name: {n.worker: n.parts for n in memory(config(**dict(effopd=name) if name else {}), shape, shape)}
-             for name in ("", "kl", "accuracy")}
-    assert "jumps" not in needs[""] and needs["kl"]["jumps"]["weights"] * 1e9 == 8000
-    assert needs["kl"]["jumps"]["cache"] * 5 == pytest.approx(needs["kl"]["shared"]["cache"]), "a batch, of 4 + 1"
-    assert needs["accuracy"]["learner"]["cache"] * 1e9 == 16 * (16 + 12) * 2 * 64 * 4 and "cache" not in needs["kl"]
+    needs = {gate: needs_of(config(**dict(extend="effopd", effopd__gate=gate) if gate else {}), shape)
+             for gate in ("", "kl", "accuracy")}
+    assert "extensions" not in needs[""] and needs["accuracy"]["extensions"]["extensions"] * 1e9 == 8000
+    batch = needs["kl"]["extensions"]["extensions"] - 8e-6
+    assert batch * 5 == pytest.approx(needs["kl"]["shared"]["cache"]), "the gate's set is a batch, of 4 + 1"
+    assert needs["accuracy"]["learner"]["extensions"] * 1e9 == 16 * (16 + 12) * 2 * 64 * 4
+    assert "extensions" not in needs["kl"]["learner"]
+    checkpoint = {gate: Extensions.load(config(extend="effopd", effopd__gate=gate)).extra_gb(ModelPair(shape, shape))
+                  for gate in BETTER}
+    assert all(gb["checkpoint"] * 1e9 == 4000 for gb in checkpoint.values())
 
 
-# -- the barrier -----------------------------------------------------------------------------------
+def needs_of(cfg, shape) -> dict[str, dict[str, float]]:
+    """By worker, the parts of its memory."""
+    added = plan.additions(cfg, Extensions.load(cfg), ModelPair(shape, shape))
+    return {n.worker: n.parts for n in plan.memory(cfg, shape, shape, added=added)}
+
+
+# -- the flush -------------------------------------------------------------------------------------
 
 def test_a_response_is_weighed_by_its_emitted_tokens(learner):
     made, segments = learner(micro_tokens=20)
     model, link = load_model(made.cfg.student, "cpu", torch.float32), Link(None, torch.zeros(2))
-    found = made.jumps.weigh(segments, link)
+    found = jumps_of(made).sample_sizes(segments, link)
     assert set(found) == {s.slot for s in segments} and link.pulse[0] > 0
     for s in segments:
         with torch.no_grad():
@@ -380,8 +408,8 @@ multiprocessing.get_context = lambda method=None: multiprocessing.context._concr
 {patch}
 sys.exit(asyncopd.main(sys.argv[1:]))
 """
-ALWAYS = "effopd.GATES['kl'] = lambda a, b: True"
-NEVER = "effopd.GATES['kl'] = effopd.GATES['accuracy'] = lambda a, b: False"
+ALWAYS = "effopd.BETTER['kl'] = lambda a, b: True"
+NEVER = "effopd.BETTER['kl'] = effopd.BETTER['accuracy'] = lambda a, b: False"
 
 
 def begun(flags, patch="", *more) -> subprocess.Popen:
