@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from cache import Segment, Slots
+from cache import Slots
 from control import plan
+from control.command_line import as_flag
 from control.preflight import prepare
 from control.scheduler import Ledger
 from engines.hf import HFEngine
@@ -308,7 +309,8 @@ def test_the_learners_engine_draws_what_an_engine_of_its_own_weights_draws(folde
 
 def test_orders_that_come_while_an_answer_is_waited_for_are_heard_afterwards():
     ours, theirs = multiprocessing.Pipe()
-    link, orders = Link(ours, torch.zeros(2)), [("checkpoint", "a"), ("export", "b"), ("validation_share", 0.5), ("stop", None)]
+    link = Link(ours, torch.zeros(2))
+    orders = [("checkpoint", "a"), ("export", "b"), ("validation_share", 0.5), ("stop", None)]
     sender = threading.Thread(target=lambda: [(time.sleep(0.01), theirs.send(x)) for x in orders])
     sender.start()
     assert link.answer("validation_share") == 0.5
@@ -403,8 +405,9 @@ import torch, transformers
 torch.set_num_threads(1)
 import asyncopd
 from control import controller as run
+from control.scheduler import Scheduler
 from extensions import effopd
-multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+torch.multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
 {patch}
 sys.exit(asyncopd.main(sys.argv[1:]))
 """
@@ -414,7 +417,7 @@ NEVER = "effopd.BETTER['kl'] = effopd.BETTER['accuracy'] = lambda a, b: False"
 
 def begun(flags, patch="", *more) -> subprocess.Popen:
     """The command, its workers forked, so that they are patched too."""
-    given_flags = [f"--{k.replace('_', '-')}={v}" for k, v in flags.items()]
+    given_flags = [as_flag(name.replace("__", "."), value) for name, value in flags.items()]
     return subprocess.Popen([sys.executable, "-c", FORKED.format(root=str(ROOT), patch=patch), *given_flags, *more],
                             stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
@@ -429,6 +432,10 @@ def ran(flags, patch="", *more) -> list[dict]:
     return lines(flags)
 
 
+def jumping(most=5, gate="kl") -> dict:
+    return dict(extend="effopd", effopd__gate=gate, effopd__most=most)
+
+
 def events(log, what):
     return [line for line in log if line.get("what") == what]
 
@@ -436,16 +443,16 @@ def events(log, what):
 @pytest.mark.parametrize("rule, light", [("cut", 0.0), ("cut", 2.0), ("keep", 0.5), ("drop", 0.5)])
 def test_after_every_jump_the_pipeline_empties_and_all_tokens_are_accounted_for(flags, rule, light):
     """Two tries are accepted whatever they are worth; `light` is the ESS below which a response is dropped."""
-    log = ran(flags | dict(steps=9, batch=4, max_ahead=4, max_lag=6, effopd="kl", effopd_max=2, overdue=rule,
-                           rollouts=2), f"{ALWAYS}; run.MIN_ESS = {light}")
-    jumps, barriers, last = events(log, "effopd"), events(log, "barrier"), log[-1]
+    log = ran(flags | jumping(2) | dict(steps=9, batch=4, max_ahead=4, max_lag=6, overdue=rule, rollouts=2),
+              f"{ALWAYS}; effopd.MIN_ESS = {light}")
+    jumps, flushes, last = events(log, "effopd"), events(log, "flush"), log[-1]
     assert [e["step"] for e in jumps] == [1, 2, 4, 8] and all(e["k"] == 2 and len(e["values"]) == 3 for e in jumps)
-    assert [e["step"] for e in barriers] == [1, 2, 4, 8]
+    assert [e["step"] for e in flushes] == [1, 2, 4, 8]
     assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
-    assert last["tokens_dropped"] == sum(e["dropped_tokens"] for e in barriers) or rule == "drop"
-    assert (light == 2.0) <= all(e["dropped"] >= e["weighed"] > 0 for e in barriers)
-    assert light > 0.0 or last["tokens_dropped"] == 0 < sum(e["cut_tokens"] for e in barriers)
-    assert rule != "drop" or sum(e["cut"] for e in barriers) == 0
+    assert last["tokens_dropped"] == sum(e["dropped_tokens"] for e in flushes) or rule == "drop"
+    assert (light == 2.0) <= all(e["dropped"] >= e["examined"] > 0 for e in flushes)
+    assert light > 0.0 or last["tokens_dropped"] == 0 < sum(e["cut_tokens"] for e in flushes)
+    assert rule != "drop" or sum(e["cut"] for e in flushes) == 0
     assert max(s["lag_max"] for s in steps(flags)) <= 6
     assert light < 2.0 or all(s["lag_max"] <= s["step"] - 1 - max(t for t in (0, 1, 2, 4, 8) if t < s["step"])
                               for s in steps(flags)), "where all is dropped, nothing is older than the last jump"
@@ -454,8 +461,8 @@ def test_after_every_jump_the_pipeline_empties_and_all_tokens_are_accounted_for(
 def test_a_gate_that_accepts_nothing_changes_nothing(flags, tmp_path):
     """Its generation has random numbers of its own; the weights come back bit for bit."""
     runs = [flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b", "c")]
-    logs = [ran(runs[0]), ran(runs[1] | dict(effopd="accuracy"), NEVER), ran(runs[2] | dict(effopd="kl"), NEVER)]
-    assert [e["k"] for log in logs[1:] for e in events(log, "effopd")] == [0] * 6 and not events(logs[1], "barrier")
+    logs = [ran(runs[0]), ran(runs[1] | jumping(gate="accuracy"), NEVER), ran(runs[2] | jumping(), NEVER)]
+    assert [e["k"] for log in logs[1:] for e in events(log, "effopd")] == [0] * 6 and not events(logs[1], "flush")
     assert all(e["values"] == [0.0, 0.0] and e["tokens"] > 100 for e in events(logs[1], "effopd")), "of random models"
     a, b, c = (load_file(Path(run["out"]) / "student" / "model.safetensors") for run in runs)
     assert same(a, b) and same(a, c)
@@ -463,8 +470,8 @@ def test_a_gate_that_accepts_nothing_changes_nothing(flags, tmp_path):
 
 @pytest.mark.parametrize("victim", ["parent", "learner"])
 def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path, victim):
-    whole, halved = (flags | dict(steps=17, schedule="sync", save_every=3, effopd="kl", effopd_max=2, batch=4,
-                                  out=str(tmp_path / name)) for name in ("whole", "halved"))
+    whole, halved = (flags | jumping(2) | dict(steps=17, schedule="sync", save_every=3, batch=4,
+                                               out=str(tmp_path / name)) for name in ("whole", "halved"))
     ran(whole, ALWAYS)
     process, limit = begun(halved, ALWAYS), time.monotonic() + 60
     log = Path(halved["out"]) / "log.jsonl"
@@ -485,45 +492,47 @@ def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path, vi
 
 
 @pytest.mark.parametrize("victim", ["rollout0", "teacher0"])
-def test_a_worker_that_dies_in_a_barrier_is_restarted_and_the_barrier_ends(flags, victim):
+def test_a_worker_that_dies_in_a_flush_is_restarted_and_the_flush_ends(flags, victim):
     """The parent kills it as it asks for the cut, when the pipeline is full."""
     patch = f"""
 {ALWAYS}
 import os, signal
-trained = run.Ledger.trained
-def deadly(ledger, jump=False):
-    jump and ledger.version == 3 and os.kill(next(h.process.pid for h in RUN[0].hands if h.name == {victim!r}), 9)
-    return trained(ledger, jump)
-run.Ledger.trained = deadly
-RUN, start = [], run.Run.start
-run.Run.start = lambda self, resume=None: (RUN.append(self), start(self, resume))[1]
+trained = Scheduler.trained
+def deadly(scheduler, flush=False):
+    if flush and scheduler.version == 3:
+        os.kill(next(handle.process.pid for handle in RUN[0].pool if handle.name == {victim!r}), 9)
+    return trained(scheduler, flush)
+Scheduler.trained = deadly
+RUN, start = [], run.Controller.start
+run.Controller.start = lambda self, resume=None: (RUN.append(self), start(self, resume))[1]
 """
-    log = ran(flags | dict(steps=9, batch=4, max_ahead=4, effopd="kl", effopd_max=1), patch)
+    log = ran(flags | jumping(1) | dict(steps=9, batch=4, max_ahead=4), patch)
     assert [e["worker"] for e in events(log, "restarted")] == [victim]
-    assert [e["step"] for e in events(log, "barrier")] == [1, 2, 4, 8]
+    assert [e["step"] for e in events(log, "flush")] == [1, 2, 4, 8]
     assert log[-1]["tokens_generated"] == sum(log[-1][f"tokens_{x}"] for x in
                                               ("trained", "in_flight", "dropped", "lost"))
 
 
-def test_an_interrupt_in_a_barrier_saves_and_goes_on(flags):
-    """The signal comes when the learner is to weigh."""
+def test_an_interrupt_in_a_flush_saves_and_goes_on(flags):
+    """The signal comes when the learner is to examine what was in flight."""
     patch = f"""
 {ALWAYS}
 import os, signal
 for name in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(name, run.EAR)
-to_weigh = run.Ledger.to_weigh
-def told(ledger):
-    old = to_weigh(ledger)
-    old is not None and ledger.version == 4 and os.kill(os.getpid(), signal.SIGINT)
+    signal.signal(name, run.SIGNALS)
+to_examine = Scheduler.to_examine
+def told(scheduler):
+    old = to_examine(scheduler)
+    if old is not None and scheduler.version == 4:
+        os.kill(os.getpid(), signal.SIGINT)
     return old
-run.Ledger.to_weigh = told
+Scheduler.to_examine = told
 """
-    flags |= dict(steps=9, batch=4, max_ahead=4, effopd="kl", effopd_max=1)
+    flags |= jumping(1) | dict(steps=9, batch=4, max_ahead=4)
     process = begun(flags, patch)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130 and "step-4" in err, err
     log = ran({"out": flags["out"]}, ALWAYS, "--resume")
-    assert [s["step"] for s in steps(flags)] == list(range(1, 10)) and 8 in {e["step"] for e in events(log, "barrier")}
+    assert [s["step"] for s in steps(flags)] == list(range(1, 10)) and 8 in {e["step"] for e in events(log, "flush")}
     assert log[-1]["tokens_generated"] == sum(log[-1][f"tokens_{x}"] for x in
                                               ("trained", "in_flight", "dropped", "lost"))

@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-
 from cache import Segment, Slots
 from config import Config
 from control import plan
