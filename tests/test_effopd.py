@@ -20,7 +20,6 @@ from cache import Slots
 from control import plan
 from control.command_line import as_flag
 from control.preflight import prepare
-from control.scheduler import Ledger
 from engines.hf import HFEngine
 from estimators import reverse_value
 from extension import Extensions, ModelPair
@@ -359,40 +358,6 @@ def test_a_response_is_weighed_by_its_emitted_tokens(learner):
         w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu[:, 0]).exp()
         assert found[s.slot] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(s)).item(), rel=1e-4) and len(s) > 1
     assert len({round(x, 3) for x in found.values()}) > 1 and all(0 < x < 1 for x in found.values())
-
-
-@pytest.mark.parametrize("rule", ["cut", "wait", "drop", "keep"])
-def test_a_jump_ends_what_runs_under_every_rule(rule):
-    ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, rule)
-    a, b, c, d = ledger.hand_out()
-    for t in (a, b, c, d):
-        t.holder = "rollout0"
-    for t in (a, b, c):
-        ledger.generated(t.slot)
-    ledger.to_score()
-    ledger.scored(a.slot), ledger.scored(b.slot)
-    assert ledger.next_batch() == [a, b] and not ledger.to_stop()
-    ledger.trained(jumped=True)
-    assert ledger.ending == ("drop" if rule == "drop" else "cut") and ledger.floor == 0 and ledger.to_stop() == [d]
-    assert ledger.hand_out() == [] and ledger.to_weigh() is None
-    ledger.slots.born[d.slot] = 1                        # it had no token yet: it begins under the new weights
-    assert ledger.to_weigh() is None, "c is at the teacher"
-    ledger.scored(c.slot)
-    assert ledger.to_weigh() == [c] and ledger.to_weigh() is None and ledger.hand_out() == []
-    ledger.reopen()
-    assert len(ledger.hand_out()) == 2 and ledger.ending == (rule if rule in ("cut", "drop") else "")
-
-
-def test_a_dropped_response_frees_its_slot_at_whatever_stage():
-    ledger = Ledger(Slots(4, 2, 3, 1), 2, "async", 1, 4, "cut")
-    a, b, *_ = ledger.hand_out()
-    ledger.generated(a.slot)
-    ledger.to_score()
-    ledger.scored(a.slot)
-    for t in (a, b):
-        ledger.dropped(t.slot)
-    assert list(ledger.free) == [a.slot, b.slot] and set(ledger.tickets) == {2, 3}
-    assert not ledger.at["scored"] and set(ledger.at["rollout"]) == {2, 3}
 
 
 # -- real runs -------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The promises of DESIGN's lag rules, kept by the real Ledger and the real Worker over thousands of steps: a stand-in
+"""The promises of DESIGN's lag rules, kept by the real Scheduler and the real Worker over thousands of steps: a stand-in
 engine draws a token a step for responses of random length; no process, no model, no clock."""
 from types import SimpleNamespace
 
@@ -8,7 +8,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cache import Slots
-from control.scheduler import Ledger
+from control.scheduler import Scheduler
 from rollout import Worker
 
 T = 60
@@ -63,7 +63,7 @@ class Link:
 
 
 class Pipeline:
-    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as run.Run does."""
+    """Parent, rollouts, teacher and learner, interleaved by `choose(n)`; it routes as the Controller does."""
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute", deaths=False, resumes=False, jumps=False):
@@ -71,16 +71,16 @@ class Pipeline:
                               eval=SimpleNamespace(k=1, temperature=0.0))
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
-        self.ledger = Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
+        self.scheduler = Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.weights = SimpleNamespace(version=0, probe=[1, 2])
         self.weights.clock = [0, 0]
         self.weights.read, self.began = self.read, 0
         self.start = lambda: Worker(cfg, Link(), self.slots, self.weights, Engine(length_of))
-        self.again = lambda: Ledger(self.slots, batch, schedule, ahead, max_lag, overdue)
+        self.again = lambda: Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.workers = [self.start() for _ in range(workers)]
         self.deaths, self.resumes, self.jumps = deaths, resumes, jumps
         self.light: list[tuple[int, int]] = []                 # (uid, first token) of what was dropped after a jump
-        self.jumped = self.barriers = 0
+        self.jumped = self.flushes = 0
         self.inbox = [[] for _ in self.workers]                # orders that a worker has not read yet
         self.teacher, self.learner = [], []
         self.trained: dict[int, list[int]] = {}                # uid -> tokens, in the order of training
@@ -91,65 +91,65 @@ class Pipeline:
         return self.weights.version if version is None else version, {}, torch.zeros(1)
 
     def route(self):
-        handed_out, closed = self.ledger.handed_out, self.ledger.barrier or (self.learner and not self.ledger.lockstep)
-        for t in self.ledger.hand_out():
-            self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.ledger.version)
+        handed_out, closed = self.scheduler.handed_out, self.scheduler.flush or (self.learner and not self.scheduler.lockstep)
+        for t in self.scheduler.hand_out():
+            self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.scheduler.version)
             worker = self.choose(len(self.workers))
             t.holder = worker
-            self.inbox[worker].append(("take", [(self.ledger.due(t), t.slot)]))
-        for t in self.ledger.to_score():
+            self.inbox[worker].append(("take", [(self.scheduler.due(t), t.slot)]))
+        for t in self.scheduler.to_score():
             t.holder = "teacher"
             self.teacher.append(t.slot)
-        for t in self.ledger.to_stop():
-            self.inbox[t.holder].append((self.ledger.ending, (self.ledger.floor, [t.slot])))
-        if batch := self.ledger.next_batch():
+        for t in self.scheduler.to_stop():
+            self.inbox[t.holder].append((self.scheduler.stop_order, (self.scheduler.floor, [t.slot])))
+        if batch := self.scheduler.next_batch():
             self.learner = batch
-        assert not closed or self.ledger.handed_out == handed_out, "handed out in a barrier, or while it may come"
-        if (old := self.ledger.to_weigh()) is not None:
-            self.weigh(old)
-        assert sorted([*self.ledger.free, *self.ledger.tickets]) == list(range(len(self.slots))), "a slot is lost"
+        assert not closed or self.scheduler.handed_out == handed_out, "handed out in a flush, or while it may come"
+        if (old := self.scheduler.to_examine()) is not None:
+            self.examine(old)
+        assert sorted([*self.scheduler.free, *self.scheduler.tickets]) == list(range(len(self.slots))), "a slot is lost"
 
-    def weigh(self, old):
+    def examine(self, old):
         """After a jump: no token that was drawn before it is anywhere else than in `old`."""
-        began = [t for t in self.ledger.tickets.values() if t not in old]
-        assert all(self.slots.born[t.slot] == self.ledger.version for t in began), "drawn before, not weighed"
+        began = [t for t in self.scheduler.tickets.values() if t not in old]
+        assert all(self.slots.born[t.slot] == self.scheduler.version for t in began), "drawn before, not examined"
         assert all(t.stage == "scored" for t in old)
         for t in old:
             if self.choose(2):
                 self.light.append((t.uid, int(self.slots.start[t.slot]) - 1))
                 self.dropped += int(self.slots.length[t.slot])
-                self.ledger.dropped(t.slot)
-        self.ledger.reopen()
-        self.barriers += 1
+                self.scheduler.dropped(t.slot)
+        self.scheduler.reopen()
+        self.flushes += 1
 
     def hear(self, worker):
         for kind, body in worker.link.sent:
             for s in body["slots"] if kind == "generated" else ():
-                self.ledger.generated(s, body["finished"])
+                self.scheduler.generated(s, body["finished"])
                 if not body["finished"]:
-                    self.cuts.append((self.ledger.version, int(self.slots.born[s])))
+                    self.cuts.append((self.scheduler.version, int(self.slots.born[s])))
             for s in body["slots"] if kind == "dropped" else ():
                 self.dropped += int(self.slots.length[s])
-                self.ledger.dropped(s)
+                self.scheduler.dropped(s)
         worker.link.sent.clear()
 
     def die(self, who):
         """A worker is gone between two turns, with what it had read and not read; its reports are in the pipe still."""
         if who == len(self.workers):
             self.teacher.clear()
-            return self.ledger.holder_died("teacher")
+            return self.scheduler.holder_died("teacher")
         self.hear(self.workers[who])
         self.workers[who], self.inbox[who] = self.start(), []
-        self.ledger.holder_died(who)
+        self.scheduler.holder_died(who)
 
     def resume(self):
         """The whole run dies after a checkpoint and begins again from it: all that is left are versions and tickets."""
-        version, prompts, begun = self.ledger.version, self.ledger.prompts, self.ledger.untrained()
+        version, prompts, begun = self.scheduler.version, self.scheduler.prompts, self.scheduler.untrained()
         self.workers, self.inbox = [self.start() for _ in self.workers], [[] for _ in self.workers]
         self.teacher, self.learner = [], []
         self.slots.born.zero_()
-        self.ledger = self.again()
-        self.ledger.resume(version, prompts, begun)
+        self.scheduler = self.again()
+        self.scheduler.resume(version, prompts, begun)
         self.began = version
 
     def train(self):
@@ -158,18 +158,18 @@ class Pipeline:
             segment = self.slots.read(t.slot)
             assert len(segment) > 0, "an empty segment reached the learner"
             self.trained.setdefault(t.uid, []).extend(segment.tokens[segment.start:].tolist())
-            self.lags += (self.ledger.version - segment.version).tolist()
+            self.lags += (self.scheduler.version - segment.version).tolist()
         self.weights.version += 1                              # published, and only then
         jump = bool(self.jumps and self.choose(4) == 0)
         self.jumped += jump
-        self.ledger.trained(jump)
+        self.scheduler.trained(jump)
         self.learner = []
 
     def run(self, steps, limit=200_000):
         for i in range(limit):
             if i == limit // 10:        # a batch that takes longer than anybody lives is not a pipeline that hangs
                 self.deaths = self.resumes = False
-            if self.ledger.version == steps:
+            if self.scheduler.version == steps:
                 return self
             self.route()
             if self.deaths and self.choose(40) == 0:
@@ -190,10 +190,10 @@ class Pipeline:
                 if self.choose(2):                             # and a report be heard after the next order is sent
                     self.hear(worker)
             elif turn == len(self.workers) and self.teacher:
-                self.ledger.scored(self.teacher.pop(self.choose(len(self.teacher))))
+                self.scheduler.scored(self.teacher.pop(self.choose(len(self.teacher))))
             elif turn == len(self.workers) + 1 and self.learner:
                 self.train()
-        raise AssertionError(f"no progress at version {self.ledger.version}")
+        raise AssertionError(f"no progress at version {self.scheduler.version}")
 
     def check_every_token_once(self):
         for tokens in self.trained.values():
@@ -246,8 +246,8 @@ def test_deaths_lose_nothing_and_leave_the_bound(overdue, resumes, **kw):
     p = play(**kw, overdue=overdue, deaths=True, resumes=resumes)
     assert overdue == "keep" or max(p.lags) <= p.max_lag
     p.check_every_token_once()
-    begun = {uid for uid, _ in p.ledger.untrained()}
-    assert set(range(p.ledger.prompts)) == set(p.trained) | begun, "a prompt is lost"
+    begun = {uid for uid, _ in p.scheduler.untrained()}
+    assert set(range(p.scheduler.prompts)) == set(p.trained) | begun, "a prompt is lost"
     complete = {uid for uid, tokens in p.trained.items() if len(tokens) == p.length_of(uid)}
     assert complete == set(p.trained) - begun, "the rest of a response is lost"
 
@@ -271,20 +271,20 @@ def test_in_lockstep_deaths_lose_nothing_either(schedule, resumes, **kw):
 def test_jumps_leave_the_bound_and_lose_what_they_drop_and_nothing_else(overdue, resumes, deaths, **kw):
     p = play(**kw, overdue=overdue, deaths=deaths, resumes=resumes, jumps=True)
     assert overdue == "keep" or max(p.lags) <= p.max_lag
-    assert resumes or p.jumped - 1 <= p.barriers <= p.jumped, "each jump has its barrier; the last one's may go on"
+    assert resumes or p.jumped - 1 <= p.flushes <= p.jumped, "each jump has its flush; the last one's may go on"
     gone = {uid for uid, _ in p.light}
     for uid, tokens in p.trained.items():
         assert tokens == sorted(set(tokens)), "a token was trained twice, or out of order"
         holes = [t for at, t in zip([-1, *tokens], tokens) if t != at + 1]
         assert overdue == "drop" or len(holes) <= len([1 for u, _ in p.light if u == uid]), "what was dropped, no more"
-    begun = {uid for uid, _ in p.ledger.untrained()}
-    assert overdue == "drop" or set(range(p.ledger.prompts)) == set(p.trained) | begun | gone, "a prompt is lost"
+    begun = {uid for uid, _ in p.scheduler.untrained()}
+    assert overdue == "drop" or set(range(p.scheduler.prompts)) == set(p.trained) | begun | gone, "a prompt is lost"
 
 
 def unfinished(p):
     """(slot, tokens still in an engine) of every ticket that is not trained."""
     rows = {key: drawn for w in p.workers for key, (_, _, drawn) in w.engine.rows.items()}
-    return [(s, rows.get(s, [])) for s in p.ledger.tickets]
+    return [(s, rows.get(s, [])) for s in p.scheduler.tickets]
 
 
 def running(p):
@@ -358,7 +358,45 @@ def test_drop_throws_long_answers_away_and_keep_lets_them_age():
 @pytest.mark.parametrize("rule", ["cut", "keep", "wait", "drop"])
 def test_thousands_of_steps_without_a_deadlock(rule):
     p = play(seed=3, batch=2, workers=2, ahead=2, more=2, tail=0.8, inflight="recompute", overdue=rule, steps=1000)
-    assert p.ledger.version == 1000
+    assert p.scheduler.version == 1000
+
+
+@pytest.mark.parametrize("rule", ["cut", "wait", "drop", "keep"])
+def test_a_flush_ends_what_runs_under_every_rule(rule):
+    scheduler = Scheduler(Slots(4, 2, 3, 1), 2, "async", 1, 4, rule)
+    a, b, c, d = scheduler.hand_out()
+    for t in (a, b, c, d):
+        t.holder = "rollout0"
+    for t in (a, b, c):
+        scheduler.generated(t.slot)
+    scheduler.to_score()
+    scheduler.scored(a.slot)
+    scheduler.scored(b.slot)
+    assert scheduler.next_batch() == [a, b] and not scheduler.to_stop()
+    scheduler.trained(flush=True)
+    assert scheduler.stop_order == ("drop" if rule == "drop" else "cut")
+    assert scheduler.floor == 0 and scheduler.to_stop() == [d]
+    assert scheduler.hand_out() == [] and scheduler.to_examine() is None
+    scheduler.slots.born[d.slot] = 1            # it had no token yet and begins under the new weights
+    assert scheduler.to_examine() is None, "c is at the teacher"
+    scheduler.scored(c.slot)
+    assert scheduler.to_examine() == [c] and scheduler.flush == "examining"
+    assert scheduler.to_examine() is None and scheduler.hand_out() == []
+    scheduler.reopen()
+    assert len(scheduler.hand_out()) == 2
+    assert scheduler.stop_order == (rule if rule in ("cut", "drop") else "")
+
+
+def test_a_dropped_response_frees_its_slot_at_whatever_stage():
+    scheduler = Scheduler(Slots(4, 2, 3, 1), 2, "async", 1, 4, "cut")
+    a, b, *_ = scheduler.hand_out()
+    scheduler.generated(a.slot)
+    scheduler.to_score()
+    scheduler.scored(a.slot)
+    for t in (a, b):
+        scheduler.dropped(t.slot)
+    assert list(scheduler.free) == [a.slot, b.slot] and set(scheduler.tickets) == {2, 3}
+    assert not scheduler.at["scored"] and set(scheduler.at["rollout"]) == {2, 3}
 
 
 # -- the tests above can fail ----------------------------------------------------------------------
@@ -374,8 +412,8 @@ def test_a_worker_that_overstates_its_versions_is_caught():
     assert max(p.lags) > p.max_lag
 
 
-def test_a_ledger_that_forgets_the_overdue_is_caught():
+def test_a_scheduler_that_forgets_the_overdue_is_caught():
     p = Pipeline(chooser(0), lengths(0, 0.4), batch=2, workers=1, ahead=1, max_lag=1)
-    p.ledger.overdue = lambda: []
+    p.scheduler.overdue = lambda: []
     p.run(60)
     assert max(p.lags) > p.max_lag
