@@ -1,5 +1,7 @@
 """
-A worker's end of its pipe.
+A worker's end of its pipe: orders come in, reports go out.
+
+What is left out: the parent's end (process.py). Tests: tests/test_pipeline.py, tests/test_faults.py
 """
 from __future__ import annotations
 
@@ -10,9 +12,11 @@ from multiprocessing.connection import Connection
 
 from torch import Tensor
 
+SAME_SPAN_S = 2e-3           # a shorter pause between two turns of the same work does not end a span
+
 
 class Incurable(RuntimeError):
-    """A failure that another process would meet again: no reason to start one."""
+    """A failure that a new process would meet again, so that none is started."""
 
 
 class ParentGone(Exception):
@@ -20,16 +24,20 @@ class ParentGone(Exception):
 
 
 class Link:
-    """A worker's end of its pipe: orders come in, reports go out, each with the spans of work since the last one.
+    """Orders are pairs (order, body); a report is (kind, body, spans of work since the last one).
 
-    pulse [2], shared with the parent: when the worker last moved (time.monotonic), and whether it is told to hurry.
+    pulse [2], shared with the parent: when the worker last gave a sign of life (time.monotonic),
+    and whether it is asked to hurry, 0 or 1.
     """
 
     def __init__(self, pipe: Connection, pulse: Tensor):
-        self.pipe, self.pulse, self.spans = pipe, pulse, []
-        self.later: list[tuple[str, object]] = []        # orders that came while `answer` waited for another
+        self.pipe = pipe
+        self.pulse = pulse
+        self.spans: list[tuple[str, float, float]] = []     # what, from, to
+        self.later: list[tuple[str, object]] = []           # orders put aside by `answer`
 
     def beat(self) -> None:
+        """Give a sign of life."""
         self.pulse[0] = time.monotonic()
 
     @property
@@ -42,20 +50,24 @@ class Link:
         self.spans = []
 
     def orders(self, wait: bool) -> Iterator[tuple[str, object]]:
-        """Everything that has arrived; with `wait`, at least one. A parent that is gone ends the worker."""
+        """Everything that has arrived; with `wait`, at least one. Raises ParentGone."""
         if wait and not self.later:
             with self.span("wait"):
-                while not self.pipe.poll(1):             # nothing to do is no fault: the parent's end shows as EOF
+                while not self.pipe.poll(1):         # a closed pipe ends the wait, too
                     self.beat()
         try:
             while self.later or self.pipe.poll(0):
-                yield self.later.pop(0) if self.later else self.pipe.recv()
+                if self.later:
+                    yield self.later.pop(0)
+                else:
+                    yield self.pipe.recv()
         except EOFError:
             raise ParentGone from None
 
     def answer(self, wanted: str) -> object:
-        """What the order `wanted` says, without which the worker cannot go on. Those before it are heard later."""
-        before, self.later = self.later, []
+        """Wait for the order `wanted` and return its body. Orders before it are read later."""
+        before = self.later
+        self.later = []
         while True:
             for order, body in self.orders(wait=True):
                 if order == wanted:
@@ -64,11 +76,14 @@ class Link:
                 before.append((order, body))
 
     @contextmanager
-    def span(self, what: str):
-        """Time spent on `what`, for the trace; turns of the same work that follow each other are one span."""
+    def span(self, what: str) -> Iterator[None]:
+        """Time spent on `what`, for the trace. Turns of the same work in a row are one span."""
         self.beat()
         start = time.monotonic()
         yield
-        if self.spans and self.spans[-1][0] == what and start - self.spans[-1][2] < 2e-3:
-            start = self.spans.pop()[1]
+        if self.spans:
+            last, began, ended = self.spans[-1]
+            if last == what and start - ended < SAME_SPAN_S:
+                self.spans.pop()
+                start = began
         self.spans.append((what, start, time.monotonic()))

@@ -1,13 +1,16 @@
 """
-A worker is a process with a pipe: how it starts, on which cores or GPU, its pulse, and how its end reaches the parent.
+Worker processes: how one starts, which cores or GPUs it uses, and how its end reaches the parent.
 
+A worker is any function (cfg, link, *args, device, dtype) that can be pickled. Processes are started
+by the spawn method of torch.multiprocessing.
+
+What is left out: what a worker does, and what is done about its death (control/).
 Tests: tests/test_pipeline.py, tests/test_faults.py
 """
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import multiprocessing
 import os
 import select
 import signal
@@ -16,41 +19,32 @@ import struct
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from multiprocessing.connection import Connection
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
+import torch.multiprocessing
 from torch import Tensor
 
-from learner import learner_worker
-from rollout import rollout_worker
-from teacher import teacher_worker
+from config import Config
 from transport.link import Incurable, Link, ParentGone
 
-if TYPE_CHECKING:
-    from config import Config
-
-# -- a worker's end --------------------------------------------------------------------------------
-
-# -- its life --------------------------------------------------------------------------------------
-
 PR_SET_PDEATHSIG = 1
-WORKERS = {"rollout": rollout_worker, "teacher": teacher_worker, "learner": learner_worker}
+Worker = Callable[..., None]
 
 
-def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, device: str, args: tuple) -> None:
-    """Process target: whatever the worker raises reaches the parent with its traceback; only the parent prints."""
-    device, dtype = belong(log, device)
+# -- in the new process ---------------------------------------------------------------------------
+
+def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: Tensor, log: str,
+                cfg: Config, device: str, args: tuple) -> None:
+    """The target of a worker's process. Whatever the worker raises is sent to the parent."""
+    device, dtype = begin(log, device)
     if device == "cpu":
-        cores = sorted(os.sched_getaffinity(0))
-        torch.set_num_threads(max(1, len(cores) // 2))
-        if name.startswith("rollout"):                   # vLLM binds its threads to cores: leave the rest the others
-            core = cores[int(name[7:]) % max(1, len(cores) - 1)]
-            os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+        use_cores(role, index)
     link = Link(pipe, pulse)
     try:
-        WORKERS[name.rstrip("0123456789")](cfg, link, *args, device, dtype)
+        worker(cfg, link, *args, device, dtype)
     except ParentGone:
         pass
     except BaseException as e:
@@ -58,31 +52,179 @@ def guarded(name: str, pipe: Connection, pulse: Tensor, log: str, cfg: Config, d
         raise
 
 
-def belong(log: str, device: str) -> tuple[str, torch.dtype]:
-    """How a process begins: it ends with its parent, which alone hears signals and prints, and sees its own GPUs only.
-    What these are called then, and the dtype of compute there."""
-    if sys.platform == "linux":                          # a killed parent takes its workers along, busy or not
+def begin(log: str, device: str) -> tuple[str, torch.dtype]:
+    """What every process does first.
+
+    It ends with its parent, leaves signals and the terminal to it, and sees only its own GPUs.
+    Returns its device, by the name that is valid in this process, and the dtype to compute in.
+    """
+    if sys.platform == "linux":                          # it ends with its parent even when it is busy
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)                                  # it was killed before that
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # these are for the parent, which stops us in order
+        if os.getppid() != torch.multiprocessing.parent_process().pid:
+            os._exit(1)                                  # the parent was killed before that line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)         # the parent handles both, and stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
-    os.dup2(sink, 1), os.dup2(sink, 2)
+    os.dup2(sink, 1)
+    os.dup2(sink, 2)
     if device == "cpu":
         return device, torch.float32
-    os.environ["CUDA_VISIBLE_DEVICES"], device = visible(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    visible, device = visible_gpus(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
+    os.environ["CUDA_VISIBLE_DEVICES"] = visible
     return device, torch.bfloat16
 
 
-def alone(fn: Callable, cfg: Config, data: object, device: str) -> bytes:
-    """fn(cfg, data, device, dtype) in a process of its own: a parent that touches a GPU keeps a part of it.
+def use_cores(role: str, index: int) -> None:
+    """Half of the cores for torch. vLLM binds its threads to cores: one, so that the rest are free."""
+    cores = sorted(os.sched_getaffinity(0))
+    torch.set_num_threads(max(1, len(cores) // 2))
+    if role == "rollout":
+        core = cores[index % max(1, len(cores) - 1)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
 
-    A ValueError there is one here, any other end a RuntimeError.
+
+def visible_gpus(device: str, visible: str | None) -> tuple[str, str]:
+    """CUDA_VISIBLE_DEVICES of a worker, and the name of its device under it.
+
+    `visible` is the parent's CUDA_VISIBLE_DEVICES. Example: cuda:4,5 -> ("4,5", "cuda:0,1").
     """
-    spawn = multiprocessing.get_context("spawn")
+    numbers = device.removeprefix("cuda:").split(",")
+    if visible:
+        of_parent = visible.split(",")
+        own = [of_parent[int(number)] for number in numbers]
+    else:
+        own = numbers
+    renamed = ",".join(str(i) for i in range(len(numbers)))
+    return ",".join(own), f"cuda:{renamed}"
+
+
+# -- a worker, as its parent sees it --------------------------------------------------------------
+
+def worker_name(role: str, index: int) -> str:
+    """rollout0, teacher0, learner, learner1: the names in the log."""
+    if role == "learner" and index == 0:
+        return "learner"
+    return f"{role}{index}"
+
+
+class WorkerHandle:
+    """A worker process, its pipe and its pulse."""
+
+    def __init__(self, role: str, index: int, worker: Worker, args: tuple, device: str, cfg: Config):
+        self.role = role
+        self.index = index
+        self.name = worker_name(role, index)
+        self.worker = worker
+        self.args = args
+        self.device = device
+        self.cfg = cfg
+        self.load = 0                                    # slots that it has been sent and not returned
+        self.ready = False                               # it has loaded its model
+        self.stopped = False                             # it has done its last order
+        self.why = ""                                    # why it died or was killed, where that is known
+        self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
+        spawn = torch.multiprocessing.get_context("spawn")
+        self.pipe, theirs = spawn.Pipe()
+        limit_receive(self.pipe, cfg.faults.stall_s)
+        self.process = spawn.Process(
+            target=worker_main, name=self.name, daemon=True,
+            args=(role, index, worker, theirs, self.pulse, f"{cfg.out}/{self.name}.log", cfg, device,
+                  args))
+        self.process.start()
+        theirs.close()
+
+    def successor(self) -> WorkerHandle:
+        """A new process for the same work."""
+        return WorkerHandle(self.role, self.index, self.worker, self.args, self.device, self.cfg)
+
+    def send(self, order: str, body: Any = None) -> None:
+        """Send an order. A worker that has ended gets none; the end of its pipe tells why."""
+        limit_s = self.cfg.faults.stall_s
+        _, writable, _ = select.select([], [self.pipe], [], limit_s)
+        if not writable:
+            self.kill(f"has not read its orders for {limit_s:g} s (--faults.stall-s)")
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
+            self.pipe.send((order, body))
+
+    def receive(self) -> tuple[str, dict, list] | None:
+        """A report: kind, body, spans. None if the worker has died, between two messages or within
+        one.
+        """
+        try:
+            return self.pipe.recv()
+        except (EOFError, OSError):
+            return None
+
+    def hurry(self) -> None:
+        """Ask it to abandon what it is doing; Link.hurried."""
+        self.pulse[1] = 1
+
+    def kill(self, why: str) -> None:
+        self.why = why
+        self.process.kill()
+        self.process.join()
+
+    def end(self) -> str:
+        """Wait until it is gone, and return why."""
+        self.process.join(5)
+        self.process.kill()
+        self.process.join()
+        return self.why or f"died with exit code {self.process.exitcode}"
+
+
+def limit_receive(pipe: Connection, seconds: float) -> None:
+    """Let a message that stops in its middle end with an OSError after about so many seconds."""
+    with socket.socket(fileno=os.dup(pipe.fileno())) as end:
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds) + 1, 0))
+
+
+class WorkerPool:
+    """All workers of a run."""
+
+    def __init__(self):
+        self.handles: list[WorkerHandle] = []
+
+    def __iter__(self) -> Iterator[WorkerHandle]:
+        return iter(self.handles)
+
+    def add(self, handle: WorkerHandle) -> None:
+        self.handles.append(handle)
+
+    def replace(self, old: WorkerHandle, new: WorkerHandle) -> None:
+        self.handles[self.handles.index(old)] = new
+
+    def role(self, role: str) -> list[WorkerHandle]:
+        return [h for h in self.handles if h.role == role]
+
+    def broadcast(self, role: str, order: str, body: Any = None) -> None:
+        """Send an order to every worker of a role."""
+        for handle in self.role(role):
+            handle.send(order, body)
+
+    def by_pipe(self) -> dict[Connection, WorkerHandle]:
+        """The workers that may still send something."""
+        return {h.pipe: h for h in self.handles if not h.stopped}
+
+    def close(self) -> None:
+        """No process is left afterwards. Those that have stopped get five seconds to end."""
+        for handle in self.handles:
+            handle.process.join(5 if handle.stopped else 0)
+            handle.process.kill()
+        for handle in self.handles:
+            handle.process.join()
+
+
+# -- one function in a process of its own ---------------------------------------------------------
+
+def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
+    """fn(cfg, data, device, dtype) in a process of its own, because a parent that has used a GPU
+    keeps a part of its memory.
+
+    Raises the ValueError that fn raises; RuntimeError if it ends in any other way.
+    """
+    spawn = torch.multiprocessing.get_context("spawn")
     ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=answer, args=(theirs, fn, cfg, data, device), daemon=True)
+    process = spawn.Process(target=alone_main, args=(theirs, fn, cfg, data, device), daemon=True)
     process.start()
     theirs.close()
     try:
@@ -98,52 +240,15 @@ def alone(fn: Callable, cfg: Config, data: object, device: str) -> bytes:
     return found
 
 
-def answer(pipe: Connection, fn: Callable, cfg: Config, data: object, device: str) -> None:
-    """Process target of `alone`."""
-    device, dtype = belong(os.devnull, device)
+def alone_main(pipe: Connection, fn: Callable, cfg: Config, data: object, device: str) -> None:
+    """The target of the process of `alone`."""
+    device, dtype = begin(os.devnull, device)
     try:
         found = fn(cfg, data, device, dtype)
     except ValueError as e:
         found = e
     except BaseException:
-        pipe.send(RuntimeError(f"{fn.__module__}.{fn.__name__} crashed\n{traceback.format_exc()}"))
+        name = f"{fn.__module__}.{fn.__name__}"
+        pipe.send(RuntimeError(f"{name} crashed\n{traceback.format_exc()}"))
         raise
     pipe.send(found)
-
-
-def visible(device: str, seen: str | None) -> tuple[str, str]:
-    """What a worker is to see of the GPUs that its parent sees, and what its own are called then: cuda:4,5 -> cuda:0,1.
-    """
-    wanted = device.removeprefix("cuda:").split(",")
-    return (",".join(seen.split(",")[int(i)] if seen else i for i in wanted),
-            "cuda:" + ",".join(map(str, range(len(wanted)))))
-
-
-class Hand:
-    """A worker as its parent sees it."""
-
-    def __init__(self, name: str, device: str, cfg: Config, args: tuple):
-        spawn = multiprocessing.get_context("spawn")
-        self.name, self.role, self.load, self.limit_s = name, name.rstrip("0123456789"), 0, cfg.faults.stall_s
-        self.ready = self.stopped = False
-        self.why = ""                                    # why it died or was killed, where that is known
-        self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
-        self.pipe, theirs = spawn.Pipe()
-        with socket.socket(fileno=os.dup(self.pipe.fileno())) as end:      # a message may stop in its middle, too
-            end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(cfg.faults.stall_s) + 1, 0))
-        self.process = spawn.Process(target=guarded, name=name, daemon=True,
-                                     args=(name, theirs, self.pulse, f"{cfg.out}/{name}.log", cfg, device, args))
-        self.process.start()
-        theirs.close()
-
-    def send(self, order: str, body=None) -> None:
-        """An order. To a worker that does not read any more there is nothing to say: the end of its pipe says why."""
-        if not select.select([], [self.pipe], [], self.limit_s)[1]:
-            self.kill(f"has not read its orders for {self.limit_s:g} s (--faults.stall-s)")
-        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
-            self.pipe.send((order, body))
-
-    def kill(self, why: str) -> None:
-        self.why = why
-        self.process.kill()
-        self.process.join()

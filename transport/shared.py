@@ -1,5 +1,8 @@
 """
-What the parent allocates once and hands to every worker. Tests: tests/test_pipeline.py
+What the parent allocates once and passes to every worker.
+
+What is left out: what lies in a slot (cache.py), how weights are stored (weights.py).
+Tests: tests/test_pipeline.py
 """
 from __future__ import annotations
 
@@ -8,16 +11,16 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cache import Slots
-from transport.weights import Weights
+from transport.weights import WeightTransport
 
 
 @dataclass(frozen=True)
 class SharedMemory:
     """Plain shared CPU memory, the same with and without a GPU."""
     slots: Slots
-    weights: Weights
+    weights: WeightTransport
     tensors: dict[str, Tensor] = field(default_factory=dict)      # of the extensions, by name
-    eval_prompts: list[list[int]] = field(default_factory=list)   # token ids; copied to every worker
+    eval_prompts: list[list[int]] = field(default_factory=list)   # token ids; copied, not shared
 
 
 @dataclass(frozen=True)
