@@ -21,11 +21,12 @@ from pathlib import Path
 
 from config import Config
 from control import dryrun
-from control.controller import EAR, Run
+from control.controller import Controller
 from control.plan import plan
 from control.preflight import Job, prepare, prepare_extensions
 from control.preflight_models import fetch
 from control.resolve import configure
+from control.signals import SIGNALS
 from record.run_folder import check_out, empty
 
 
@@ -62,7 +63,7 @@ def command(argv: Sequence[str]) -> int:
 
 def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes]) -> int:
     """The run itself, from the folder on disk to the last line. Whatever happens, no process is left."""
-    run = Run(cfg, job, {worker.name: worker.device for worker in plan(cfg)})
+    run = Controller(cfg, job, plan(cfg))
     try:
         if resume is None:
             empty(Path(cfg.out))
@@ -85,7 +86,7 @@ def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes
         run.close()
 
 
-def save_interrupted(run: Run) -> str:
+def save_interrupted(run: Controller) -> str:
     """Write a checkpoint; returns what to tell the person who waits for it."""
     try:
         folder = run.interrupted()
@@ -102,5 +103,5 @@ def complain(message: str) -> None:
 
 if __name__ == "__main__":
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, EAR)
+        signal.signal(name, SIGNALS)
     sys.exit(main(sys.argv[1:]))

@@ -1,12 +1,12 @@
 """
 Evaluation: who is asked for answers, and who grades them.
 
-A rollout worker answers the held-out prompts under its newest weights, and a teacher worker answers
-them once. The answers are graded in a thread, so that the run goes on. Answers that an extension
-wants graded, to training prompts, take the same way.
+A rollout worker answers the held-out prompts under its newest weights, and a teacher worker
+answers them once. The answers are graded in a thread, so that the run goes on. Answers that an
+extension wants graded, to training prompts, take the same way.
 
-What is left out: grading itself (data/graders.py); how answers are generated (rollout.py, teacher.py).
-Tests: tests/test_pipeline.py
+What is left out: grading itself (data/graders.py); how answers are generated (rollout.py,
+teacher.py). Tests: tests/test_pipeline.py
 """
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 
 import torch.multiprocessing
 
-from control.preflight import Job
+from control.preflight import Grade, Job
 from data.graders import summary
 from record.recorder import Recorder
 from transport.process import WorkerHandle, WorkerPool
@@ -28,9 +28,11 @@ Answers = list[list[list[int]]]          # the same, as token ids
 
 
 class Grading(threading.Thread):
-    """Grades answers. Its end `done` becomes readable afterwards; `outcome` is None if it failed."""
+    """Grades answers. Its end `done` becomes readable afterwards; `outcome` is None if it
+    failed.
+    """
 
-    def __init__(self, grade: Callable[[Answers], tuple[Texts, Right]], answers: Answers, step: int,
+    def __init__(self, grade: Grade, answers: Answers, step: int,
                  use: Callable[[Texts, Right], None]):
         """`use` is what the parent does with the outcome, in its own thread."""
         super().__init__(daemon=True)
@@ -103,7 +105,7 @@ class Evaluation:
         """Answers of the learner, one to each validation prompt. It waits for their grades."""
         self.start(self.job.grade_validation, [[a] for a in answers], step, self.send_share)
 
-    def start(self, grade: Callable[[Answers], tuple[Texts, Right]], answers: Answers, step: int,
+    def start(self, grade: Grade, answers: Answers, step: int,
               use: Callable[[Texts, Right], None]) -> None:
         grading = Grading(grade, answers, step, use)
         self.gradings[grading.done] = grading

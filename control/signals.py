@@ -13,12 +13,12 @@ class SignalHandler:
     """Raises KeyboardInterrupt while the parent waits, never in the middle of a message or of a
     decision.
 
-    Blocking the signals would not do that: the kernel delivers a signal to any thread that does not
-    block it, and Python passes it on to the main thread.
+    Blocking the signals would not do that: the kernel delivers a signal to any thread that does
+    not block it, and Python passes it on to the main thread.
     """
 
     def __init__(self):
-        self.waiting = True                  # before the first `wait`, an interrupt ends the command
+        self.waiting = True              # also before the first `wait`, when no worker is there
         self.pending = False
 
     def __call__(self, *_) -> None:
@@ -34,7 +34,9 @@ class SignalHandler:
             raise KeyboardInterrupt
 
     def wait(self, pipes: Iterable[Connection], timeout: float) -> list[Connection]:
-        """The pipes that can be read, after at most `timeout` seconds. Raises KeyboardInterrupt."""
+        """The pipes that can be read, after at most `timeout` seconds. Raises
+        KeyboardInterrupt.
+        """
         self.waiting = True
         try:
             self.interrupt()

@@ -25,7 +25,8 @@ class Watchdog:
         self.collapsed = False
 
     def see(self, step: int, skipped: list[dict], uids: dict[int, int], saved: str) -> None:
-        """Warn of updates that could not be made and of a low entropy. RuntimeError after too many.
+        """Warn of updates that could not be made and of a low entropy. RuntimeError after too
+        many.
 
         skipped   of each skipped update, `slots` and `why`
         uids      of the batch, by slot: which prompt

@@ -21,14 +21,12 @@ import contextlib
 import importlib.util
 import json
 import math
-import multiprocessing
 import re
 import resource
 import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
@@ -226,22 +224,6 @@ class MathGrader:
             self.process.stdin.close()
             self.process.stdout.close()
             self.process = None
-
-
-class Grading(threading.Thread):
-    """Judges an evaluation's answers beside the run. When `done` can be read, `outcome` is there; None: it failed."""
-
-    def __init__(self, grade: Callable, answers: list, who: str, step: int):
-        super().__init__(daemon=True)
-        self.grade, self.answers, self.who, self.step, self.outcome = grade, answers, who, step, None
-        self.done, self.end = multiprocessing.Pipe(duplex=False)
-        self.start()
-
-    def run(self) -> None:
-        try:
-            self.outcome = self.grade(self.answers)
-        finally:
-            self.end.send(None)
 
 
 # -- the comparing process ------------------------------------------------------------------------

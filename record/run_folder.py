@@ -68,7 +68,8 @@ def check_out(cfg: Config) -> Path | None:
     out = Path(cfg.out)
     check_writable(cfg.out)
     if (out / "log.jsonl").exists():
-        require(not log.Log.taken(out), f"--out {cfg.out}: a run is writing to it (choose another folder, or stop it)")
+        require(not log.in_use(out / "log.jsonl"),
+                f"--out {cfg.out}: a run is writing to it (choose another folder, or stop it)")
     if cfg.resume:
         return resume_point(cfg)
     if out.exists() and any(out.iterdir()):

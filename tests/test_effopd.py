@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
-from cache import Slots
 from control import plan
 from control.command_line import as_flag
 from control.preflight import prepare

@@ -1,5 +1,5 @@
-"""The promises of DESIGN's lag rules, kept by the real Scheduler and the real Worker over thousands of steps: a stand-in
-engine draws a token a step for responses of random length; no process, no model, no clock."""
+"""The rules about lag, kept by the real Scheduler and the real Worker over thousands of steps: a stand-in engine draws
+a token a step for responses of random length; no process, no model, no clock."""
 from types import SimpleNamespace
 
 import pytest
@@ -8,8 +8,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from cache import Slots
+from config import Config
 from control.scheduler import Scheduler
 from rollout import Worker
+from transport.shared import SharedMemory
 
 T = 60
 
@@ -67,15 +69,14 @@ class Pipeline:
 
     def __init__(self, choose, length_of, *, batch, workers, schedule="async", ahead=1, max_lag=4, overdue="cut",
                  inflight="recompute", deaths=False, resumes=False, jumps=False):
-        cfg = SimpleNamespace(max_response=T, gap_max=1.0, max_running=8, schedule=schedule, inflight=inflight,
-                              eval=SimpleNamespace(k=1, temperature=0.0))
+        cfg = Config(max_response=T, max_running=8, schedule=schedule, inflight=inflight)
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.scheduler = Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
-        self.weights = SimpleNamespace(version=0, probe=[1, 2])
-        self.weights.clock = [0, 0]
-        self.weights.read, self.began = self.read, 0
-        self.start = lambda: Worker(cfg, Link(), self.slots, self.weights, Engine(length_of))
+        self.weights = SimpleNamespace(version=0, probe=[1, 2], read=self.read, overwritten=lambda version: False)
+        self.began = 0
+        shared = SharedMemory(self.slots, self.weights)
+        self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of), tolerance=1.0)
         self.again = lambda: Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.workers = [self.start() for _ in range(workers)]
         self.deaths, self.resumes, self.jumps = deaths, resumes, jumps
@@ -91,7 +92,8 @@ class Pipeline:
         return self.weights.version if version is None else version, {}, torch.zeros(1)
 
     def route(self):
-        handed_out, closed = self.scheduler.handed_out, self.scheduler.flush or (self.learner and not self.scheduler.lockstep)
+        handed_out = self.scheduler.handed_out
+        closed = self.scheduler.flush or (self.learner and not self.scheduler.lockstep)
         for t in self.scheduler.hand_out():
             self.slots.open(t.slot, t.uid, [0] if t.context is None else t.context, 1, self.scheduler.version)
             worker = self.choose(len(self.workers))
@@ -183,7 +185,7 @@ class Pipeline:
                 worker = self.workers[turn]
                 if self.choose(2):                             # an order may arrive just after the worker has looked
                     for order, body in self.inbox[turn]:
-                        getattr(worker, order)(body)
+                        worker.orders[order](body)
                     self.inbox[turn].clear()
                 if not worker.stopped:
                     worker.turn()
@@ -336,11 +338,11 @@ def test_an_order_that_crosses_new_weights_ends_only_what_is_overdue(rule):
     worker.engine.room = 1
     p.route()
     for order, body in p.inbox[0]:
-        getattr(worker, order)(body)
+        worker.orders[order](body)
     worker.turn()
     p.weights.version, worker.engine.room = 5, 2
     worker.turn()
-    getattr(worker, rule)((0, [0, 1]))
+    worker.orders[rule]((0, [0, 1]))
     assert worker.link.sent[-1][1]["slots"] == [0] and worker.running == {1} and int(p.slots.born[1]) == 5
 
 

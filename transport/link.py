@@ -1,7 +1,8 @@
 """
 A worker's end of its pipe: orders come in, reports go out.
 
-What is left out: the parent's end (process.py). Tests: tests/test_pipeline.py, tests/test_faults.py
+What is left out: the parent's end (process.py). Tests: tests/test_pipeline.py,
+tests/test_faults.py
 """
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from multiprocessing.connection import Connection
 
 from torch import Tensor
 
-SAME_SPAN_S = 2e-3           # a shorter pause between two turns of the same work does not end a span
+SAME_SPAN_S = 2e-3           # turns of the same work with a shorter pause are one span
 
 
 class Incurable(RuntimeError):

@@ -1,8 +1,8 @@
 """
 Worker processes: how one starts, which cores or GPUs it uses, and how its end reaches the parent.
 
-A worker is any function (cfg, link, *args, device, dtype) that can be pickled. Processes are started
-by the spawn method of torch.multiprocessing.
+A worker is any function (cfg, link, *args, device, dtype) that can be pickled. Processes are
+started by the spawn method of torch.multiprocessing.
 
 What is left out: what a worker does, and what is done about its death (control/).
 Tests: tests/test_pipeline.py, tests/test_faults.py
@@ -58,11 +58,11 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
     It ends with its parent, leaves signals and the terminal to it, and sees only its own GPUs.
     Returns its device, by the name that is valid in this process, and the dtype to compute in.
     """
-    if sys.platform == "linux":                          # it ends with its parent even when it is busy
+    if sys.platform == "linux":                      # it ends with its parent even when it is busy
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != torch.multiprocessing.parent_process().pid:
-            os._exit(1)                                  # the parent was killed before that line
-    signal.signal(signal.SIGINT, signal.SIG_IGN)         # the parent handles both, and stops its workers
+            os._exit(1)                              # the parent was killed before that line
+    signal.signal(signal.SIGINT, signal.SIG_IGN)     # for the parent, which stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
@@ -75,7 +75,9 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
 
 
 def use_cores(role: str, index: int) -> None:
-    """Half of the cores for torch. vLLM binds its threads to cores: one, so that the rest are free."""
+    """Half of the cores for torch. vLLM binds its threads to cores: one, so that the rest are
+    free.
+    """
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, len(cores) // 2))
     if role == "rollout":
@@ -110,7 +112,8 @@ def worker_name(role: str, index: int) -> str:
 class WorkerHandle:
     """A worker process, its pipe and its pulse."""
 
-    def __init__(self, role: str, index: int, worker: Worker, args: tuple, device: str, cfg: Config):
+    def __init__(self, role: str, index: int, worker: Worker, args: tuple, device: str,
+                 cfg: Config):
         self.role = role
         self.index = index
         self.name = worker_name(role, index)
@@ -118,18 +121,18 @@ class WorkerHandle:
         self.args = args
         self.device = device
         self.cfg = cfg
-        self.load = 0                                    # slots that it has been sent and not returned
-        self.ready = False                               # it has loaded its model
-        self.stopped = False                             # it has done its last order
-        self.why = ""                                    # why it died or was killed, where that is known
+        self.load = 0                        # slots that it has been sent and has not returned
+        self.ready = False                   # its model is loaded
+        self.stopped = False                 # its last order is done
+        self.why = ""                        # why it died or was killed, where that is known
         self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
         spawn = torch.multiprocessing.get_context("spawn")
         self.pipe, theirs = spawn.Pipe()
         limit_receive(self.pipe, cfg.faults.stall_s)
         self.process = spawn.Process(
             target=worker_main, name=self.name, daemon=True,
-            args=(role, index, worker, theirs, self.pulse, f"{cfg.out}/{self.name}.log", cfg, device,
-                  args))
+            args=(role, index, worker, theirs, self.pulse, f"{cfg.out}/{self.name}.log", cfg,
+                  device, args))
         self.process.start()
         theirs.close()
 
@@ -175,7 +178,8 @@ class WorkerHandle:
 def limit_receive(pipe: Connection, seconds: float) -> None:
     """Let a message that stops in its middle end with an OSError after about so many seconds."""
     with socket.socket(fileno=os.dup(pipe.fileno())) as end:
-        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, struct.pack("ll", int(seconds) + 1, 0))
+        limit = struct.pack("ll", int(seconds) + 1, 0)
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, limit)
 
 
 class WorkerPool:
@@ -231,7 +235,8 @@ def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
         found = ours.recv()
     except EOFError:
         process.join()
-        found = RuntimeError(f"{fn.__module__}.{fn.__name__} died with exit code {process.exitcode}")
+        name = f"{fn.__module__}.{fn.__name__}"
+        found = RuntimeError(f"{name} died with exit code {process.exitcode}")
     finally:
         process.kill()
         process.join()
