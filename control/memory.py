@@ -46,7 +46,7 @@ def memory_rows(cfg: Config, job: Job, shared: SharedMemory) -> list[list[str]]:
     return [[f"{len(shared.slots)} slots", f"{shared.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{scores:,} bytes"],
             *tensors,
-            ["published weights, twice", f"{2 * shared.weights.bytes / 2**20:,.1f} MiB"]]
+            ["published weights, twice", f"{2 * shared.weights.nbytes / 2**20:,.1f} MiB"]]
 
 
 def show_start(cfg: Config, job: Job, shared: SharedMemory) -> None:

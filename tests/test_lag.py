@@ -73,7 +73,7 @@ class Pipeline:
         self.choose, self.length_of, self.max_lag = choose, length_of, max_lag
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.scheduler = Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
-        self.weights = SimpleNamespace(version=0, probe=[1, 2], read=self.read, overwritten=lambda version: False)
+        self.weights = SimpleNamespace(version=0, probe=[1, 2], read=self.read, holds=lambda version: True)
         self.began = 0
         shared = SharedMemory(self.slots, self.weights)
         self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of), tolerance=1.0)
