@@ -4,7 +4,7 @@ EffOPD against larger learning rates: updates, tokens, seconds until the toy stu
     python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 80 minutes
     python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; 2 minutes
     python benchmarks/effopd.py direction      # is an update signal, and how far does it lead? three minutes
-    python benchmarks/effopd.py table          # the README's tables, from effopd.jsonl alone
+    python benchmarks/effopd.py table          # the tables in docs/, from effopd.jsonl alone
     python benchmarks/effopd.py plot           # figures/effopd.png, likewise
 
 Two pairs. Sharpening: the student is the toy's, right a third of the time, and the teacher is that student trained on.

@@ -4,7 +4,7 @@ OPRD on the toy: accuracy by trained tokens, by rank and by lag, against two KL 
     python benchmarks/oprd.py run                # every run that oprd.jsonl lacks; 20 minutes on two cores
     python benchmarks/oprd.py run lag            # of one group: rank, lag, head, bridge
     python benchmarks/oprd.py lr                 # the learning rates, seed 0, 60 steps (LR below: the best of each)
-    python benchmarks/oprd.py table              # the README's table, from oprd.jsonl alone
+    python benchmarks/oprd.py table              # the table in docs/, from oprd.jsonl alone
     python benchmarks/oprd.py plot               # figures/oprd.png, from oprd.jsonl alone
 
 The student is the toy's (31%). The teacher is this student, trained on until it is good, so that both have one origin;

@@ -83,6 +83,6 @@ DONE = {      # keys of the last line: formula or meaning, unit
 
 
 def keys_table(keys: dict[str, str]) -> str:
-    """Markdown of METRICS or DONE: the README's tables are printed from the code."""
+    """Markdown of METRICS or DONE: the tables of docs/log.md are printed from the code."""
     return "\n".join(["| key | what it is |", "|---|---|", *(f"| `{k}` | {v.replace('|', chr(92) + '|')} |"
                                                             for k, v in keys.items())])
