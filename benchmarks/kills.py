@@ -129,7 +129,7 @@ def life(flags: dict, rng: random.Random, kill: bool) -> tuple[int | None, str]:
     main, began = launch(flags, resume=bool(last)), time.monotonic()
     victim = ""
     if kill:
-        code = moment(main, flags, rng, int(last.name[5:]) if last else 0)
+        code = moment(main, flags, rng, checkpoint.step_of(last) if last else 0)
         if code is not None:
             return code, ""
         victim = rng.choice(VICTIMS)

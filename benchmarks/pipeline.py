@@ -40,7 +40,7 @@ import torch  # noqa: E402
 from asyncopd import Config, settle  # noqa: E402
 from control import controller as run  # noqa: E402
 from control import preflight as job  # noqa: E402
-from record.metrics import METRICS  # noqa: E402
+from record.metrics import BY_LEARNER  # noqa: E402
 from transport import process as workers  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
@@ -135,13 +135,13 @@ def learner(cfg, link, slots, weights, device, dtype):
             version += 1
             with link.span("publish"):
                 weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
-            metrics = dict.fromkeys(METRICS.keys() - RUNS_OWN, 0.0) | dict(
+            metrics = dict.fromkeys(BY_LEARNER, 0.0) | dict(
                 step=version, version=version, tokens=len(lags), sequences=len(segments), context=context,
-                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
+                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()),
+                skipped=[], events=[])
             link.send("trained", metrics=metrics)
 
 
-RUNS_OWN = {"gen_tok_s", "wall_s", "push_s", "engine_gap_mean", "engine_gap_p95", "engine_gap_max"}
 table.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
 workers.WORKERS |= {"teacher": teacher, "learner": learner}
 

@@ -31,11 +31,12 @@ from extensions.effopd import MIN_ESS
 from extensions.rock import Bypass, parse
 from models.loading import vocab_size
 from record import checkpoint, report
-from record.account import Account
-from record.log import Log, cut_log
-from record.metrics import METRICS
+from record.account import WINDOW, Account
+from record.log import Log, rewind
 from record.provenance import provenance
+from record.steps import done_record, step_record
 from record.timeline import Trace
+from record.trackers import TRACKERS
 from transport.process import Hand
 from transport.weights import Weights
 
@@ -62,6 +63,11 @@ class Ear:
 
 
 EAR = Ear()
+
+
+def role_of(name: str) -> str:
+    """Of a worker: rollout0 is a rollout."""
+    return name.rstrip("0123456789")
 
 
 class Run:
@@ -106,10 +112,10 @@ class Run:
             *[["a token's hidden states (OPRD)", f"{2 * self.job.states[1]:,} bytes"]] * (cfg.oprd_weight > 0),
             ["published weights, twice", f"{self.weights.flat.nbytes / 2**20:,.1f} MiB"]],
             {f.name: getattr(cfg, f.name) for f in fields(cfg) if getattr(cfg, f.name) != f.default})
-        self.quiet or report.show_texts(self.job.notes, self.job.first_prompt)
+        self.quiet or report.show_prompt(self.job.notes, self.job.first_prompt)
         self.log = Log(out, cfg.steps, self.quiet, done=self.ledger.version)
-        self.log.tracker = report.tracker(cfg.log, out, asdict(cfg)) if cfg.log else None
-        self.trace = Trace(out / "trace.json", list(where))
+        self.log.tracker = TRACKERS[cfg.log](out, asdict(cfg)) if cfg.log else None
+        self.trace = Trace(out / "trace.json", {name: role_of(name) for name in where})
         for name in where:
             self.hands.append(self.worker(name))
         self.log.write("run", **provenance(asdict(cfg), {h.name: h.process.pid for h in self.hands}))
@@ -126,7 +132,7 @@ class Run:
         self.account.start()
 
     def worker(self, name: str) -> Hand:
-        role = name.rstrip("0123456789")
+        role = role_of(name)
         rank = [int(name[7:] or 0)] if role == "learner" else []
         return Hand(name, self.where[name], self.cfg, (*self.shared[role], *rank))
 
@@ -295,7 +301,7 @@ class Run:
         self.restarts += 1
         handed_over = set(self.ledger.at["generated"])
         held = self.ledger.holder_died(hand.name)
-        self.account.gone(hand.name, sum(int(self.slots.length[t.slot]) for t in held if t.slot in handed_over))
+        self.account.worker_died(hand.name, sum(int(self.slots.length[t.slot]) for t in held if t.slot in handed_over))
         for t in held:
             if t.stage == "rollout":
                 self.slots.length[t.slot] = 0            # from its beginning
@@ -344,13 +350,10 @@ class Run:
 
     def step_done(self, metrics: dict, trained: list[Ticket]) -> None:
         cfg, now, skipped, events = self.cfg, time.monotonic(), metrics.pop("skipped"), metrics.pop("events")
-        metrics |= self.account.step(metrics, now) | {
-            "push_s": max(p["seconds"] for p in self.pushed.values()), "skipped": len(skipped),
-            "trained": [[t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]),
-                         int(self.slots.length[t.slot])] for t in trained]}
-        metrics |= {f"engine_gap_{name}": max(p["gap"][i] for p in self.pushed.values())
-                    for i, name in enumerate(("mean", "p95", "max"))}
-        assert metrics.keys() == METRICS.keys(), metrics.keys() ^ METRICS.keys()
+        self.account.enter(metrics)
+        segments = [(t.uid, int(self.slots.start[t.slot] - self.slots.prompt[t.slot]), int(self.slots.length[t.slot]))
+                    for t in trained]
+        metrics = step_record(metrics, self.account.rates(now), self.pushed.values(), len(skipped), segments)
         self.trace.fold(self.account.began)
         self.trace.curve("slots", now, {"free": len(self.ledger.free)} | {s: len(t) for s, t in self.ledger.at.items()})
         self.trace.curve("lag", now, {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")})
@@ -375,8 +378,8 @@ class Run:
         if self.skips >= self.cfg.max_skips:
             raise RuntimeError(f"step {step}: {self.skips} updates in a row were not finite (--max-skips "
                                f"{self.cfg.max_skips}); the last good checkpoint is {self.saved or 'none'}")
-        before, now = (self.account.mean(which, 1) for which in ("first", "last"))
-        if not self.collapsed and len(self.account.last) == 10 and now < 0.01 * before:
+        before, now = self.account.entropy_before, self.account.entropy_after
+        if not self.collapsed and len(self.account.last) == WINDOW and now < 0.01 * before:
             self.collapsed = True
             self.log.warn(f"step {step}: the student's entropy has collapsed from {before:.3g} to {now:.3g} nats",
                           what="entropy", step=step, entropy=now)
@@ -418,7 +421,7 @@ class Run:
     def restore(self, folder: Path) -> None:
         state = checkpoint.read(folder)
         checkpoint.clear(folder.parent, state.version)
-        self.account.resume(state.counters, cut_log(Path(self.cfg.out) / "log.jsonl", state.version))
+        self.account.resume(state.counters, rewind(Path(self.cfg.out) / "log.jsonl", state.version))
         self.ledger.resume(state.version, state.prompts, state.tickets)
         self.saved = str(folder)
 
@@ -447,8 +450,8 @@ class Run:
         self.evaluate(self.role("rollout")[0])
         self.hear_evaluations()                          # the learner is still there to be interrupted
         self.stop()
-        totals = self.account.totals(sum(int(self.slots.length[s]) for s in self.ledger.tickets),
-                                     self.trace.busy(self.account.began, self.account.last_step))
+        in_flight = sum(int(self.slots.length[s]) for s in self.ledger.tickets)
+        totals = done_record(self.account, in_flight, self.trace.busy(self.account.began, self.account.last_step))
         self.log.write("done", **totals)
         out = Path(self.cfg.out)
         (out / "student" / "README.md").write_text(report.model_card(out / "log.jsonl"), encoding="utf-8")

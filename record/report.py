@@ -1,9 +1,9 @@
 """
-A run for people: what its student says, the card that lies beside the saved student, and --log.
+Texts for people: tables at the start and the end, progress, samples of answers, the model's card.
 
-log.jsonl is the record; what is here repeats parts of it elsewhere. A tracker's library is imported only by who asks
-for it. What is left out: going on with a tracker's run after --resume, which begins a new one of the same name.
-Tests: tests/test_report.py
+Functions named show_ print, all others return text. Nothing here computes a result: every number
+comes from the log or from a caller. Left out: the log itself (log.py).
+Tests: tests/test_report.py, tests/test_readme.py
 """
 from __future__ import annotations
 
@@ -11,166 +11,202 @@ import json
 import shlex
 from pathlib import Path
 
-from record.timeline import BUSY
+from record.timeline import WORK
 
-SAMPLES = 8          # of every evaluation: the first prompts' first answers
+SAMPLES = 8                    # answers of an evaluation that are kept: those to the first prompts
+PROMPT_LINES = 20              # lines of the first prompt that are shown
 
-# -- tables ----------------------------------------------------------------------------------------
+
+# -- tables at the start and the end -------------------------------------------------------------
 
 def table(rows: list[list[str]]) -> str:
-    """Aligned columns, the first one left, the others right."""
-    widths = [max(len(r[i]) for r in rows) for i in range(len(rows[0]))]
-    lines = ("  ".join([r[0].ljust(widths[0]), *(c.rjust(w) for c, w in zip(r[1:], widths[1:]))]) for r in rows)
-    return "\n".join("  " + line.rstrip() for line in lines)
+    """Aligned columns: the first one to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = []
+    for first, *others in rows:
+        cells = [first.ljust(widths[0])]
+        cells += [cell.rjust(width) for cell, width in zip(others, widths[1:])]
+        lines.append("  " + "  ".join(cells).rstrip())
+    return "\n".join(lines)
 
 
-def show_start(why: str, plan: list[list[str]], memory: list[list[str]], changed: dict[str, object]) -> None:
+def show_start(why: str, plan: list[list[str]], memory: list[list[str]],
+               changed: dict[str, object]) -> None:
+    """`why` the roles are placed as in `plan`, the shared memory, the flags that differ from their
+    defaults."""
+    flags = [f"  --{name.replace('_', '-')} {value}" for name, value in changed.items()]
     print(f"\nwho runs where, and what it takes at most\n  {why}")
     print(table(plan))
     print("\nshared memory")
     print(table(memory))
     print("\nwhat differs from the defaults")
-    print("\n".join(f"  --{name.replace('_', '-')} {value}" for name, value in changed.items()) + "\n", flush=True)
+    print("\n".join(flags) + "\n", flush=True)
 
 
-def show_end(d: dict, out: str) -> None:
-    def percent(x):
-        return "" if x is None else f"{100 * x:.1f}%"
+def show_prompt(notes: tuple[str, ...], first_prompt: str) -> None:
+    """Notes on the run, and the first prompt as the models read it."""
+    for note in notes:
+        print(f"  {note}")
+    lines = [f"  | {line}" for line in first_prompt.splitlines()]
+    if len(lines) > PROMPT_LINES:
+        lines = [*lines[:PROMPT_LINES], "  | ..."]
+    print("\nthe first prompt, as the models read it")
+    print("\n".join(lines) + "\n", flush=True)
+
+
+def show_end(done: dict, out: str) -> None:
+    """The last line of the log as two tables, and where everything lies."""
+    accuracy = [percent(done[f"accuracy_{when}"]) for when in ("before", "after", "teacher")]
+    busy = [percent(done["busy"].get(role, 0)) for role in WORK]
     print("\n" + table([
         ["", "student before", "student after", "teacher"],
-        ["accuracy", percent(d["accuracy_before"]), percent(d["accuracy_after"]), percent(d["accuracy_teacher"])],
-        ["KL per token, nats", f"{d['kl_before']:.4f}", f"{d['kl_after']:.4f}", "0"]]))
+        ["accuracy", *accuracy],
+        ["KL per token, nats", f"{done['kl_before']:.4f}", f"{done['kl_after']:.4f}", "0"]]))
     print("\n" + table([
-        ["", "rollout", "teacher", "learner"],
-        ["busy, share of the time", *(percent(d["busy"].get(role, 0)) for role in BUSY)],
-        ["tokens per second", thousands(d["gen_tok_s"]), thousands(d["score_tok_s"]) + " (busy)",
-         thousands(d["train_tok_s"])]]))
-    print(f"\n  overlap {d['overlap']:.2f} of 3   lag mean {d['lag_mean']:.2f}, max {d['lag_max']} versions   "
-          f"{d['tokens_trained']:,} tokens trained of {d['tokens_generated']:,} generated   {d['wall_s']:.1f} s")
+        ["", *WORK],
+        ["busy, share of the time", *busy],
+        ["tokens per second", thousands(done["gen_tok_s"]),
+         thousands(done["score_tok_s"]) + " (busy)", thousands(done["train_tok_s"])]]))
+    print(f"\n  overlap {done['overlap']:.2f} of 3   "
+          f"lag mean {done['lag_mean']:.2f}, max {done['lag_max']} versions   "
+          f"{done['tokens_trained']:,} tokens trained of {done['tokens_generated']:,} generated   "
+          f"{done['wall_s']:.1f} s")
     print(f"  student: {out}/student   log: {out}/log.jsonl   trace: {out}/trace.json", flush=True)
+
+
+def percent(share: float | None) -> str:
+    return "" if share is None else f"{100 * share:.1f}%"
 
 
 def thousands(x: float) -> str:
     return f"{x / 1000:.1f}k" if x >= 1000 else f"{x:.0f}"
 
-# -- what the student says -------------------------------------------------------------------------
 
-def show_texts(notes: tuple[str, ...], first_prompt: str) -> None:
-    for note in notes:
-        print(f"  {note}")
-    lines = first_prompt.splitlines()
-    print("\nthe first prompt, as the models read it")
-    print("\n".join(f"  | {line}" for line in lines[:20]) + ("\n  | ..." if len(lines) > 20 else "") + "\n", flush=True)
+# -- while it runs -------------------------------------------------------------------------------
 
-
-def samples(step: int, who: str, answered: list[tuple]) -> str:
-    """Plain text: of the first rows the prompt, the first answer, its grade and the expected answer."""
-    out = []
-    for i, (row, texts, right) in enumerate(answered[:SAMPLES], 1):
-        out += [f"==== step {step}, {who}, sample {i}: {'right' if right[0] else 'wrong'}, expected: {row.answer}",
-                row.prompt, "----", texts[0], ""]
-    return "\n".join(out) + "\n"
+def progress_text(metrics: dict) -> str:
+    """A step line, in the width of a progress bar."""
+    lag = f"{metrics['lag_min']}/{metrics['lag_mean']:.1f}/{metrics['lag_max']}"
+    return (f"kl {metrics['kl']:.3f}  lag {lag}  w_max {metrics['w_max']:.1f}  "
+            f"gen {thousands(metrics['gen_tok_s'])} tok/s  "
+            f"learn {thousands(metrics['train_tok_s'])} tok/s")
 
 
-def evaluation_line(step: int, who: str, said: dict, answered: list[tuple]) -> str:
-    """An evaluation on three lines of a terminal."""
-    low, high = (100 * x for x in said["ci"])
-    more = "".join(f"  pass@{j} {100 * x:.1f}%" for j, x in said["pass_at_k"].items() if j != "1")
-    lines = [f"eval at step {step}, {who}: {100 * said['accuracy']:.1f}% [{low:.1f}, {high:.1f}] of {said['n']} prompts"
-             + (f" x {said['k']}" if said["k"] > 1 else "") + more]
-    lines += [f"  {'right' if right[0] else 'wrong'}  {shortened(row.prompt, 40)}  ->  {shortened(texts[0], 60)}"
-              for row, texts, right in answered[:2]]
+def evaluation_text(step: int, who: str, summary: dict, answered: list[tuple]) -> str:
+    """An evaluation on three lines of a terminal.
+
+    `answered`: of every prompt its row, the texts, and whether each is right.
+    """
+    low, high = summary["ci"]
+    lines = [f"eval at step {step}, {who}: {percent(summary['accuracy'])} "
+             f"[{100 * low:.1f}, {100 * high:.1f}] of {summary['n']} prompts"]
+    if summary["k"] > 1:
+        lines[0] += f" x {summary['k']}"
+    for k, share in summary["pass_at_k"].items():
+        if k != "1":
+            lines[0] += f"  pass@{k} {percent(share)}"
+    for row, texts, right in answered[:2]:
+        question, answer = shortened(row.prompt, 40), shortened(texts[0], 60)
+        lines.append(f"  {verdict(right[0])}  {question}  ->  {answer}")
     return "\n".join(lines)
 
 
+def sample_texts(step: int, who: str, answered: list[tuple]) -> str:
+    """Of the first prompts: the prompt, the first answer, its grade and the expected answer."""
+    lines = []
+    for i, (row, texts, right) in enumerate(answered[:SAMPLES], 1):
+        lines.append(f"==== step {step}, {who}, sample {i}: {verdict(right[0])}, "
+                     f"expected: {row.answer}")
+        lines += [row.prompt, "----", texts[0], ""]
+    return "\n".join(lines) + "\n"
+
+
+def verdict(right: bool) -> str:
+    return "right" if right else "wrong"
+
+
 def shortened(text: str, width: int) -> str:
-    """One line: the beginning and, since that is where answers are, the end."""
+    """One line: the beginning of a text and, since answers stand there, its end."""
     text = " ".join(text.split())
-    return text if len(text) <= width else f"{text[:width // 3]} ... {text[-(2 * width // 3 - 5):]}"
+    if len(text) <= width:
+        return text
+    return f"{text[:width // 3]} ... {text[-(2 * width // 3 - 5):]}"
 
 
-# -- the card --------------------------------------------------------------------------------------
+# -- the card ------------------------------------------------------------------------------------
 
 def model_card(log: Path) -> str:
     """README.md of a saved student: the facts of its run, all of them from its log."""
     lines = [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()]
-    runs, evals, done = ([x for x in lines if x["type"] == kind] for kind in ("run", "eval", "done"))
-    run, c, d = runs[0], runs[0]["config"], done[-1]
-    hub = "" if Path(c["student"]).exists() else f"base_model: {c['student']}\n"
-    facts = {
-        "student before": f"`{c['student']}`", "teacher": f"`{c['teacher']}`",
-        "prompts": f"`{c['task']}`" + "".join(f", {k.replace('_', ' ')} `{c[k]}`" for k in
-                                              ("filter", "prompt_suffix") if c[k]),
-        "objective": f"{c['kl']} KL, estimator `{c['estimator']}`",
-        "training": f"{d['steps']} batches of {c['batch']} responses, {d['tokens_trained']:,} tokens, AdamW, learning "
-                    f"rate {c['lr']:g} ({c['lr_schedule']}), seed {c['seed']}",
-        "staleness": f"schedule {c['schedule']}: lag mean {d['lag_mean']:.2f}, max {d['lag_max']} versions",
-        "time": f"{d['wall_s']:,.0f} s on {', '.join(run['hardware']['gpus']) or run['hardware']['cpu']}",
-        "code": f"asyncopd {run['commit']}; " + ", ".join(f"{k} {v}" for k, v in run["versions"].items())}
-    measured = ["| step | who | accuracy | 95% interval over prompts | prompts | answers to each |",
-                "|--:|---|--:|--:|--:|--:|"]
-    measured += [f"| {e['step']} | {e['who']} | {e['accuracy']:.1%} | {e['ci'][0]:.1%} to {e['ci'][1]:.1%} | {e['n']} "
-                 f"| {e['k']} |" for e in evals]
-    how = f"temperature {c['eval_temperature']:g}" if c["eval_temperature"] else "greedy"
-    where = f"`{c['eval_task']}`" if c["eval_task"] else "rows of the task that were held out"
-    kl = (f"KL per token, {c['kl']}, on the student's own prefixes: {d['kl_before']:.4f} in the first ten batches, "
-          f"{d['kl_after']:.4f} in the last ten." if d["steps"] >= 20 else "")
+    runs = [line for line in lines if line["type"] == "run"]
+    evaluations = [line for line in lines if line["type"] == "eval"]
+    done = [line for line in lines if line["type"] == "done"][-1]
+    config = runs[0]["config"]
     return "\n".join([
-        f"---\n{hub}library_name: transformers\ntags: [on-policy-distillation, asyncopd]\n---",
+        *card_header(config["student"]),
         f"# {log.parent.name}", "",
-        "A language model distilled on-policy from a teacher. Measured was what stands here, and nothing else.", "",
-        "| | |", "|---|---|", *(f"| {k} | {v} |" for k, v in facts.items()), "",
-        *([f"On {where}, {how}:", "", *measured, ""] if evals else ["It was not evaluated on a task.", ""]), kl, "",
-        *(f"    python {shlex.join(r['argv'])}" for r in runs), ""])
+        "A language model distilled on-policy from a teacher. Every number below was measured in "
+        "its run.", "",
+        "| | |", "|---|---|",
+        *(f"| {name} | {fact} |" for name, fact in card_facts(runs[0], done).items()), "",
+        *card_evaluations(config, evaluations),
+        card_divergence(config, done), "",
+        *(f"    python {shlex.join(run['argv'])}" for run in runs), ""])
 
 
-# -- --log -----------------------------------------------------------------------------------------
-
-def numbers(type: str, line: dict) -> dict[str, float]:
-    """Of a line of the log what can be drawn, by name: step/kl, eval/student/pass_at_k/4."""
-    who, found = f"{type}/{line['who']}" if "who" in line else type, {}
-    for key, value in line.items():
-        parts = value.items() if isinstance(value, dict) else [("", value)]
-        found |= {f"{who}/{key}/{k}".rstrip("/"): v for k, v in parts
-                  if isinstance(v, (int, float)) and not isinstance(v, bool)}
-    return found
+def card_header(student: str) -> list[str]:
+    """The hub's metadata; a folder of this machine is no base model there."""
+    lines = ["---"]
+    if not Path(student).exists():
+        lines.append(f"base_model: {student}")
+    lines += ["library_name: transformers", "tags: [on-policy-distillation, asyncopd]", "---"]
+    return lines
 
 
-class Board:
-    """TensorBoard: files in the run folder."""
-
-    def __init__(self, folder: Path, config: dict):
-        from torch.utils.tensorboard import SummaryWriter
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
-        self.writer.add_text("config", "    " + json.dumps(config, indent=2).replace("\n", "\n    "))
-
-    def write(self, step: int, found: dict[str, float]) -> None:
-        for name, value in found.items():
-            self.writer.add_scalar(name, value, step)
-        self.writer.flush()
-
-    def close(self) -> None:
-        self.writer.close()
-
-
-class Site:
-    """Weights & Biases, and trackio, which has the same three functions."""
-
-    def __init__(self, module, folder: Path, config: dict):
-        self.module, self.step = module, 0
-        module.init(project="asyncopd", name=folder.resolve().name, config=config)
-
-    def write(self, step: int, found: dict[str, float]) -> None:
-        self.step = max(self.step, step)     # an evaluation comes after later steps, and steps may not go back
-        self.module.log(found, step=self.step)
-
-    def close(self) -> None:
-        self.module.finish()
+def card_facts(run: dict, done: dict) -> dict[str, str]:
+    config, hardware = run["config"], run["hardware"]
+    prompts = f"`{config['task']}`"
+    for key in ("filter", "prompt_suffix"):
+        if config[key]:
+            prompts += f", {key.replace('_', ' ')} `{config[key]}`"
+    versions = ", ".join(f"{name} {version}" for name, version in run["versions"].items())
+    return {
+        "student before": f"`{config['student']}`",
+        "teacher": f"`{config['teacher']}`",
+        "prompts": prompts,
+        "objective": f"{config['kl']} KL, estimator `{config['estimator']}`",
+        "training": f"{done['steps']} batches of {config['batch']} responses, "
+                    f"{done['tokens_trained']:,} tokens, AdamW, learning rate {config['lr']:g} "
+                    f"({config['lr_schedule']}), seed {config['seed']}",
+        "staleness": f"schedule {config['schedule']}: lag mean {done['lag_mean']:.2f}, "
+                     f"max {done['lag_max']} versions",
+        "time": f"{done['wall_s']:,.0f} s on {', '.join(hardware['gpus']) or hardware['cpu']}",
+        "code": f"asyncopd {run['commit']}; {versions}"}
 
 
-def tracker(name: str, folder: Path, config: dict):
-    """--log NAME, ready to write to."""
-    if name == "tensorboard":
-        return Board(folder, config)
-    import importlib
-    return Site(importlib.import_module(name), folder, config)
+def card_evaluations(config: dict, evaluations: list[dict]) -> list[str]:
+    """A table of all evaluations, and how they were made."""
+    if not evaluations:
+        return ["It was not evaluated on a task.", ""]
+    where, how = "rows of the task that were held out", "greedy"
+    if config["eval_task"]:
+        where = f"`{config['eval_task']}`"
+    if config["eval_temperature"]:
+        how = f"temperature {config['eval_temperature']:g}"
+    rows = []
+    for e in evaluations:
+        low, high = e["ci"]
+        rows.append(f"| {e['step']} | {e['who']} | {e['accuracy']:.1%} | {low:.1%} to {high:.1%} "
+                    f"| {e['n']} | {e['k']} |")
+    return [f"On {where}, {how}:", "",
+            "| step | who | accuracy | 95% interval over prompts | prompts | answers to each |",
+            "|--:|---|--:|--:|--:|--:|", *rows, ""]
+
+
+def card_divergence(config: dict, done: dict) -> str:
+    """Empty where the first and the last ten batches overlap."""
+    if done["steps"] < 20:
+        return ""
+    return (f"KL per token, {config['kl']}, on the student's own prefixes: "
+            f"{done['kl_before']:.4f} in the first ten batches, "
+            f"{done['kl_after']:.4f} in the last ten.")

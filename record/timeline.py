@@ -1,7 +1,7 @@
 """
-trace.json: who worked when, and how much of the time.
+trace.json: who worked when, and which share of the time.
 
-What is left out: spans inside of a step; use a profiler on the worker. Tests: tests/test_readme.py
+Left out: spans inside of a step, for which a profiler serves. Tests: tests/test_readme.py
 """
 from __future__ import annotations
 
@@ -10,27 +10,35 @@ import math
 import time
 from pathlib import Path
 
-BUSY = {"rollout": ("generate", "push"), "teacher": ("score",), "learner": ("step", "publish")}     # counts as work
+WORK = {"rollout": ("generate", "push"), "teacher": ("score",), "learner": ("step", "publish")}
+
+Span = tuple[str, str, float, float]           # worker, what it did, from, to: time.monotonic()
 
 
 class Trace:
-    """trace.json, a Chrome / Perfetto trace: one row per worker, and curves. Written as it comes: a long run's is long.
+    """A Chrome / Perfetto trace: one row per worker, and curves.
 
-    A killed run leaves it without its end, which Perfetto does not mind.
+    The file is written as the spans arrive, because a long run's trace does not fit in memory. A
+    killed run leaves it without its closing brackets, which Perfetto accepts.
     """
 
-    def __init__(self, path: Path, workers: list[str]):
-        self.rows = {name: i for i, name in enumerate(workers)}
-        self.file, self.zero = open(path, "w", encoding="utf-8"), time.monotonic()
-        self.seconds = dict.fromkeys(workers, 0.0)                 # of work, up to the last fold
-        self.recent: list[tuple[str, str, float, float]] = []      # worker, what, from, to: since then
-        self.file.write('{"traceEvents": [')
-        self.file.write(",\n".join(json.dumps(dict(ph="M", name="thread_name", pid=0, tid=i, args=dict(name=name)))
-                                   for name, i in self.rows.items()))
+    def __init__(self, path: Path, roles: dict[str, str]):
+        """`roles`: the role of every worker, by its name."""
+        self.roles = roles
+        self.rows = {name: i for i, name in enumerate(roles)}
+        self.file = open(path, "w", encoding="utf-8")
+        self.zero = time.monotonic()
+        self.seconds = dict.fromkeys(roles, 0.0)                   # of work, up to the last fold
+        self.recent: list[Span] = []                               # since then
+        labels = [json.dumps({"ph": "M", "name": "thread_name", "pid": 0, "tid": i,
+                              "args": {"name": name}}) for name, i in self.rows.items()]
+        self.file.write('{"traceEvents": [' + ",\n".join(labels))
 
-    def span(self, name: str, what: str, a: float, b: float) -> None:
-        self.recent.append((name, what, a, b))
-        self.write(ph="X", name=what, tid=self.rows[name], ts=round((a - self.zero) * 1e6), dur=round((b - a) * 1e6))
+    def span(self, worker: str, what: str, begin: float, end: float) -> None:
+        """`worker` did `what` from `begin` to `end`."""
+        self.recent.append((worker, what, begin, end))
+        self.write(ph="X", name=what, tid=self.rows[worker], ts=round((begin - self.zero) * 1e6),
+                   dur=round((end - begin) * 1e6))
 
     def curve(self, name: str, now: float, values: dict) -> None:
         self.write(ph="C", name=name, ts=round((now - self.zero) * 1e6), args=values)
@@ -39,26 +47,29 @@ class Trace:
         self.file.write(",\n" + json.dumps(event | {"pid": 0}))
 
     def fold(self, began: float) -> None:
-        """What has come so far is wholly within the run."""
-        self.seconds = busy_seconds(self.recent, self.seconds, began, math.inf)
+        """Add up the spans so far and forget them: all of them ended before the end of the run."""
+        self.seconds = self.seconds_of_work(began, math.inf)
         self.recent = []
 
+    def seconds_of_work(self, began: float, ended: float) -> dict[str, float]:
+        """By worker, up to the last fold and within [began, ended] since then."""
+        seconds = dict(self.seconds)
+        for worker, what, begin, end in self.recent:
+            if what in WORK[self.roles[worker]]:
+                seconds[worker] += max(0.0, min(end, ended) - max(begin, began))
+        return seconds
+
     def busy(self, began: float, ended: float) -> dict[str, float]:
-        """Per role, the share of [began, ended] that its workers spent on work, averaged over them."""
-        seconds = busy_seconds(self.recent, self.seconds, began, ended)
-        return {role: sum(v) / len(v) / max(1e-9, ended - began) for role in BUSY
-                if (v := [s for name, s in seconds.items() if name.startswith(role)])}
+        """By role, the share of [began, ended] that its workers spent on work, on average."""
+        seconds = self.seconds_of_work(began, ended)
+        wall = max(1e-9, ended - began)
+        shares = {}
+        for role in WORK:
+            of_role = [seconds[worker] for worker in self.roles if self.roles[worker] == role]
+            if of_role:
+                shares[role] = sum(of_role) / len(of_role) / wall
+        return shares
 
     def close(self) -> None:
         self.file.write("]}")
         self.file.close()
-
-
-def busy_seconds(spans: list[tuple[str, str, float, float]], seconds: dict[str, float], began: float,
-                 ended: float) -> dict[str, float]:
-    """`seconds` by worker, and those that the spans of work have within [began, ended]."""
-    seconds = dict(seconds)
-    for name, what, a, b in spans:
-        if what in BUSY[name.rstrip("0123456789")]:
-            seconds[name] += max(0.0, min(b, ended) - max(a, began))
-    return seconds

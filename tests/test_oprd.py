@@ -443,7 +443,7 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
     with pytest.raises(ValueError, match="--resume cannot change"):          # its states are projected as the old one's
         Config.from_cli(["--resume", f"--out={flags['out']}", f"--teacher={folders / 'deep'}"])
     file.unlink()
-    with pytest.raises(ValueError, match="oprd.safetensors is gone"):
+    with pytest.raises(ValueError, match="oprd.safetensors is missing"):
         check_out(Config.from_cli(["--resume", f"--out={flags['out']}"]))
 
 

@@ -152,7 +152,9 @@ def test_busy_time_counts_work_within_the_run_and_averages_workers(tmp_path):
     spans = [("rollout0", "generate", 0.0, 6.0), ("rollout1", "generate", 9.0, 12.0),
              ("rollout1", "evaluate", 0.0, 9.0), ("teacher0", "score", 1.0, 2.0),
              ("learner", "step", 2.0, 4.0), ("learner", "wait", 4.0, 10.0)]
-    trace = Trace(tmp_path / "trace.json", ["rollout0", "rollout1", "teacher0", "teacher1", "learner"])
+    trace = Trace(tmp_path / "trace.json", {
+        "rollout0": "rollout", "rollout1": "rollout", "teacher0": "teacher", "teacher1": "teacher",
+        "learner": "learner"})
     for i, span in enumerate(spans):                                                # teacher1 never has work
         trace.span(*span)
         if i == 0:

@@ -10,7 +10,8 @@ import pytest
 from asyncopd import Config
 from data.prompts import Row
 from record import report
-from record.log import Log, cut_log
+from record.log import Log, rewind
+from record.trackers import TRACKERS
 from tests.conftest import ROOT
 
 ANSWERED = [(Row(f"prompt {i}", str(i)), [f"text {i}", "other"], [i % 2 == 0, False]) for i in range(10)]
@@ -67,7 +68,7 @@ def told(kind, tmp_path, monkeypatch):
         init=lambda **how: heard.append(("init", how)), finish=lambda: heard.append("finish"),
         log=lambda found, step: heard.append((step, found))))
     log = Log(tmp_path, steps=9, quiet=True)
-    log.tracker = report.tracker(kind, tmp_path, {"lr": 1})
+    log.tracker = TRACKERS[kind](tmp_path, {"lr": 1})
     log.write("run", pids={"a": 3})
     log.write("event", what="cut", step=1)
     log.write("step", step=1, kl=0.5, trained=[[1, 2, 3]], lr=None)
@@ -92,7 +93,7 @@ def test_tensorboards_files_hold_the_numbers(tmp_path):
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
     log = Log(tmp_path, steps=9, quiet=True)
-    log.tracker = report.tracker("tensorboard", tmp_path, {"lr": 1})
+    log.tracker = TRACKERS["tensorboard"](tmp_path, {"lr": 1})
     log.write("step", step=1, kl=0.5)
     log.write("step", step=2, kl=0.25)
     log.close()
@@ -110,8 +111,8 @@ def test_a_tracker_that_is_not_there_is_refused_with_its_remedy(kind, monkeypatc
 
 
 def test_no_tracker_is_imported_unasked():
-    code = ("import sys, asyncopd, run; print([m for m in ('wandb', 'trackio', 'tensorboard', 'datasets', 'sympy', "
-            "'torch.utils.tensorboard') if m in sys.modules])")
+    code = ("import sys, asyncopd, control.controller; print([m for m in ('wandb', 'trackio', 'tensorboard', "
+            "'datasets', 'sympy', 'torch.utils.tensorboard') if m in sys.modules])")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.strip() == "[]", done
 
@@ -122,4 +123,4 @@ def test_a_run_that_goes_on_takes_back_what_it_will_write_again(tmp_path):
              dict(type="event", what="restarted", version=3), dict(type="event", what="cut", version=1),
              dict(type="event", what="cut", version=2), dict(type="done", steps=4)]
     (tmp_path / "log.jsonl").write_text("".join(json.dumps(x) + "\n" for x in wrote) + '{"type": "st')
-    assert cut_log(tmp_path / "log.jsonl", 2) == wrote[:4] + [wrote[6], wrote[8], wrote[9]]
+    assert rewind(tmp_path / "log.jsonl", 2) == wrote[:4] + [wrote[6], wrote[8], wrote[9]]
