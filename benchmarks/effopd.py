@@ -39,8 +39,6 @@ os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
-import multiprocessing  # noqa: E402
-
 import kills  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
@@ -336,7 +334,7 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.out)
     if args.what in ("run", "direction"):
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         began, only = time.monotonic(), [x.strip() for x in args.only.split(";")]

@@ -53,6 +53,12 @@ def tiny_models(root: Path) -> dict[str, str]:
     return folders
 
 
+def fork_workers() -> None:
+    """From now on this process forks what it would spawn: imports and patches are there already."""
+    fork = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+    multiprocessing.get_context = torch.multiprocessing.get_context = fork
+
+
 def launch(flags: dict, resume: bool) -> int:
     """The command in a forked process; its id."""
     argv = [("--" if v else "--no-") + k.replace("_", "-") if isinstance(v, bool) else f"--{k.replace('_', '-')}={v}"
@@ -210,7 +216,7 @@ def main() -> None:
     parser.add_argument("--per-run", type=int, default=10)
     parser.add_argument("--out", default="", help="JSONL to append to (default: kills.jsonl beside this file)")
     args = parser.parse_args()
-    multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+    fork_workers()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rng, root, rows = random.Random(args.seed), Path(tempfile.mkdtemp()), []

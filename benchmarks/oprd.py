@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -232,7 +231,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROWS, help="JSONL to append to")
     args = parser.parse_args()
     if args.what in ("run", "lr"):
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         extra = {} if args.steps == COMMON["steps"] else dict(steps=args.steps)

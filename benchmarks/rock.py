@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -380,7 +379,7 @@ def main() -> None:
     if args.what != "table":
         make()
     if args.what == "run":
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         run([args.case] if args.case else list(CASES), [int(x) for x in args.seeds.split(",")], args.steps, args.jobs)
     if args.what == "time":
         timed(args.rounds)

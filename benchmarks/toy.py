@@ -46,7 +46,7 @@ def read(group: str, label: str, folder: str) -> dict:
     run, done, steps = log[0], log[-1], [x for x in log if x["type"] == "step"]
     return dict(group=group, label=label, argv=run["argv"], commit=run["commit"], hardware=run["hardware"],
                 versions=run["versions"], seed=run["config"]["seed"], done=done,
-                finite=all(math.isfinite(v) for s in steps for k, v in s.items() if k != "type"),
+                finite=all(math.isfinite(v) for s in steps for v in s.values() if isinstance(v, (int, float))),
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
                 gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
                 accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"})
