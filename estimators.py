@@ -633,7 +633,7 @@ DENSE = {"reverse": reverse_dense, "forward": forward_dense}      # the same KL 
 
 
 def estimator_table(n: int = 4, k: int = 16) -> str:
-    """The table of the README, in Markdown, from ESTIMATORS and the docstrings."""
+    """The table of docs/estimators.md, in Markdown, from ESTIMATORS and the docstrings."""
     rows = [f"| estimator | target | candidates | bytes per token, N = {n}, K = {k} | unbiased "
             "| under a stale mu |",
             "|---|---|---|--:|---|---|"]

@@ -3,7 +3,7 @@ What the N - 1 extra candidates of a position cost: tokens per second of one vLL
 
     python benchmarks/draws.py                            # both models below; three minutes on one core
 
-One engine per model, made as a rollout worker makes it (`engine_vllm.VLLMEngine`: one process, one thread, float32),
+One engine per model, made as a rollout worker makes it (`engines.vllm.VLLMEngine`: one process, one thread, float32),
 generates the same responses in four forms, in turns, the order rotating from round to round:
 
     plain     vLLM's own sampler at temperature 1; our logits processor has nothing to do
@@ -39,7 +39,6 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from control.resolve import configure  # noqa: E402
 from data import toy  # noqa: E402
-from engines.vllm import RequestOutputKind, SamplingParams, VLLMEngine  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from record.report import table  # noqa: E402
 
@@ -69,6 +68,7 @@ class Bench:
     """An engine, and the CPU seconds that it has spent in its output head and in sampling."""
 
     def __init__(self, folder: str, responses: int, tokens: int):
+        from engines.vllm import VLLMEngine
         self.tokens = tokens
         self.engine = VLLMEngine(configure([
             "--task=toy", f"--student={folder}", f"--teacher={folder}", "--gpus=0", "--engine=vllm",
@@ -95,6 +95,7 @@ class Bench:
 
     def generate(self, n: int) -> dict:
         """Every response once, in one form."""
+        from engines.vllm import RequestOutputKind, SamplingParams
         self.spent.update(head=0.0, sample=0.0)
         engine, wall, cpu = self.engine, time.perf_counter(), time.process_time()
         if n:

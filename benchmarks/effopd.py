@@ -4,7 +4,7 @@ EffOPD against larger learning rates: updates, tokens, seconds until the toy stu
     python benchmarks/effopd.py                # what is not yet in effopd.jsonl, two runs at a time; 80 minutes
     python benchmarks/effopd.py --only sharpening --seeds 1 --steps 24 --out try.jsonl      # a first look; 2 minutes
     python benchmarks/effopd.py direction      # is an update signal, and how far does it lead? three minutes
-    python benchmarks/effopd.py table          # the README's tables, from effopd.jsonl alone
+    python benchmarks/effopd.py table          # the tables in docs/, from effopd.jsonl alone
     python benchmarks/effopd.py plot           # figures/effopd.png, likewise
 
 Two pairs. Sharpening: the student is the toy's, right a third of the time, and the teacher is that student trained on.
@@ -38,8 +38,6 @@ from unittest import mock
 os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
-
-import multiprocessing  # noqa: E402
 
 import kills  # noqa: E402
 import torch  # noqa: E402
@@ -342,7 +340,7 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.out)
     if args.what in ("run", "direction"):
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         began, only = time.monotonic(), [x.strip() for x in args.only.split(";")]

@@ -205,7 +205,7 @@ def result() -> dict[str, float]:
 
 
 def table() -> str:
-    """Markdown for the README: the student before and after, on the held-out problems."""
+    """Markdown for docs/results.md: the student before and after, on the held-out problems."""
     first, last = raw("held-out")[0], raw("held-out")[-1]
     rows = ["| held-out problems, 95% interval | before | after |", "|---|--:|--:|"]
     for label, what, by in (("KL(p \\|\\| q) per token, the student's own samples, nats", "kl", "tokens"),

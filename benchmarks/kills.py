@@ -54,6 +54,12 @@ def tiny_models(root: Path) -> dict[str, str]:
     return folders
 
 
+def fork_workers() -> None:
+    """From now on this process forks what it would spawn: imports and patches are there already."""
+    fork = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+    multiprocessing.get_context = torch.multiprocessing.get_context = fork
+
+
 def launch(flags: dict, resume: bool) -> int:
     """The command in a forked process; its id. In `flags` eval__n is --eval.n."""
     argv = [as_flag(name.replace("__", "."), value) for name, value in flags.items()]
@@ -130,7 +136,7 @@ def life(flags: dict, rng: random.Random, kill: bool) -> tuple[int | None, str]:
     main, began = launch(flags, resume=bool(last)), time.monotonic()
     victim = ""
     if kill:
-        code = moment(main, flags, rng, int(last.name[5:]) if last else 0)
+        code = moment(main, flags, rng, checkpoint.step_of(last) if last else 0)
         if code is not None:
             return code, ""
         victim = rng.choice(VICTIMS)
@@ -211,7 +217,7 @@ def main() -> None:
     parser.add_argument("--per-run", type=int, default=10)
     parser.add_argument("--out", default="", help="JSONL to append to (default: kills.jsonl beside this file)")
     args = parser.parse_args()
-    multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+    fork_workers()
     transformers.logging.set_verbosity_error()
     torch.set_num_threads(1)
     rng, root, rows = random.Random(args.seed), Path(tempfile.mkdtemp()), []

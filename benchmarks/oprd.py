@@ -4,7 +4,7 @@ OPRD on the toy: accuracy by trained tokens, by rank and by lag, against two KL 
     python benchmarks/oprd.py run                # every run that oprd.jsonl lacks; 20 minutes on two cores
     python benchmarks/oprd.py run lag            # of one group: rank, lag, head, bridge
     python benchmarks/oprd.py lr                 # the learning rates, seed 0, 60 steps (LR below: the best of each)
-    python benchmarks/oprd.py table              # the README's table, from oprd.jsonl alone
+    python benchmarks/oprd.py table              # the table in docs/, from oprd.jsonl alone
     python benchmarks/oprd.py plot               # figures/oprd.png, from oprd.jsonl alone
 
 The student is the toy's (31%). The teacher is this student, trained on until it is good, so that both have one origin;
@@ -18,7 +18,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import shutil
 import sys
@@ -239,7 +238,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=ROWS, help="JSONL to append to")
     args = parser.parse_args()
     if args.what in ("run", "lr"):
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         transformers.logging.set_verbosity_error()
         torch.set_num_threads(1)
         extra = {} if args.steps == COMMON["steps"] else dict(steps=args.steps)

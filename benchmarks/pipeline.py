@@ -4,6 +4,7 @@ learner that take time instead of computing. What a rule for overdue responses c
 
     python benchmarks/pipeline.py              # everything: benchmarks/pipeline.jsonl and figures/lag.png; 10 minutes
     python benchmarks/pipeline.py --quick      # the defaults under each rule; 3 minutes
+    python benchmarks/pipeline.py --smoke      # two small batches: does it work at all? seconds
 
 A token here stands for 64 tokens of a response of up to 16,384; lengths are lognormal (sigma 0.8) or Pareto (1.3),
 mean about 4,500, cut at 16,384. The GPUs are split as in the paper: asynchronous, 1 teacher, 4 rollout and 3 learner
@@ -30,8 +31,6 @@ import tempfile
 import time
 from pathlib import Path
 
-from engines import table
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -41,7 +40,6 @@ from config import Config, Eval  # noqa: E402
 from control import controller as run  # noqa: E402
 from control import preflight as job  # noqa: E402
 from control.resolve import resolve  # noqa: E402
-from record.metrics import METRICS  # noqa: E402
 from transport import process as workers  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
@@ -115,18 +113,18 @@ def teacher(cfg, link, slots, eval_prompts, device, dtype):
             link.send("scored", slots=group)
 
 
-def learner(cfg, link, slots, weights, device, dtype):
+def learner(cfg, link, slots, weights, resume, version, rank, device, dtype):
     speed = 7 / 3 if cfg.schedule == "sync" else 1.0
     per_token = STEP_S / (BATCH * mean_length(cfg.task)) / speed
-    weights.publish({"w": torch.zeros(1)}, 0, torch.zeros(1))
+    weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
     link.send("ready")
-    version = 0
     while True:
         for order, body in link.orders(wait=True):
             if order == "stop":
                 return link.send("stopped")
             if order != "train":
-                link.send("saved", folder=body)
+                Path(body).mkdir(parents=True)
+                link.send("saved", folder=body, version=version, why="")
                 continue
             segments = [slots.read(s) for s in body]
             lags = torch.cat([version - s.version for s in segments])
@@ -136,14 +134,14 @@ def learner(cfg, link, slots, weights, device, dtype):
             version += 1
             with link.span("publish"):
                 weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
-            metrics = dict.fromkeys(METRICS.keys() - RUNS_OWN, 0.0) | dict(
+            metrics = dict.fromkeys(BY_LEARNER, 0.0) | dict(
                 step=version, version=version, tokens=len(lags), sequences=len(segments), context=context,
-                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
+                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()),
+                skipped=[], events=[])
             link.send("trained", metrics=metrics)
 
 
-RUNS_OWN = {"gen_tok_s", "wall_s", "push_s", "engine_gap_mean", "engine_gap_p95", "engine_gap_max"}
-table.ENGINES["stand-in"] = StandIn                    # in every process: a spawned one imports this file again
+ENGINES["stand-in"] = StandIn                            # in every process: a spawned one imports this file again
 workers.WORKERS |= {"teacher": teacher, "learner": learner}
 
 
@@ -156,8 +154,8 @@ def mean_length(kind: str) -> float:
 MEANS: dict[str, float] = {}
 
 
-def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict:
-    """One run: its row of the table."""
+def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **flags) -> dict:
+    """One run: its row of the table, without the first batches, which fill the pipeline."""
     from dataclasses import replace
     out = tempfile.mkdtemp()
     cfg = resolve(Config(gpus=0, task="toy", student="-", teacher="-", engine="hf", steps=steps, batch=batch,
@@ -176,8 +174,8 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, **flags) -> dict
         parent.close()
     log = [json.loads(line) for line in open(f"{out}/log.jsonl")]
     shutil.rmtree(out)
-    last, m = log[-1], [x for x in log if x["type"] == "step"][5:]        # the first batches fill the pipeline
-    cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut" and x["version"] >= 5]
+    last, m = log[-1], [x for x in log if x["type"] == "step"][filling:]
+    cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut" and x["version"] >= filling]
     wall = m[-1]["wall_s"] - m[0]["wall_s"]
     tokens = sum(x["tokens"] for x in m[1:])
     responses = sum(x["sequences"] for x in m) - len(cut)
@@ -218,8 +216,11 @@ def table() -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--smoke", action="store_true", help="two small batches and no record")
     parser.add_argument("--steps", type=int, default=40)
     args = parser.parse_args()
+    if args.smoke:
+        return print(json.dumps(play(steps=2, batch=8, workers=1, filling=0)))
     record = (HERE / "pipeline.jsonl").open("w") if not args.quick else None
     sync, rows = {}, []
 

@@ -1,5 +1,5 @@
 """
-The README's figures, from the raw results beside this file: they can be drawn again from a clone, without a run.
+The figures of README and docs, from the raw results in this folder: they can be drawn again without a run.
 
     python benchmarks/plot.py timeline [SYNC_RUN ASYNC_RUN]   # figures/timeline.png; given two run folders, their
                                                               # traces are cut to a few steps: timeline.jsonl

@@ -6,7 +6,7 @@ Rock Tokens on a toy whose rocks are known: style words that a teacher cannot be
     python benchmarks/rock.py run "no rocks" --seeds=0 --steps=20      # a part; what is in the file is not run again
     python benchmarks/rock.py time             # a learner's step with and without bypass, alone; 2 minutes
     python benchmarks/rock.py ban              # answers of the students of `run` without one word or another; 2 minutes
-    python benchmarks/rock.py table            # the README's tables, from benchmarks/rock.jsonl alone
+    python benchmarks/rock.py table            # the tables in docs/, from benchmarks/rock.jsonl alone
 
 Additions with worked solutions, `8+7+0=~15!,5+6+1=!12~;125`: the words ~ and ! come after = and after a sum, at random.
 The teacher puts 0.9 of its mass there on a row that only its head has, so that KL(p || q) is 2.3 nats or more at ~
@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import os
 import random
 import re
@@ -388,7 +387,7 @@ def main() -> None:
     if args.what != "table":
         make()
     if args.what == "run":
-        multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+        kills.fork_workers()
         run([args.case] if args.case else list(CASES), [int(x) for x in args.seeds.split(",")], args.steps, args.jobs)
     if args.what == "time":
         timed(args.rounds)

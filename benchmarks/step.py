@@ -25,8 +25,6 @@ import sys
 import time
 from pathlib import Path
 
-from models import footprint
-
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
@@ -37,6 +35,7 @@ from cache import Slots  # noqa: E402
 from config import Config  # noqa: E402
 from control import plan  # noqa: E402
 from estimators import importance_weight, reverse_mc, reverse_value  # noqa: E402
+from models import footprint  # noqa: E402
 from models.alignment import pad, response_rows  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from transport.weights import Weights  # noqa: E402
@@ -59,7 +58,7 @@ class Before(learner.Learner):
         with self.compute():
             return response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
 
-    def backward(self, group, count):
+    def backward(self, group, count, *_):
         rows = self.rows(group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq")}
         leaf, parts = rows.detach().requires_grad_(), []
@@ -75,9 +74,10 @@ class Before(learner.Learner):
             w = importance_weight(drawn, logmu)
             distinct = ids.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
             parts.append({"loss": loss.detach(), "kl": reverse_value(drawn, logq, logmu), "w": w[:, 0],
-                          "entropy": -(w * drawn).mean(-1), "duplicates": 1 - distinct / N})
+                          "entropy": -(w * drawn).mean(-1), "duplicates": 1 - distinct / N, "y": ids[:, 0]})
         rows.backward(leaf.grad)
-        return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
+        nothing = {name: torch.zeros(len(rows)) for name in learner.MEASURED}
+        return nothing | {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
 
 
 def ready(shape: str, kind=learner.Learner, **flags):

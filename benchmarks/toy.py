@@ -1,12 +1,12 @@
 """
-Every number of the toy in the README: runs of the shipped command, a row each, and the tables made from the rows.
+Every number of the toy in docs/: runs of the shipped command, a row each, and the tables made from the rows.
 
     python benchmarks/toy.py run demo          # three seeds, both engines, sync, forward KL; 12 minutes on two cores
     python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
     python benchmarks/toy.py run estimators m2po --engine=hf          # one of them, with more flags
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
-    python benchmarks/toy.py table demo        # the README's table, from benchmarks/toy.jsonl alone
+    python benchmarks/toy.py table demo        # the table in docs/, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 
 A row holds the command, commit, hardware and seed of its run, its last line, its accuracies, and its KL by step.
@@ -46,7 +46,7 @@ def read(group: str, label: str, folder: str) -> dict:
     run, done, steps = log[0], log[-1], [x for x in log if x["type"] == "step"]
     return dict(group=group, label=label, argv=run["argv"], commit=run["commit"], hardware=run["hardware"],
                 versions=run["versions"], seed=run["config"]["seed"], done=done,
-                finite=all(math.isfinite(v) for s in steps for k, v in s.items() if k != "type"),
+                finite=all(math.isfinite(v) for s in steps for v in s.values() if isinstance(v, (int, float))),
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
                 gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
                 accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"})

@@ -1,1 +1,1 @@
-"""What a run writes down: the log and its keys, checkpoints, the trace, and what a person reads."""
+"""What a run writes down: the log and its keys, checkpoints, the trace, texts for people."""

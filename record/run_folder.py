@@ -59,6 +59,7 @@ def check_same(cfg: Config, before: Mapping[str, object], further: Sequence[str]
         require(now[name] == before[name], f"{flag_of(name)} {now[name]}: --resume cannot change the {before[name]} "
                                            f"of the run in {cfg.out}")
 
+# -- before a run --------------------------------------------------------------------------------
 
 def check_out(cfg: Config) -> Path | None:
     """The checkpoint to continue from with --resume, else None.
@@ -93,7 +94,7 @@ def resume_point(cfg: Config) -> Path:
     require(folder is not None, f"--resume: no complete checkpoint in {out}/checkpoints ({found})")
     for fault in faults:
         print(f"asyncopd: {fault}: continuing from {folder.name}", file=sys.stderr)
-    require(int(folder.name.removeprefix("step-")) <= cfg.steps,
+    require(checkpoint.step_of(folder) <= cfg.steps,
             f"--steps {cfg.steps}: the run in {out} is already at {folder.name}")
     return folder
 

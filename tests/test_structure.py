@@ -246,7 +246,8 @@ def flat_flags(tree: Tree) -> list[Offence]:
         return []
     module = tree["config"]
     classes = {node.name: node for node in module.tree.body if isinstance(node, ast.ClassDef)}
-    flat = [node for node in classes["Config"].body if isinstance(node, ast.AnnAssign)
+    fields = classes["Config"].body if "Config" in classes else []
+    flat = [node for node in fields if isinstance(node, ast.AnnAssign)
             and ast.unparse(node.annotation) not in classes and node.target.id != "extensions"]
     if len(flat) <= FLAT_FLAGS:
         return []
