@@ -57,48 +57,60 @@ EstimatorName = Literal["auto", *ESTIMATORS]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
+    """What is minimised: a divergence of student p and teacher q on the student's own responses."""
     kl: KL = "reverse"
-    """divergence to minimise, student p and teacher q: reverse is KL(p || q), forward is KL(q || p)"""
+    """divergence: reverse is KL(p || q), forward is KL(q || p)"""
     mc_samples: Count = 4
-    """N, the number of candidate words per position"""
+    """N, the number of candidate tokens per position of the Monte Carlo estimators"""
     top_k: Count = 16
-    """K, the number of words per position of the top-k estimators"""
+    """K, the number of tokens per position of the top-k estimators"""
     estimator: EstimatorName = "auto"
-    """row of the table in estimators.py; auto follows from --kl"""
+    """a row of the table in docs/estimators.md; auto chooses by --kl"""
     beta: Annotated[float, Bound(least=0, most=1)] = 0.5
-    """interpolation of --estimator jsd_dense: 0 is the forward KL, 1 the reverse KL"""
+    """for --estimator jsd_dense: 0 is the forward KL, 1 the reverse KL"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Models:
+    """Two models with the same tokenizer, and the prompts to train on."""
     student: str = ""
-    """folder or hub name of the model to train"""
+    """model to train: a folder or a hub name"""
     teacher: str = ""
-    """folder or hub name of the model to learn from"""
+    """model to learn from: a folder or a hub name"""
     task: str = ""
-    """prompts to train on: toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG][:SPLIT]"""
+    """prompts: toy, FILE.jsonl, FILE.parquet or hf:DATASET[:CONFIG][:SPLIT]"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Staleness:
+    """How far generation may run ahead of training. The lag of a token is the number of versions
+    between the weights that drew it and those that it trains."""
     schedule: Literal["async", "sync", "step-off"] = "async"
-    """sync: lag 0 and no overlap; step-off: batch j is drawn as a whole under version j - max_ahead"""
+    """when responses are generated:
+    async: all the time, up to --max-ahead batches ahead of training;
+    sync: only after the batch before is trained, so that the lag is 0 and nothing overlaps;
+    step-off: those of batch j under version j - max_ahead, so that the lag is constant"""
     max_ahead: CountOrZero = 4
-    """number of train batches that generation may run ahead; sets the memory and the mean lag"""
+    """train batches that generation may run ahead; determines the memory and the mean lag"""
     max_lag: CountOrZero = 16
     """largest lag of a trained token, in versions; at least --max-ahead"""
     overdue: Literal["cut", "wait", "drop", "keep"] = "cut"
-    """what happens to a response that would exceed --max-lag. cut: train what it has and continue the rest under new
-    weights; wait: hold the learner until it ends; drop: discard it; keep: train it late"""
+    """what happens to a running response that would exceed --max-lag:
+    cut: train what it has, and continue the rest under new weights;
+    wait: hold the learner until it ends;
+    drop: discard it;
+    keep: train it late, beyond --max-lag"""
     inflight: Literal["recompute", "finish"] = "recompute"
-    """what running responses do when new weights arrive. recompute: continue under them after their context is
-    computed again; finish: end under the old weights first"""
+    """what running responses do when new weights arrive:
+    recompute: continue under them, after their context is computed again;
+    finish: end under the old weights first"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Training:
+    """Batches, optimizer, lengths and sampling."""
     steps: Count = 200
-    """number of train batches"""
+    """train batches until the end of the run"""
     batch: Count = 256
     """responses per train batch"""
     minibatches: Count = 1
@@ -114,9 +126,9 @@ class Training:
     clip: Positive = 1.0
     """largest norm of the gradient"""
     lora_rank: CountOrZero = 0
-    """rank of LoRA adapters on every linear layer, which alone are trained; 0 trains all weights"""
+    """train only LoRA adapters of this rank, on every linear layer; 0 trains all weights"""
     seed: CountOrZero = 0
-    """seed of the prompt order and of every draw"""
+    """seed of the order of prompts and of every draw"""
     max_prompt: Count = 2048
     """longest prompt, in tokens"""
     max_response: Count = 16384
@@ -126,79 +138,83 @@ class Training:
     top_p: Annotated[float, Bound(above=0, most=1)] = 1.0
     """nucleus from which the student samples"""
     micro_tokens: Count = 16384
-    """padded tokens per forward pass of learner and teacher"""
+    """tokens, padding included, in a forward pass of learner and teacher"""
     gradient_checkpointing: bool = False
-    """keep only the input of each layer for the backward pass and compute the rest again"""
+    """keep only the input of each layer for the backward pass, and compute the rest again"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machines:
+    """GPUs, and how many workers of each role share them."""
     gpus: int = -1
-    """number of GPUs to use; 0 runs everything on the CPU, -1 uses all there are"""
+    """GPUs to use; 0 runs everything on the CPU, -1 uses all that this machine has"""
     rollouts: CountOrZero = 0
-    """number of rollout workers; 0 chooses by the number of GPUs"""
+    """rollout workers, which generate; 0 chooses by --gpus"""
     teachers: CountOrZero = 0
-    """number of teacher workers; 0 chooses by the number of GPUs"""
+    """teacher workers, which score; 0 chooses by --gpus"""
     teacher_gpus: Count = 1
-    """GPUs over which each teacher is spread, layer by layer, when it is larger than one GPU"""
+    """GPUs of each teacher, over which its layers are spread; for a teacher larger than a GPU"""
     learners: CountOrZero = 0
-    """number of learner workers, over which one student is sharded; 0 chooses by the number of GPUs"""
+    """learner workers, over which the one student is sharded; 0 chooses by --gpus"""
     engine: str = "auto"
-    """what generates: vllm or hf; auto is vllm where it is installed"""
+    """what generates: vllm or hf (transformers); auto is vllm where it is installed"""
     teacher_engine: str = "hf"
-    """what scores: hf or vllm; vllm serves the estimators that need only scores or the teacher's best words"""
+    """what scores: hf or vllm; vllm serves the estimators that need its log-probs or top-k only"""
     max_running: Count = 256
     """responses that an engine generates at the same time"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
+    """Where a run is recorded, and from where it continues."""
     config: str = ""
-    """YAML file of flags; a flag on the command line overrides it"""
+    """YAML file of flags, which flags of the command line override"""
     dry_run: bool = False
     """print models, devices, memory and the expected bottleneck, then stop"""
     out: str = ""
-    """run folder; by default runs/<task>-<time>"""
+    """run folder; without this flag runs/<task>-<time>"""
     overwrite: bool = False
-    """empty the run folder if a run is in it"""
+    """empty the run folder if there is a run in it"""
     resume: bool = False
     """continue from the newest checkpoint in --out, with the flags of that run"""
     save_every: CountOrZero = 0
-    """steps between checkpoints; 0 saves only on an interrupt, and the student at the end"""
+    """steps between checkpoints; 0 saves on an interrupt only, and the student at the end"""
     log: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
-    """tracker that receives the numbers of log.jsonl as well"""
+    """tracker that receives what log.jsonl records"""
     extend: str = ""
-    """extensions to switch on, separated by commas: names from extensions/ or paths of Python files"""
+    """extensions to switch on, separated by commas: names from extensions/, or Python files"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Data:
+    """How the rows of --task become prompts, and on which rows to evaluate."""
     prompt_key: str = "prompt"
-    """key of the prompt in a row of the task; a.b looks inside a record, a,b takes the first that is there"""
+    """key of a row's prompt; a.b looks inside a record, a,b takes the first that is there"""
     answer_key: str = "answer"
-    """key of the answer; a row without one is trained on and not graded"""
+    """key of a row's answer; a row without one is trained on, but not graded"""
     filter: str = ""
-    """rows to train on: KEY OP VALUE [and ...], for example difficulty>=6"""
+    """rows to train on: KEY OP VALUE [and ...]; example: difficulty>=6"""
     template: str = "{prompt}"
-    """text in which {prompt} is replaced by the prompt"""
+    """text around every prompt, which stands in the place of {prompt}"""
     suffix: str = ""
-    """text that follows every prompt"""
+    """text after every prompt"""
     thinking: bool = False
     """enable_thinking of the student's chat template"""
     long_prompts: Literal["skip", "refuse"] = "skip"
     """what happens to prompts longer than --max-prompt: skip and count them, or refuse the task"""
     eval_task: str = ""
-    """rows for evaluation, written like --task; by default some rows of the task are held out"""
+    """rows to evaluate on, written like --task; without this flag, rows held out from the task"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Eval:
+    """Evaluation of the student on rows that are not trained on."""
     every: CountOrZero = 0
-    """steps between evaluations; 0 evaluates only at the start and at the end"""
+    """steps between evaluations; 0 evaluates at the start and at the end only"""
     n: CountOrZero = 200
-    """number of rows to evaluate on"""
+    """rows to evaluate on"""
     k: Count = 1
-    """answers to each row, for avg@k and pass@k"""
+    """answers per row, for avg@k and pass@k"""
     temperature: NotNegative = 0.0
     """temperature of these answers; 0 is greedy"""
     teacher: bool = False
@@ -207,18 +223,20 @@ class Eval:
 
 @dataclass(frozen=True, kw_only=True)
 class Faults:
+    """What a run survives."""
     keep: CountOrZero = 2
-    """number of newest checkpoints to keep; 0 keeps all"""
+    """newest checkpoints to keep; 0 keeps all"""
     restarts: CountOrZero = 3
-    """how often rollout and teacher workers are restarted, in all, before the run ends"""
+    """restarts of rollout and teacher workers, in all, before the run gives up"""
     stall_s: Positive = 900.0
     """seconds without a sign of life after which a worker counts as dead"""
     skips: Count = 3
-    """consecutive updates that may be skipped because they are not finite before the run ends"""
+    """successive updates that may be skipped as not finite before the run gives up"""
 
 
-GROUPS = {"objective": Objective, "models": Models, "staleness": Staleness, "training": Training,
-          "machines": Machines, "run": Run}          # flat flags, in the order of --help
+# Flat flags, in the order of --help
+GROUPS = {"objective": Objective, "model": Models, "staleness": Staleness, "training": Training,
+          "machine": Machines, "run": Run}
 
 
 @dataclass(frozen=True, kw_only=True)

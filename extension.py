@@ -206,6 +206,12 @@ def extension_class(item: str) -> type[Extension]:
     return found[0]
 
 
+def summary(kind: type[Extension]) -> str:
+    """The first paragraph of its file's docstring, for --help."""
+    text = sys.modules[kind.__module__].__doc__ or kind.__name__
+    return " ".join(text.strip().partition("\n\n")[0].split())
+
+
 def load_module(item: str) -> ModuleType:
     """The module of an extension: extensions/NAME.py, or the file that the item names."""
     file = Path(item) if item.endswith(".py") else FOLDER / f"{item}.py"

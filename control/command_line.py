@@ -12,7 +12,7 @@ Tests: tests/test_cli.py, tests/test_bad_input.py
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,12 +22,18 @@ import tyro
 import yaml
 
 import extension
-from config import GROUPS, NESTED, Config, check_bounds, each_flag, require
+from config import GROUPS, NESTED, Config, check_bounds, each_flag, flag_of, require
 from record.run_folder import recorded_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-DESCRIPTION = """Asynchronous on-policy distillation: a student writes, a teacher scores, a learner
-updates, all at the same time. Example: asyncopd.py --gpus 8 --kl reverse --mc-samples 4"""
+DESCRIPTION = """Asynchronous on-policy distillation: a student writes, a teacher scores, a learner updates,
+all at the same time. Without a model and without --config: the toy where there is no GPU, Qwen2.5-0.5B
+on GSM8K with a few GPUs, the setting of the paper with eight.
+
+    asyncopd.py --gpus 8 --kl reverse --mc-samples 4
+    asyncopd.py --gpus 0
+    asyncopd.py --config configs/gsm8k.yaml --dry-run
+    asyncopd.py --extend NAME --help          with the flags of an extension"""
 
 
 def parse(argv: Sequence[str]) -> Config:
@@ -41,7 +47,7 @@ def parse(argv: Sequence[str]) -> Config:
     extend = scan(argv, "--extend") or str(written.get("extend", ""))
     if not file:
         written = read_file(default_file(read(argv, extend)))
-    config = read([*as_flags(written, file, extend), *argv], extend)
+    config = read([*as_flags(written, f"--config {file}", extend), *argv], extend)
     if config.resume:
         config = resumed(config, argv, file, written)
     check_bounds(config)
@@ -54,9 +60,9 @@ def resumed(config: Config, argv: Sequence[str], file: str, written: dict[str, A
     """The flags of the run in --out, changed by those of a file that is named, and by `argv`."""
     before = recorded_flags(config.out)
     extend = config.extend or str(before.get("extend", ""))
-    flags = as_flags(before, f"{config.out}/log.jsonl", extend)
+    flags = as_flags(before, f"--resume {config.out}", extend)
     if file:
-        flags += as_flags(written, file, extend)
+        flags += as_flags(written, f"--config {file}", extend)
     return read([*flags, *argv], extend)
 
 
@@ -70,14 +76,14 @@ def extension_flags(config: Config) -> dict[str, Any]:
 
 def read(argv: Sequence[str], extend: str) -> Config:
     """Parse flags; those of the extensions in `extend` are known."""
-    check_switched_on(argv, extend)
+    check_words(argv, extend)
     found = tyro.cli(flags_class(extend), args=list(argv), prog="asyncopd.py",
                      description=DESCRIPTION, use_underscores=False)
     flat: dict[str, Any] = {}
     for name, group in GROUPS.items():
         values = getattr(found, name)
         flat |= {f.name: getattr(values, f.name) for f in dataclasses.fields(group)}
-    nested = {name: getattr(found, name) for name in NESTED}
+    nested = {name: group(**vars(getattr(found, name))) for name, group in NESTED.items()}
     own = {name: dataclasses.asdict(getattr(found, name)) for name in
            extension.default_flags(extend)}
     return Config(**flat, **nested, extensions=own)
@@ -87,25 +93,71 @@ def flags_class(extend: str) -> type:
     """A dataclass of all flags: the flat groups, the nested ones, those of extensions."""
     members: list[tuple[str, Any, Any]] = []
     for name, group in GROUPS.items():
-        flat = Annotated[group, tyro.conf.arg(name="")]
-        members.append((name, flat, dataclasses.field(default=group())))
+        shown = without_blanks(group)
+        members.append((name, tyro.conf.OmitArgPrefixes[shown], dataclasses.field(default=shown())))
     for name, group in NESTED.items():
-        members.append((name, group, dataclasses.field(default=group())))
-    for name, flags in extension.default_flags(extend).items():
+        shown = without_blanks(group)
+        members.append((name, shown, dataclasses.field(default=shown())))
+    for item in extension.split_names(extend):
+        kind = extension.extension_class(item)
+        name = extension.name_of(item)
         require(name not in (*GROUPS, *NESTED),
-                f"--extend {extend}: {name} is the name of a group of flags")
-        members.append((name, type(flags), dataclasses.field(default=flags)))
+                f"--extend {item}: {name} is already the name of a group of flags")
+        shown = without_blanks(kind.Flags, extension.summary(kind))
+        members.append((name, shown, dataclasses.field(default=shown())))
     return dataclasses.make_dataclass("Flags", members, frozen=True)
 
 
-def check_switched_on(argv: Sequence[str], extend: str) -> None:
-    """Refuse the flag of an extension that is off: tyro could only say that it does not know it."""
-    on = [extension.name_of(item) for item in extension.split_names(extend)]
-    for flag in argv:
-        name, dot, _ = flag.removeprefix("--").partition(".")
-        known = flag.startswith("--") and dot and name in extension.known_extensions()
-        require(not known or name in on,
-                f"{flag}: the extension {name} is switched off (--extend {name} switches it on)")
+def without_blanks(group: type, title: str = "") -> type:
+    """The same dataclass; in its help no default is shown where it is an empty text."""
+    nothing = tyro.conf.arg(help_behavior_hint="")
+    members = [(f.name, Annotated[str, nothing], dataclasses.field(default=""))
+               for f in dataclasses.fields(group) if f.default == ""]
+    return dataclasses.make_dataclass(
+        group.__name__, members, bases=(group,), frozen=True, kw_only=True,
+        namespace={"__doc__": title or group.__doc__})
+
+
+def check_words(argv: Sequence[str], extend: str) -> None:
+    """Refuse a word that looks like a flag and is none, with the nearest one."""
+    known = known_flags(extend)
+    for word in argv:
+        if not word.startswith("--") or word == "--help":
+            continue
+        flag = word.partition("=")[0]
+        name = flag.removeprefix("--").replace("-", "_")
+        if isinstance(known.get(positive(name)), bool):
+            continue
+        check_known(flag, name, known, spelt=flag_of)
+
+
+def positive(name: str) -> str:
+    """The switch that a flag turns on or off. Example: eval.no_teacher -> eval.teacher."""
+    group, dot, last = name.rpartition(".")
+    return f"{group}{dot}{last.removeprefix('no_')}"
+
+
+def known_flags(extend: str) -> dict[str, Any]:
+    """Every flag by its name with dots, and its default; those of the extensions in `extend` too."""
+    own = {name: dataclasses.asdict(flags)
+           for name, flags in extension.default_flags(extend).items()}
+    return dict(each_flag(Config(extensions=own)))
+
+
+def check_known(where: str, name: str, known: Mapping[str, Any],
+                spelt: Callable[[str], str] = str) -> None:
+    """Raise ValueError for a name that is no flag. The message begins with `where` and offers the
+    nearest one, spelt as on the command line or in a file."""
+    if name in known:
+        return
+    group, dot, _ = name.partition(".")
+    is_on = any(other.startswith(f"{group}.") for other in known)
+    require(not dot or is_on or group not in extension.known_extensions(),
+            f"{where}: the extension {group} is switched off (--extend {group} switches it on)")
+    near = get_close_matches(name, known, n=1)
+    if not near:
+        raise ValueError(f"{where}: no such flag (asyncopd.py --help lists all)")
+    raise ValueError(f"{where}: no such flag (did you mean {spelt(near[0])}?)")
 
 
 def scan(argv: Sequence[str], flag: str) -> str:
@@ -164,21 +216,19 @@ def flattened(written: dict, prefix: str = "") -> dict[str, Any]:
     return found
 
 
-def as_flags(written: dict[str, Any], path: str, extend: str) -> list[str]:
-    """The same as words of a command line. Raises ValueError for a key that is no flag."""
-    defaults = dict(each_flag(Config(extensions={
-        name: dataclasses.asdict(flags) for name, flags in
-        extension.default_flags(extend).items()})))
+def as_flags(written: dict[str, Any], where: str, extend: str) -> list[str]:
+    """The same as words of a command line. Raises ValueError for a key that is no flag; `where`
+    begins the message."""
+    known = known_flags(extend)
     flags = []
     for name, value in written.items():
-        where = f"--config {path}: {name}"
-        near = get_close_matches(name, defaults, n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        require(name in defaults, f"{where}: no such flag{hint}")
-        require(value is not None, f"{where} has no value")
-        is_switch = isinstance(defaults[name], bool)
-        require(isinstance(value, bool) == is_switch,
-                f"{where}: {value!r} is {'not' if is_switch else ''} true or false".replace("  ", " "))
+        check_known(f"{where}: {name}", name, known)
+        require(value is not None, f"{where}: {name} has no value")
+        if isinstance(known[name], bool):
+            require(isinstance(value, bool), f"{where}: {name}: {value!r} is not true or false")
+        else:
+            require(not isinstance(value, (bool, list)),
+                    f"{where}: {name}: {value!r} is not a number or a text")
         flags.append(as_flag(name, value))
     return flags
 
