@@ -73,6 +73,7 @@ class EffOPD(Extension):
         if flags.gate == "accuracy":
             self.fixed_on_resume = ("gate",)
             self.validation_rows = PROMPTS
+            self.fixed_on_resume = ("gate",)             # no teacher's scores are kept
 
     # -- the parent
 

@@ -20,8 +20,10 @@ from tests.conftest import ROOT, save_tiny
 
 CASES = [      # (flags, what the line must name). {w} is a folder with the files below
     # flags
-    ("--stepz=3", "--stepz: no such flag (did you mean --steps?)"), ("--steps=three", "three"), ("--steps=2.5", "2.5"), ("--steps=0", "--steps 0"),
-    ("--steps=", "--steps"), ("--step=3", "--step: no such flag (did you mean --steps?)"), ("positional", "positional"), ("--lr=-1", "--lr -1"),
+    ("--stepz=3", "--stepz: no such flag (did you mean --steps?)"),
+    ("--step=3", "--step: no such flag (did you mean --steps?)"), ("--steps=three", "three"),
+    ("--steps=2.5", "2.5"), ("--steps=0", "--steps 0"),
+    ("--steps=", "--steps"), ("positional", "positional"), ("--lr=-1", "--lr -1"),
     ("--lr=fast", "fast"), ("--kl=sideways", "sideways"), ("--estimator=magic", "magic"), ("--top-p=0", "--top-p 0"),
     ("--top-p=1.5", "--top-p 1.5"), ("--max-ahead=-1", "--max-ahead -1"), ("--mc-samples=0", "--mc-samples 0"),
     ("--batch=2 --minibatches=3", "--minibatches 3"), ("--temperature=0", "--temperature 0"), ("--beta=2", "--beta 2"),
@@ -70,13 +72,15 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--batch=2000000 --max-response=400 --max-prompt=100", "GB"),
     # files of flags
     ("--config={w}/absent.yaml", "absent.yaml"), ("--config={w}", "--config"), ("--config={w}/list.yaml", "list.yaml"),
-    ("--config={w}/broken.yaml", "broken.yaml"), ("--config={w}/unknown.yaml", "unknown.yaml: stepz: no such flag (did you mean steps?)"),
+    ("--config={w}/broken.yaml", "broken.yaml"),
+    ("--config={w}/unknown.yaml", "unknown.yaml: stepz: no such flag (did you mean steps?)"),
     ("--config={w}/empty.yaml", "empty.yaml"), ("--config={w}/null.yaml", "null.yaml: steps has no value"),
     ("--config={w}/binary.jsonl", "binary.jsonl"),
     ("--config={w}/nested.yaml", "nested.yaml: eval.tempature: no such flag (did you mean eval.temperature?)"),
     ("--config={w}/old.yaml", "old.yaml: eval_n: no such flag (did you mean eval.n?)"),
     ("--config={w}/switch.yaml", "switch.yaml: overwrite: 'maybe' is not true or false"),
-    ("--config={w}/off.yaml", "off.yaml: rock.k: the extension rock is switched off"), ("--config={w}/three.yaml", "three"),
+    ("--config={w}/off.yaml", "off.yaml: rock.k: the extension rock is switched off"),
+    ("--config={w}/three.yaml", "three"),
     # models
     ("--student={w}/absent", "{w}/absent"), ("--teacher={w}/absent", "{w}/absent"),
     ("--student={w}/list.yaml", "list.yaml"), ("--student={w}/noconfig", "noconfig"),

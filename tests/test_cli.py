@@ -62,7 +62,7 @@ def test_a_folder_that_is_no_run_is_not_overwritten(what, tmp_path):
 def test_an_unknown_key_in_a_file_is_refused(tmp_path):
     path = tmp_path / "c.yaml"
     path.write_text("stepz: 3\n")
-    with pytest.raises(ValueError, match="--stepz=3"):
+    with pytest.raises(ValueError, match=r"c.yaml: stepz: no such flag \(did you mean steps\?\)"):
         cli(f"--config={path}")
 
 
@@ -74,7 +74,7 @@ def test_help_has_every_flag_in_a_group_with_its_default(capsys):
     for name, _ in each_flag(Config()):
         assert re.search(rf"{flag_of(name)}\b", said), name
     for group in (*GROUPS, *NESTED):
-        assert re.search(rf"^.*\b{group}\b.*─", said, re.M), f"{group} is the title of a box"
+        assert f"{group} options" in said, f"{group} is the title of a box"
     assert "default: 16384" in said
 
 

@@ -56,7 +56,7 @@ def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):
                         num_attention_heads=4, num_key_value_heads=2, head_dim=32)
         model = Qwen3ForCausalLM(c).eval()
         if again:
-            from learner import recompute
+            from models.sharding import recompute
             recompute(model)
         kept.clear()
 
