@@ -69,8 +69,8 @@ class Step:
 @dataclass
 class Outcome:
     """What an extension did after a step."""
-    events: list[dict] = field(default_factory=list)               # lines of the log: {"what": ..., ...}
-    metrics: dict[str, float] = field(default_factory=dict)        # keys of METRICS
+    events: list[dict] = field(default_factory=list)               # {"what": ..., ..}: the log adds the step
+    metrics: dict[str, float] = field(default_factory=dict)        # all keys of METRICS
     flush: bool = False                          # the weights have jumped: what is in flight is too old
 
 
@@ -183,11 +183,13 @@ def known_extensions() -> list[str]:
 
 
 def split_names(extend: str) -> list[str]:
-    """The items of --extend. Raises ValueError for a name that appears twice."""
+    """The items of --extend. Raises ValueError for a name that appears twice or cannot be the prefix of a flag."""
     items = [item.strip() for item in extend.split(",") if item.strip()]
     names = [name_of(item) for item in items]
     for name in names:
         require(names.count(name) == 1, f"--extend {extend}: {name} appears twice")
+        require(name.isidentifier(), f"--extend {extend}: {name!r} cannot be the prefix of flags (rename the file: "
+                                     "letters, digits and _)")
     return items
 
 
@@ -252,7 +254,7 @@ class Extensions(list[Extension]):
     @property
     def metrics(self) -> dict[str, str]:
         """Keys that they add to a step line."""
-        return {key: text for e in self for key, text in e.METRICS.items()}
+        return merged(e.METRICS for e in self)
 
     @property
     def validation_rows(self) -> int:
@@ -305,6 +307,19 @@ class Extensions(list[Extension]):
         if not weights:
             return None
         return torch.stack(weights).prod(0)
+
+    def after_step(self, step: Step) -> Outcome:
+        """What all of them did, in their order. Raises ValueError for one that does not fill its METRICS."""
+        total = Outcome()
+        for e in self:
+            outcome = e.after_step(step)
+            require(outcome.metrics.keys() == e.METRICS.keys(),
+                    f"--extend {e.name}: after_step must fill its METRICS {sorted(e.METRICS)}, and it filled "
+                    f"{sorted(outcome.metrics)}")
+            total.events += outcome.events
+            total.metrics |= outcome.metrics
+            total.flush |= outcome.flush
+        return total
 
     def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
         return {slot for e in self for slot in e.after_flush(segments, link)}

@@ -27,7 +27,7 @@ from torch import Tensor
 from cache import Segment
 from config import Config
 from estimators import DENSE, ESTIMATORS, VALUE, importance_weight
-from extension import Extensions, Outcome, Step
+from extension import Extensions, Step
 from models.head import teacher_logq
 from models.loading import load_head
 from models.sharding import Ranks, concatenated
@@ -115,12 +115,10 @@ class Learner:
                 skipped.append({"slots": slots, "why": why})
         everywhere = self.ranks.all(concatenated(measured))
         step = Step(segments=segments, measured=everywhere, version=version, link=link)
-        outcomes = [extension.after_step(step) for extension in self.extensions]
-        metrics = self.metrics(segments, everywhere, version, outcomes)
+        outcome = self.extensions.after_step(step)
+        metrics = self.metrics(segments, everywhere, version) | outcome.metrics
         metrics |= {"grad_norm": norm.item(), "lr": lr}
-        return Trained(metrics, skipped,
-                       events=[event for outcome in outcomes for event in outcome.events],
-                       flush=any(outcome.flush for outcome in outcomes))
+        return Trained(metrics, skipped, outcome.events, outcome.flush)
 
     def accumulate(self, minibatch: list[Segment], link: Link | None, first: bool) -> list[Measured]:
         """Add up the gradient of one optimizer batch, micro-batch by micro-batch."""
@@ -265,8 +263,8 @@ class Learner:
 
     # -- what a step says --------------------------------------------------------------------------
 
-    def metrics(self, segments: list[Segment], measured: list[Measured], version: int,
-                outcomes: list[Outcome]) -> dict[str, object]:
+    def metrics(self, segments: list[Segment], measured: list[Measured],
+                version: int) -> dict[str, object]:
         """The numbers of a step that are known here (record/metrics.py)."""
         lag = lags(segments, version)
         tokens = sum(map(len, segments))
@@ -277,8 +275,6 @@ class Learner:
                   "context": sum(s.start - s.prompt for s in segments),
                   "lag_min": int(lag.min()), "lag_mean": lag.mean().item(),
                   "lag_max": int(lag.max())}
-        for outcome in outcomes:
-            found |= outcome.metrics
         return found
 
     def nothing_measured(self, minibatch: list[Segment]) -> Measured:

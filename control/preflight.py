@@ -26,6 +26,7 @@ from data import toy
 from data.prompts import Row, prompt_number
 from extension import Extension, Extensions, ModelPair, SlotTensor, prepared_file
 from models.loading import text_config, vocab_size
+from record.metrics import METRICS
 from transport.process import alone
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -68,6 +69,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
                        student_config=text_config(cfg.student), teacher_config=text_config(cfg.teacher))
     extension_notes = extensions.check(models)
     check_teacher_states(cfg, extensions)
+    check_metrics(cfg, extensions)
     validation = validation_pairs(cfg, extensions, texts)
     added = plan.additions(cfg, extensions, models)
     memory = check_memory(cfg, models, added)
@@ -120,6 +122,12 @@ def check_teacher_states(cfg: Config, extensions: Extensions) -> None:
     require(cfg.teacher_engine == "hf" or not readers,
             f"--teacher-engine {cfg.teacher_engine}: --extend {','.join(readers)} needs the teacher's hidden states, "
             "which it does not give (--teacher-engine hf does)")
+
+
+def check_metrics(cfg: Config, extensions: Extensions) -> None:
+    """A key of a step line has one meaning."""
+    taken = sorted(extensions.metrics.keys() & METRICS.keys())
+    require(not taken, f"--extend {cfg.extend}: {', '.join(taken)} in METRICS is a key that every step line has")
 
 
 def prepare_extensions(cfg: Config, job: Job) -> dict[Path, bytes]:

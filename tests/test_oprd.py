@@ -12,10 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import asyncopd
 from cache import Segment, Slots
 from config import Config
 from control import plan
 from control.command_line import as_flag
+from control.memory import allocate
 from control.preflight import prepare, prepare_one
 from control.resolve import configure
 from extension import Extensions, ModelPair, Step, prepared_file
@@ -206,7 +208,6 @@ def test_a_slot_costs_two_bytes_per_rank_layer_and_position(config, rank, positi
         needs = plan.memory(c, models.student, models.teacher, added=added)
         gb.append(next(n for n in needs if n.worker == "shared").parts["cache"])
     assert gb[0] - gb[1] == pytest.approx(states.nbytes / 1e9), "(2 + 1) batches of 4"
-    from control.memory import allocate
     cfg, job = prepare(cfg)
     assert allocate(cfg, job).slots.extra[STATES].shape == (12, *tensor.shape)
 
@@ -516,7 +517,6 @@ def test_runs_of_other_kinds(flags, engine, more):
 
 
 def test_a_dry_run_counts_the_states(capsys):
-    import asyncopd
     """Qwen3-1.7B: 28 layers; the teacher's states are 2,048 wide. At rank 16 a token of them costs 896 bytes."""
     for rank, said in (("16", "896"), ("0", "114,688")):
         assert asyncopd.main([f"--config={ROOT}/configs/deepmath_1.7b.yaml", "--gpus=8", "--dry-run",
