@@ -1,6 +1,6 @@
 """
-Eight GPUs without eight GPUs: the real parent, ledger, slots, pipes and rollout worker, with an engine, a teacher and a
-learner that take time instead of computing. What a rule for overdue responses costs, at any scale of time.
+Eight GPUs without eight GPUs: the real parent, scheduler, slots, pipes and rollout worker, with an engine, a teacher
+and a learner that take time instead of computing. What a rule for overdue responses costs, at any scale of time.
 
     python benchmarks/pipeline.py              # everything: benchmarks/pipeline.jsonl and figures/lag.png; 10 minutes
     python benchmarks/pipeline.py --quick      # the defaults under each rule; 3 minutes
@@ -37,10 +37,12 @@ sys.path.insert(0, str(HERE.parent))
 import torch  # noqa: E402
 
 from config import Config, Eval  # noqa: E402
-from control import controller as run  # noqa: E402
-from control import preflight as job  # noqa: E402
+from control import controller  # noqa: E402
+from control.plan import plan  # noqa: E402
+from control.preflight import Job  # noqa: E402
 from control.resolve import resolve  # noqa: E402
-from transport import process as workers  # noqa: E402
+from engines.table import ENGINES  # noqa: E402
+from record.metrics import BY_LEARNER  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
 BATCH = 64                   # responses per train batch; the paper's 256 takes four times as long
@@ -97,7 +99,7 @@ class StandIn:
         return out
 
 
-def teacher(cfg, link, slots, eval_prompts, device, dtype):
+def teacher(cfg, link, shared, device, dtype):
     per_token = TEACHER_S / (BATCH * mean_length(cfg.task))
     link.send("ready")
     while True:
@@ -109,14 +111,15 @@ def teacher(cfg, link, slots, eval_prompts, device, dtype):
         for i in range(0, len(waiting), 8):
             group = waiting[i:i + 8]
             with link.span("score"):
-                time.sleep(per_token * sum(len(slots.read(s).tokens) for s in group))
+                time.sleep(per_token * sum(len(shared.slots.read(s).tokens) for s in group))
             link.send("scored", slots=group)
 
 
-def learner(cfg, link, slots, weights, resume, version, rank, device, dtype):
+def learner(cfg, link, shared, start, device, dtype):
     speed = 7 / 3 if cfg.schedule == "sync" else 1.0
     per_token = STEP_S / (BATCH * mean_length(cfg.task)) / speed
-    weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
+    version = start.version
+    shared.weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
     link.send("ready")
     while True:
         for order, body in link.orders(wait=True):
@@ -126,23 +129,22 @@ def learner(cfg, link, slots, weights, resume, version, rank, device, dtype):
                 Path(body).mkdir(parents=True)
                 link.send("saved", folder=body, version=version, why="")
                 continue
-            segments = [slots.read(s) for s in body]
+            segments = [shared.slots.read(s) for s in body]
             lags = torch.cat([version - s.version for s in segments])
             context = sum(s.start - s.prompt for s in segments)
             with link.span("step"):
                 time.sleep(per_token * (len(lags) + context))
             version += 1
             with link.span("publish"):
-                weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
+                shared.weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
             metrics = dict.fromkeys(BY_LEARNER, 0.0) | dict(
                 step=version, version=version, tokens=len(lags), sequences=len(segments), context=context,
-                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()),
-                skipped=[], events=[])
-            link.send("trained", metrics=metrics)
+                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
+            link.send("trained", metrics=metrics, skipped=[], events=[], flush=False)
 
 
-ENGINES["stand-in"] = StandIn                            # in every process: a spawned one imports this file again
-workers.WORKERS |= {"teacher": teacher, "learner": learner}
+ENGINES["stand-in"] = f"{__name__}:StandIn"              # in every process: a spawned one imports this file again
+controller.WORKERS |= {"teacher": teacher, "learner": learner}
 
 
 def mean_length(kind: str) -> float:
@@ -162,10 +164,9 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **fla
                          max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, out=out,
                          eval=Eval(n=0), save_every=0, **flags))
     cfg = replace(cfg, engine="stand-in", task=kind)
-    work = job.Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
-                   layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
-    roles = [f"rollout{i}" for i in range(workers)] + ["teacher0", "learner"]
-    parent = run.Run(cfg, work, dict.fromkeys(roles, "cpu"), quiet=True)
+    job = Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
+              layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
+    parent = controller.Controller(cfg, job, plan(cfg), quiet=True)
     try:
         parent.start()
         parent.loop()
@@ -179,7 +180,7 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **fla
     wall = m[-1]["wall_s"] - m[0]["wall_s"]
     tokens = sum(x["tokens"] for x in m[1:])
     responses = sum(x["sequences"] for x in m) - len(cut)
-    begun = [length(kind, uid) for uid in range(parent.ledger.prompts)]
+    begun = [length(kind, uid) for uid in range(parent.scheduler.prompts)]
     return dict(rule="sync" if cfg.schedule == "sync" else f"step-off {cfg.max_ahead}" if cfg.schedule == "step-off"
                 else cfg.overdue, lengths=kind, inflight=cfg.inflight, max_ahead=cfg.max_ahead, max_lag=cfg.max_lag,
                 slots=len(parent.slots), steps=steps,

@@ -6,7 +6,7 @@ answers them once. The answers are graded in a thread, so that the run goes on. 
 extension wants graded, to training prompts, take the same way.
 
 What is left out: grading itself (data/graders.py); how answers are generated (rollout.py,
-teacher.py). Tests: tests/test_pipeline.py
+teacher.py). Tests: tests/test_evaluation.py
 """
 from __future__ import annotations
 

@@ -168,7 +168,7 @@ def listing(folder) -> list[str]:
 @pytest.mark.parametrize("flags, named", CASES)
 def test_it_is_refused(flags, named, world, models, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(asyncopd, "Run", lambda *_: pytest.fail("the run was begun"))
+    monkeypatch.setattr(asyncopd, "Controller", lambda *_: pytest.fail("the run was begun"))
     both = f"--student={models['student']} --teacher={models['teacher']}"
     own = "--estimator=none --extend=oprd"
     given = [word for flag in flags.split(" ") for word in flag.format(w=world, m=both, oprd=own).split(" ")]

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from control.controller import Run
+from control.watchdog import Watchdog
 from data.prompts import prompt_number
 from record.account import Account
 from tests.conftest import ROOT
@@ -215,16 +215,15 @@ def test_a_disk_too_full_for_the_log_ends_the_run_and_leaves_nothing(flags):
     assert "File too large" in finished(process, flags, code=1) and not alive(first.values())
 
 
-def test_a_student_with_nothing_left_to_say_is_spoken_of_once(flags, capsys):
-    account, said = Account(), []
+def test_a_student_with_nothing_left_to_say_is_spoken_of_once():
+    account, warnings = Account(), []
     for entropy in [2.0] * 10 + [0.015] * 10:
         account.enter(dict(tokens=1, lag_mean=0, lag_max=0, kl=1.0, entropy=entropy))
     cfg = SimpleNamespace(faults=SimpleNamespace(skips=3), minibatches=1)
-    run = SimpleNamespace(cfg=cfg, account=account, skips=0, saved="",
-                          collapsed=False, log=SimpleNamespace(warn=lambda text, **event: said.append(text)))
-    Run.watch(run, 20, [], {0: 0})
-    Run.watch(run, 21, [], {0: 0})
-    assert said == ["step 20: the student's entropy has collapsed from 2 to 0.015 nats"]
+    watchdog = Watchdog(cfg, account, lambda text, **event: warnings.append(text))
+    watchdog.see(20, [], {0: 0}, saved="")
+    watchdog.see(21, [], {0: 0}, saved="")
+    assert warnings == ["step 20: the student's entropy has collapsed from 2 to 0.015 nats"]
 
 
 def test_a_rollout_worker_with_vllm_is_restarted(flags):

@@ -13,7 +13,7 @@ import time
 import pytest
 
 from data import graders
-from data.graders import Grading, MathGrader, marked_answer, summary
+from data.graders import MathGrader, marked_answer, summary
 from tests.conftest import ROOT
 
 GSM8K = ROOT.parent / "shared" / "data" / "gsm8k" / "test.jsonl"
@@ -190,20 +190,6 @@ def test_without_math_verify_text_and_numbers_still_count():
     grader.symbolic = False
     assert grader(boxed("0.50"), "1/2") and grader(boxed(r"\sqrt 2"), r"\sqrt 2")
     assert not grader(boxed("2^2"), "4x") and grader.process is None
-
-
-def test_answers_are_judged_beside_the_run_and_a_grader_that_fails_says_so(monkeypatch):
-    failed = []
-    monkeypatch.setattr(threading, "excepthook", failed.append)
-    go = threading.Event()
-    slow = Grading(lambda answers: go.wait(10) and ([["text"]], [[True]]), [[[1]]], "student", 3)
-    broken = Grading(lambda answers: answers[1], [], "student", 3)
-    assert not slow.done.poll(0.05) and slow.outcome is None, "nobody waited"
-    go.set()
-    assert slow.done.poll(10) and slow.outcome == ([["text"]], [[True]])
-    assert broken.done.poll(10) and broken.outcome is None
-    broken.join()
-    assert failed[0].exc_type is IndexError
 
 
 def test_braces_inside_an_answer_are_kept():

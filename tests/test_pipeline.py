@@ -122,15 +122,14 @@ def test_workers_do_not_outlive_a_killed_parent(flags):
 
 
 WRONG_PUSH = """
-import multiprocessing.process, sys
 import learner
-published = learner.Learner.publish
-def wrong(self, weights, version):       # from version 3 on, what is published is not what the probe was measured on
-    seconds = published(self, weights, version)
-    if version == 3:
-        weights.flat[version % 2] *= 1.5
+published = learner.LearnerWorker.publish
+def wrong(self):                         # version 3, as published, is not what the probe was measured on
+    seconds = published(self)
+    if self.version == 3:
+        self.shared.weights.flat[self.version % 2] *= 1.5
     return seconds
-learner.Learner.publish = wrong
+learner.LearnerWorker.publish = wrong
 """
 
 

@@ -13,6 +13,8 @@ import torch
 
 from cache import Slots
 from config import Config
+from control.controller import Controller
+from control.memory import memory_rows
 from control.plan import plan
 from control.preflight import prepare
 from data import toy
@@ -212,11 +214,12 @@ def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
 def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabulary(models, tmp_path, name):
     (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
     cfg, job = prepare(config(models, name, top_k=100, task=str(tmp_path / "rows.jsonl"), gpus=0, batch=2, max_ahead=1))
-    from control.controller import Run
-    run = Run(cfg, job, {w.name: w.device for w in plan(cfg)})
+    controller = Controller(cfg, job, plan(cfg))
     row, hidden = ESTIMATORS[name], HIDDEN if ESTIMATORS[name].support == "full" else 0
-    assert run.cfg.top_k == VOCAB and run.slots.hidden.shape == (4, T, hidden)
-    assert run.slots.ids.shape == (4, T, row.columns(N, VOCAB)) and run.slot_bytes == row.bytes(N, VOCAB, 4 * hidden)
+    assert controller.cfg.top_k == VOCAB and controller.slots.hidden.shape == (4, T, hidden)
+    assert controller.slots.ids.shape == (4, T, row.columns(N, VOCAB))
+    printed = memory_rows(cfg, job, controller.shared)
+    assert [f"a token's scores ({name})", f"{row.bytes(N, VOCAB, 4 * hidden):,} bytes"] in printed
 
 
 def test_the_teacher_draws_from_its_own_distribution_and_repeats_itself(models):
