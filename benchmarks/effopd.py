@@ -103,7 +103,7 @@ def accuracy(model) -> float:
 def rescaled(begin: str, out: Path) -> dict:
     """How well the first 8 steps' direction is the last one's, and what becomes of a student that is moved along it."""
     model = load_model(begin, "cpu", torch.float32)
-    names = list(effopd.moving(model))
+    names = list(effopd.moving_weights(model))
     first, early, last = (load_file(Path(folder) / "model.safetensors") for folder in (
         begin, out / "checkpoints" / "step-8", out / "student"))
     a, b = (torch.cat([(to[n] - first[n]).flatten() for n in names]) for to in (early, last))
@@ -138,7 +138,7 @@ def direction(pair: str) -> dict:
     assert not any(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid, _ in began)
     (_, flags), (_, others) = began
     model, teacher = (load_model(flags[who], "cpu", torch.float32) for who in ("student", "teacher"))
-    names, tokenizer = list(effopd.moving(model)), toy.toy_tokenizer()
+    names, tokenizer = list(effopd.moving_weights(model)), toy.toy_tokenizer()
     prompts = [tokenizer.encode(row.prompt) for row in tasks.toy_task(200).eval]
     answers = effopd.OwnEngine(engine_flags(flags), model).complete(prompts, flags["max_response"], temperature=1.0)
 
@@ -172,7 +172,7 @@ def launched(pair: str, variant: str, seed: int, steps: int, root: Path) -> tupl
     flags = FLAGS | models()[pair] | more | dict(steps=steps or STEPS[pair], seed=seed, lr=times * BASE,
                                                  out=str(root / name))
     flags |= dict(save_every=8, faults__keep=0) if variant == "plain, x1" else {}
-    effopd.GATES["kl"] = (lambda a, b: True) if ungated else operator.lt
+    effopd.BETTER["kl"] = (lambda a, b: True) if ungated else operator.lt
     return kills.launch(flags, resume=False), flags
 
 
@@ -181,7 +181,7 @@ def row(pair: str, variant: str, flags: dict) -> dict:
     out = Path(flags["out"])
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = {x["step"]: x for x in log if x["type"] == "step"}
-    events = [{k: v for k, v in x.items() if k != "type"} for x in log if x.get("what") in ("effopd", "barrier")]
+    events = [{k: v for k, v in x.items() if k != "type"} for x in log if x.get("what") in ("effopd", "flush")]
     spans = [x["dur"] / 1e6 for x in json.loads((out / "trace.json").read_text())["traceEvents"]
              if x["ph"] == "X" and x["name"] == "evaluate"]
     evals, tokens = [], 0
@@ -275,18 +275,22 @@ def table(path: Path = ROWS) -> str:
         f"{x:.3f}" for x in r["along"].values())]) + " |" for r in rows(path, "alike")]
     over = ["| plain, x1 | cosine of two seeds' updates, steps 8 to 16 | 16 to 32 | 32 to 64 | KL of a fixed set, step "
             "0 | W at step 32 | W + D | W + 2 D | W + 4 D | 16 steps more | 32 steps more |", "|---|" + "--:|" * 10]
-    return "\n\n".join([*parts, "\n".join(head + moved), "\n".join(over + alike), barriers(path)]).rstrip()
+    return "\n\n".join([*parts, "\n".join(head + moved), "\n".join(over + alike), flushes(path)]).rstrip()
 
 
-def barriers(path: Path) -> str:
-    found = [(r, [e for e in r["events"] if e["what"] == "barrier"]) for r in rows(path)]
+def flushes(path: Path) -> str:
+    """What the flushes of the asynchronous runs cost. Older rows have `barrier` and `weighed` for flush and examined.
+    """
+    found = [(r, [e for e in r["events"] if e["what"] in ("flush", "barrier")]) for r in rows(path)]
     found = [(r, es) for r, es in found if es]
     if not found:
         return ""
     n, tokens = sum(len(es) for _, es in found), sum(r["done"]["tokens_trained"] for r, _ in found)
-    all_of = {k: sum(e[k] for _, es in found for e in es) for k in found[0][1][0] if k not in ("what", "step")}
-    return (f"Barriers of the asynchronous runs: {n} in {len(found)} runs, {all_of['cut']:,} responses cut "
-            f"({all_of['cut_tokens']:,} tokens), {all_of['dropped']:,} of {all_of['weighed']:,} dropped "
+    all_of = {k: sum(e[k] for _, es in found for e in es) for k in ("cut", "cut_tokens", "dropped", "dropped_tokens",
+                                                                    "seconds")}
+    examined = sum(e.get("examined", e.get("weighed")) for _, es in found for e in es)
+    return (f"Flushes of the asynchronous runs: {n} in {len(found)} runs, {all_of['cut']:,} responses cut "
+            f"({all_of['cut_tokens']:,} tokens), {all_of['dropped']:,} of {examined:,} dropped "
             f"({all_of['dropped_tokens'] / tokens:.1%} of the tokens trained), {all_of['seconds'] / n:.2f} s each.")
 
 

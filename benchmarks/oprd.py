@@ -115,7 +115,8 @@ def read(cell: dict, out: Path, commit: str) -> dict:
     return cell | dict(
         commit=commit, hardware=hardware(), versions=log[0]["versions"], steps=len(steps), accuracy=accuracy,
         tokens={step: trained[step] for step in accuracy}, kl=[round(x["kl"], 4) for x in steps],
-        oprd=[round(x["oprd"], 5) for x in steps], lag=steps[-1]["lag_mean"], seconds=round(log[-1]["wall_s"], 1),
+        oprd=[round(x.get("oprd", 0.0), 5) for x in steps], lag=steps[-1]["lag_mean"],
+        seconds=round(log[-1]["wall_s"], 1),
         cosine=[round(x, 3) for x in found["cosine"].tolist()] if found else None,
         events=[x for x in log if x["type"] == "event"])
 

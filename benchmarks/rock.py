@@ -39,13 +39,14 @@ import kills  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-import learner  # noqa: E402
 from cache import Slots  # noqa: E402
 from config import Config  # noqa: E402
 from data import toy  # noqa: E402
 from data.graders import MathGrader  # noqa: E402
 from data.prompts import Row, read_rows  # noqa: E402
 from extensions import rock  # noqa: E402
+from learner import Learner  # noqa: E402
+from models import student  # noqa: E402
 from models.loading import load_model, stop_ids  # noqa: E402
 from record.provenance import hardware, provenance  # noqa: E402
 from teacher import complete  # noqa: E402
@@ -148,18 +149,17 @@ def matched(seed: int) -> list[str]:
 
 # -- runs --------------------------------------------------------------------------------------------
 
-def off_by_one() -> None:
-    """Freeze the token after a rock instead of the rock."""
-    append, weight = Slots.append, rock.Rocks.weight
+def patch_off_by_one() -> None:
+    """Freeze the token after a rock instead of the rock, in runs that are launched from now on."""
+    append = Slots.append
+    rocks = torch.tensor(tokenizer().convert_tokens_to_ids(list(STYLE)))
 
-    def late(self, s, tokens, ids, logmu, version):
+    def late(self, s, tokens, ids, logmu, version, kept=None):
         at = int(self.start[s] + self.length[s])
         before = torch.cat([self.tokens[s, at - 1:at], tokens])[:-1]
-        self.bypass.kept = lambda *_: ~self.bypass.chosen[before.long()]
-        append(self, s, tokens, ids, logmu, version)
-        del self.bypass.kept
-    Slots.append, rock.Rocks.weight = late, lambda self, y: torch.ones(len(y))
-    return append, weight
+        append(self, s, tokens, ids, logmu, version, ~torch.isin(before, rocks))
+    Slots.append = late
+    rock.Rock.weight = lambda self, tokens: torch.ones(len(tokens))
 
 
 def start(case: str, seed: int, steps: int) -> tuple[int, dict]:
@@ -169,10 +169,13 @@ def start(case: str, seed: int, steps: int) -> tuple[int, dict]:
     if case == "matched":
         ids = tokenizer().convert_tokens_to_ids(matched(seed))
         flags["rock__types"] = ",".join(map(str, ids))
-    before = off_by_one() if case == "off by one" else (Slots.append, rock.Rocks.weight)
-    pid = kills.launch(flags, resume=False)
-    Slots.append, rock.Rocks.weight = before
-    return pid, flags
+    append, weight = Slots.append, rock.Rock.weight
+    try:
+        if case == "off by one":
+            patch_off_by_one()
+        return kills.launch(flags, resume=False), flags
+    finally:
+        Slots.append, rock.Rock.weight = append, weight
 
 
 def run(cases: list[str], seeds: list[int], steps: int, jobs: int) -> None:
@@ -216,47 +219,49 @@ def timed(rounds: int) -> None:
     half = sorted(shares().items(), key=lambda x: -x[1])
     half = [w for i, (w, _) in enumerate(half) if i % 2 == 0]
     sets = {"none": [], "style": list(STYLE), "half": half}
-    head, spent = learner.head_backward, [0.0]
+    head, spent = student.head_backward, [0.0]
 
     def clocked(*args, **named):
         began = time.perf_counter()
         out = head(*args, **named)
         spent[0] += time.perf_counter() - began
         return out
-    learner.head_backward = clocked
+    student.head_backward = clocked
     for size in {32, 16_384} - {r["words"] for r in rows("time")}:
         toy.small_model(words, layers=2, hidden=96, seed=0, vocab=size).save_pretrained(folder)
         words.save_pretrained(folder)
         own = dict(weight=0.0, k=2, types=KNOWN["rock__types"])
         cfg = Config(student=str(folder), teacher=str(folder), task="toy", mc_samples=4, estimator="reverse_mc",
                      gpus=0, out=str(folder), extend="rock", extensions={"rock": own})
-        one, seconds = learner.Learner(cfg, "cpu", torch.float32), {name: [] for name in sets}
+        one, seconds = Learner(cfg, "cpu", torch.float32), {name: [] for name in sets}
+        rocks, = one.extensions
         heads, stored = {name: [] for name in sets}, {}
-        batches = {name: segments(words, texts, bypassed, size) for name, bypassed in sets.items()}
+        batches = {name: segments(rocks, words, texts, bypassed, size) for name, bypassed in sets.items()}
         for i in range(rounds + 1):
             for name, batch in batches.items():
-                one.rocks.versions, spent[0], began = [], 0.0, time.perf_counter()
-                one.rocks.chosen = torch.zeros(size, dtype=torch.bool)
-                stored[name] = one.step(batch, 0)["stored"]
+                rocks.versions, spent[0], began = [], 0.0, time.perf_counter()
+                rocks.chosen = torch.zeros(size, dtype=torch.bool)
+                stored[name] = one.step(batch, 0).metrics["stored"]
                 if i:                                    # the first one warms up
                     seconds[name].append(time.perf_counter() - began)
                     heads[name].append(spent[0])
         add(dict(kind="time", words=size, stored=stored, seconds=seconds, head=heads, commit=provenance({}, {})[
             "commit"], hardware=hardware()))
-    learner.head_backward = head
+    student.head_backward = head
 
 
-def segments(words, texts: list[str], bypassed: list[str], size: int) -> list:
+def segments(rocks: rock.Rock, words, texts: list[str], bypassed: list[str], size: int) -> list:
     """What a learner gets of these texts, prompts and solutions, if these words are bypassed."""
-    bypass = rock.Bypass(size, 0)
-    bypass.chosen[words.convert_tokens_to_ids(bypassed)] = True
-    slots, g = Slots(len(texts), 8, 40, 4, bypass=bypass), torch.Generator().manual_seed(0)
+    chosen = torch.zeros(size, dtype=torch.bool)
+    chosen[words.convert_tokens_to_ids(bypassed)] = True
+    slots, g = Slots(len(texts), 8, 40, 4, sparse=True), torch.Generator().manual_seed(0)
     for s, text in enumerate(texts):
         ids = torch.tensor(words(text)["input_ids"])
         prompt = text.index("=") + 1
         slots.open(s, s, ids[:prompt], prompt, 0)
         y = ids[prompt:]
-        slots.append(s, y, y[:, None].expand(-1, 4), -3 - torch.rand(len(y), 4, generator=g), 0)
+        kept = rocks.stored({rock.CHOSEN: chosen}, y, s, 0)
+        slots.append(s, y, y[:, None].expand(-1, 4), -3 - torch.rand(len(y), 4, generator=g), 0, kept)
         slots.logq[s] = -3 - torch.rand(40, 4, generator=g)
     return [slots.read(s) for s in range(len(texts))]
 
