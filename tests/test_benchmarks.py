@@ -33,7 +33,7 @@ PAIR = "m.models = lambda: {{'sharpening': dict(student='{student}', teacher='{t
 SMOKES = {
     "audit.py": Smoke("--k 4", "m.DRIFTS = m.DRIFTS[:2]"),
     "effopd.py": Smoke("--only sharpening;kl --seeds 1 --steps 2 --jobs 1 --out effopd.jsonl",
-                       PAIR + "m.PAIRS = {{'sharpening': ['kl, x1']}}; m.FLAGS |= dict(eval_n=4)"),
+                       PAIR + "m.PAIRS = {{'sharpening': ['kl, x1']}}; m.FLAGS |= dict(eval__n=4)"),
     "gsm8k_lm.py": Smoke("run --data data --steps=2 --batch=4 --max-response=8 --max-running=4 --engine=hf "
                          "--eval-n=2 --save-every=1 --warmup=0",
                          "m.MODELS |= dict(words=300); m.MODELS['teacher'] |= dict(layers=1, hidden=64)\n"
@@ -42,14 +42,14 @@ SMOKES = {
     "one_gpu.py": Smoke("--tiny --engine=hf --steps=2"),
     "oprd.py": Smoke("run head --steps 2 --seeds 1 --jobs 1 --out oprd.jsonl",
                      "m.models = lambda: dict(same=('{student}', '{student}'))\n"
-                     "m.GROUPS = dict(head=dict(oprd=m.OPRD)); m.COMMON |= dict(eval_n=4)"),
+                     "m.GROUPS = dict(head=dict(oprd=m.OPRD)); m.COMMON |= dict(eval__n=4)"),
     "packing.py": Smoke("", "m.torch.compile = lambda model, **how: model\n"
                             "m.segments = lambda n, *how, made=m.segments: made(min(n, 3), 8, 16)"),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "tables.py": Smoke(),
     "rock.py": Smoke("run bypassed --seeds=0 --steps=4 --jobs=1",
-                     "m.MADE = {{k: how | dict(steps=2) for k, how in m.MADE.items()}}; m.FLAGS |= dict(eval_n=4)"),
+                     "m.MADE = {{k: how | dict(steps=2) for k, how in m.MADE.items()}}; m.FLAGS |= dict(eval__n=4)"),
     "same_weights.py": Smoke(".", "m.RUNS = dict(reverse=m.RUNS['reverse']); m.COMMON.append('--steps=2')\n"
                                     "m.main = lambda main=m.main: main(sys.argv[1:])"),
     "soak.py": Smoke("--steps 40", "sleep = m.time.sleep; m.time.sleep = lambda _: sleep(0.05)"),
