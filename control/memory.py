@@ -17,23 +17,23 @@ from estimators import ESTIMATORS
 from extension import Extensions
 from record import report
 from transport.shared import SharedMemory
-from transport.weights import Weights
+from transport.weights import TRANSPORTS
 
 
 def dtype_of(cfg: Config) -> torch.dtype:
-    """In which the engines compute."""
+    """The dtype in which the engines compute."""
     return torch.bfloat16 if cfg.gpus > 0 else torch.float32
 
 
 def allocate(cfg: Config, job: Job) -> SharedMemory:
-    """Slots and weights. (max_ahead + 1) batches of slots: see control.scheduler.Scheduler."""
+    """Make what all processes share. The number of slots is explained in scheduler.Scheduler."""
     estimator = ESTIMATORS[cfg.estimator]
     extra = {name: (t.shape, t.dtype) for name, t in job.slot_tensors.items()}
     slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                   estimator.columns(cfg.mc_samples, cfg.top_k),
                   hidden=job.hidden if estimator.support == "full" else 0, dtype=dtype_of(cfg),
                   extra=extra, sparse=Extensions.load(cfg).sparse)
-    weights = Weights(job.layout, job.probe, dtype_of(cfg))
+    weights = TRANSPORTS["shared-memory"](job.layout, job.probe, dtype_of(cfg))
     return SharedMemory(slots, weights, job.shared_tensors, job.eval_prompts)
 
 

@@ -16,6 +16,7 @@ from config import Config
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair, SlotTensor
 from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
+from transport.process import worker_name
 
 PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}      # interpreter and libraries; on a GPU its context
 REMEDY = {
@@ -43,9 +44,7 @@ class Placement:
     @property
     def name(self) -> str:
         """rollout0, teacher0, learner, learner1: as in the log."""
-        if self.role == "learner" and self.index == 0:
-            return "learner"
-        return f"{self.role}{self.index}"
+        return worker_name(self.role, self.index)
 
     @property
     def devices(self) -> list[str]:

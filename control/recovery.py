@@ -90,8 +90,9 @@ class Deaths:
         return held
 
     def end_with_learner(self, handle: WorkerHandle) -> None:
-        """One of several learners has crashed. RuntimeError with the name of another one that has
-        died, because then the crash may only mean that this one has lost the other.
+        """RuntimeError with the name of another learner that has died, if there is one.
+
+        The crash of this one may mean only that it has lost the other.
         """
         for other in self.pool.role("learner"):
             if other is not handle:
@@ -101,9 +102,7 @@ class Deaths:
 
 
 class Checkpoints:
-    """Orders checkpoints from the learners, completes them, and reads the one a run resumes
-    from.
-    """
+    """Orders checkpoints from the learners, completes them, and restores a run from one."""
 
     def __init__(self, cfg: Config, pool: WorkerPool, scheduler: Scheduler, recorder: Recorder):
         self.cfg = cfg
