@@ -1,16 +1,18 @@
 """
-Asynchronous on-policy distillation: a student writes, a teacher scores, a learner updates, all at the same time.
+Asynchronous on-policy distillation: a student writes, a teacher scores, a learner updates, all
+at the same time.
 
     python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
-    python asyncopd.py --gpus 0                                 # no GPU: the same processes, a toy model
+    python asyncopd.py --gpus 0                     # no GPU: the same processes, a toy model
 
 This file is the command: flags, checks, the run, and the exit code.
 
     0    done                       2    bad input, nothing was created
     1    the run failed             130  interrupted
 
-Reading order: estimators, cache, rollout, teacher, learner, extension; then the folders (docs/architecture.md).
-What is left out: several machines. Tests: tests/test_cli.py, tests/test_bad_input.py, tests/test_pipeline.py
+Reading order: estimators, cache, rollout, teacher, learner, extension; then the folders
+(docs/architecture.md). What is left out: several machines.
+Tests: tests/test_cli.py, tests/test_bad_input.py, tests/test_pipeline.py
 """
 from __future__ import annotations
 
@@ -62,7 +64,8 @@ def command(argv: Sequence[str]) -> int:
 
 
 def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes]) -> int:
-    """The run itself, from the folder on disk to the last line. Whatever happens, no process is left."""
+    """The run itself, from the folder on disk to the last line. No process is left, whatever
+    happens."""
     run = Controller(cfg, job, plan(cfg))
     try:
         if resume is None:
@@ -90,7 +93,7 @@ def save_interrupted(run: Controller) -> str:
     """Write a checkpoint; returns what to tell the person who waits for it."""
     try:
         folder = run.interrupted()
-    except (RuntimeError, OSError, KeyboardInterrupt):       # the learner is gone too, or a second interrupt
+    except (RuntimeError, OSError, KeyboardInterrupt):   # the learner died, or a second interrupt
         folder = run.saved
     if folder:
         return f"--resume continues from {folder}"

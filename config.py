@@ -1,11 +1,12 @@
 """
 Every flag of the core: its name, default, bounds and meaning. Nothing is derived here.
 
-A flag is a field of a frozen dataclass, and the text under a field is its help. control/command_line.py turns the
-command line and a YAML file into a `Config`, control/resolve.py fills in what a value of 0 or "auto" stands for. The
-flags of an extension are its own (extension.py); their values are in `Config.extensions`.
+A flag is a field of a frozen dataclass, and the text under a field is its help.
+control/command_line.py turns the command line and a YAML file into a `Config`, control/resolve.py
+fills in what a value of 0 or "auto" stands for. The flags of an extension are its own
+(extension.py); their values are in `Config.extensions`.
 
-What is left out: checks that look at more than one value (control/resolve.py, control/preflight.py).
+What is left out: checks of more than one value (control/resolve.py, control/preflight.py).
 Tests: tests/test_cli.py, tests/test_bad_input.py
 """
 from __future__ import annotations
@@ -19,7 +20,8 @@ from estimators import DEFAULT, ESTIMATORS
 
 
 def require(condition: object, message: str) -> None:
-    """Refuse bad input: a ValueError that names the value and the remedy. The command ends with exit code 2."""
+    """Refuse bad input: a ValueError that names the value and the remedy. The command ends with
+    exit code 2."""
     if not condition:
         raise ValueError(message)
 
@@ -46,8 +48,8 @@ class Bound:
         return f"must be {low} and at most {self.most:g}"
 
 
-Count = Annotated[int, Bound(above=0)]                  # how many, at least one
-CountOrZero = Annotated[int, Bound(least=0)]            # 0 has a meaning of its own, which the help text states
+Count = Annotated[int, Bound(above=0)]           # how many, at least one
+CountOrZero = Annotated[int, Bound(least=0)]     # 0 has a meaning of its own, see the help text
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(least=0)]
 
@@ -57,7 +59,7 @@ EstimatorName = Literal["auto", *ESTIMATORS]
 
 @dataclass(frozen=True, kw_only=True)
 class Objective:
-    """What is minimised: a divergence of student p and teacher q on the student's own responses."""
+    """What is minimised: a divergence of student p and teacher q on the student's responses."""
     kl: KL = "reverse"
     """divergence: reverse is KL(p || q), forward is KL(q || p)"""
     mc_samples: Count = 4
@@ -241,14 +243,15 @@ GROUPS = {"objective": Objective, "model": Models, "staleness": Staleness, "trai
 
 @dataclass(frozen=True, kw_only=True)
 class Config(Objective, Models, Staleness, Training, Machines, Run):
-    """All flags of a run. `extensions`: for each one that is switched on, by name, the values of its own flags."""
+    """All flags of a run. `extensions`: by the name of each one that is switched on, the values of
+    its own flags."""
     data: Data = field(default_factory=Data)
     eval: Eval = field(default_factory=Eval)
     faults: Faults = field(default_factory=Faults)
     extensions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
-NESTED = {"data": Data, "eval": Eval, "faults": Faults}      # --data.prompt-key, --eval.n, --faults.keep
+NESTED = {"data": Data, "eval": Eval, "faults": Faults}      # --data.filter, --eval.n, ...
 
 
 def flag_of(name: str) -> str:
@@ -271,7 +274,8 @@ def each_flag(flags: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_bounds(flags: Any, prefix: str = "") -> None:
-    """Raise ValueError for a number outside the bound that stands with its field, for any dataclass of flags."""
+    """Raise ValueError for a number outside the bound that stands with its field. `flags`: any
+    dataclass of flags."""
     hints = get_type_hints(type(flags), include_extras=True)
     for f in fields(flags):
         value = getattr(flags, f.name)

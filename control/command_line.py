@@ -26,9 +26,9 @@ from config import GROUPS, NESTED, Config, check_bounds, each_flag, flag_of, req
 from record.run_folder import recorded_flags
 
 ROOT = Path(__file__).resolve().parent.parent
-DESCRIPTION = """Asynchronous on-policy distillation: a student writes, a teacher scores, a learner updates,
-all at the same time. Without a model and without --config: the toy where there is no GPU, Qwen2.5-0.5B
-on GSM8K with a few GPUs, the setting of the paper with eight.
+DESCRIPTION = """Asynchronous on-policy distillation: a student writes, a teacher scores, a learner
+updates, all at the same time. Where neither a model nor --config is given, it trains the toy if
+there is no GPU, Qwen2.5-0.5B on GSM8K with a few GPUs, and the setting of the paper with eight.
 
     asyncopd.py --gpus 8 --kl reverse --mc-samples 4
     asyncopd.py --gpus 0
@@ -72,7 +72,7 @@ def extension_flags(config: Config) -> dict[str, Any]:
             for name, flags in extension.default_flags(config.extend).items()}
 
 
-# -- tyro ------------------------------------------------------------------------------------------
+# -- tyro ----------------------------------------------------------------------------------------
 
 def read(argv: Sequence[str], extend: str) -> Config:
     """Parse flags; those of the extensions in `extend` are known."""
@@ -94,7 +94,8 @@ def flags_class(extend: str) -> type:
     members: list[tuple[str, Any, Any]] = []
     for name, group in GROUPS.items():
         shown = without_blanks(group)
-        members.append((name, tyro.conf.OmitArgPrefixes[shown], dataclasses.field(default=shown())))
+        flat = tyro.conf.OmitArgPrefixes[shown]
+        members.append((name, flat, dataclasses.field(default=shown())))
     for name, group in NESTED.items():
         shown = without_blanks(group)
         members.append((name, shown, dataclasses.field(default=shown())))
@@ -138,7 +139,7 @@ def positive(name: str) -> str:
 
 
 def known_flags(extend: str) -> dict[str, Any]:
-    """Every flag by its name with dots, and its default; those of the extensions in `extend` too."""
+    """Every flag by its name with dots, and its default; the extensions' flags included."""
     own = {name: dataclasses.asdict(flags)
            for name, flags in extension.default_flags(extend).items()}
     return dict(each_flag(Config(extensions=own)))
@@ -171,7 +172,7 @@ def scan(argv: Sequence[str], flag: str) -> str:
     return value
 
 
-# -- files -----------------------------------------------------------------------------------------
+# -- files ---------------------------------------------------------------------------------------
 
 def default_file(given: Config) -> str:
     """What runs when neither a model nor --config is given: the toy where there is no GPU, the
@@ -188,7 +189,7 @@ def default_file(given: Config) -> str:
 
 
 def read_file(path: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Flags of a YAML file by their names with dots; those of the file that it is based on first."""
+    """Flags of a YAML file by their names with dots, after those of the file it is based on."""
     if not path:
         return {}
     require(path not in within, f"--config {path}: names itself by its key config")

@@ -1,10 +1,13 @@
 """
---dry-run: what a run would be, from the flags and two model configurations. No weight is read and no GPU is needed.
+--dry-run: what a run would be, from the flags and two model configurations. No weight is read and
+no GPU is needed.
 
-The memory is that of plan.py. The seconds are an estimate from five numbers of one GPU (`GPU`, `SHARE`) and a guess
-at the length of responses: they say which role the others will wait for, not how long a run takes.
+The memory is that of plan.py. The seconds are an estimate from five numbers of one GPU (`GPU`,
+`SHARE`) and a guess at the length of responses: they say which role the others will wait for, not
+how long a run takes.
 
-What is left out: the texts (no prompt is read), disks, and the links between GPUs. Tests: tests/test_dryrun.py
+What is left out: the texts (no prompt is read), disks, and the links between GPUs.
+Tests: tests/test_dryrun.py
 """
 from __future__ import annotations
 
@@ -25,9 +28,11 @@ from models import footprint
 from models.footprint import Shape
 from record.report import table
 
-GPU = {"gb": 80.0, "flops": 989e12, "bytes_s": 3.35e12}      # an H100 SXM: memory; its peaks in bf16 and of its memory
-SHARE = {"flops": 0.4, "bytes_s": 0.6}                       # of these peaks, what a well-fed model reaches: a guess
-LENGTH = {"prompt": 0.25, "response": 0.5}                   # of --max-prompt and --max-response: a guess
+# An H100 SXM: memory, peak in bf16, peak of its memory; and guesses: the share of these peaks that
+# a well-fed model reaches, and the part of --max-prompt and --max-response that is used
+GPU = {"gb": 80.0, "flops": 989e12, "bytes_s": 3.35e12}
+SHARE = {"flops": 0.4, "bytes_s": 0.6}
+LENGTH = {"prompt": 0.25, "response": 0.5}
 WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
 
 
@@ -41,7 +46,7 @@ class KnownModel:
 
 
 def show(cfg: Config) -> None:
-    """Print the plan of a run. Raises ValueError where there can be none, as the run itself would."""
+    """Print the plan of a run. Raises ValueError where the run itself would."""
     student = known_model("student", cfg.student)
     teacher = known_model("teacher", cfg.teacher)
     models = ModelPair(student=student.shape, teacher=teacher.shape, student_config=student.config,
@@ -72,7 +77,8 @@ def show(cfg: Config) -> None:
 
 
 def gpu_memory(cfg: Config) -> tuple[dict[str, float], float, str]:
-    """GB free by device, the size of a GPU, and whose GPU it is: this machine's, where it has as many as --gpus."""
+    """GB free by device, the size of a GPU, and whose GPU it is: this machine's, if it has as many
+    as --gpus."""
     here = footprint.free_gb()
     devices = [f"cuda:{i}" for i in range(cfg.gpus)]
     if f"cuda:{cfg.gpus - 1}" in here:
@@ -80,22 +86,27 @@ def gpu_memory(cfg: Config) -> tuple[dict[str, float], float, str]:
     return dict.fromkeys(devices, GPU["gb"]), GPU["gb"], "GPUs assumed to have"
 
 
-# -- tables ----------------------------------------------------------------------------------------
+# -- tables ---------------------------------------------------------------------------------------
 
 def model_rows(cfg: Config, student: KnownModel, teacher: KnownModel) -> list[list[str]]:
-    rows = [["", "billion parameters", "per token", "layers", "width", "words", "configuration from"]]
-    for role, name, model in (("student", cfg.student, student), ("teacher", cfg.teacher, teacher)):
+    rows = [["", "billion parameters", "per token", "layers", "width", "words",
+             "configuration from"]]
+    named = (("student", cfg.student, student), ("teacher", cfg.teacher, teacher))
+    for role, name, model in named:
         shape = model.shape
-        rows.append([f"{role}  {name or 'the toy'}", f"{shape.P / 1e9:.4g}", f"{model.active / 1e9:.4g}",
-                     str(shape.L), str(shape.H), f"{shape.V:,}", model.source])
+        rows.append([f"{role}  {name or 'the toy'}", f"{shape.P / 1e9:.4g}",
+                     f"{model.active / 1e9:.4g}", str(shape.L), str(shape.H), f"{shape.V:,}",
+                     model.source])
     return rows
 
 
-def pipeline_rows(cfg: Config, teacher: Shape, added: plan.Additions, needs: list[plan.Need]) -> list[list[str]]:
+def pipeline_rows(cfg: Config, teacher: Shape, added: plan.Additions,
+                  needs: list[plan.Need]) -> list[list[str]]:
     estimator = ESTIMATORS[cfg.estimator]
     slots = (cfg.max_ahead + 1) * cfg.batch
     scores = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * plan.itemsize(cfg))
-    tensors = [[f"bytes per row of {name}", f"{size:,}"] for name, size in plan.row_bytes(added.slot_tensors).items()]
+    sizes = plan.row_bytes(added.slot_tensors)
+    tensors = [[f"bytes per row of {name}", f"{size:,}"] for name, size in sizes.items()]
     shared = next(n for n in needs if n.worker == "shared")
     return [["slots, (max-ahead + 1) x batch", f"{slots:,}"],
             [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
@@ -114,14 +125,15 @@ def expected_lag(cfg: Config) -> str:
     return f"mean about {cfg.max_ahead}, at most {cfg.max_lag} ({cfg.overdue})"
 
 
-# -- models ----------------------------------------------------------------------------------------
+# -- models ---------------------------------------------------------------------------------------
 
 @functools.cache
 def known_model(role: str, name: str) -> KnownModel:
-    """A model by its configuration alone: from a folder, the cache or the hub, or from configs/shapes.json."""
+    """A model by its configuration alone: from a folder, the cache, the hub or shapes.json."""
     config, source = configuration(role, name)
     shape = Shape.of(config)
-    return KnownModel(shape, config.get_text_config(), shape.P - idle_parameters(config, shape), source)
+    active = shape.P - idle_parameters(config, shape)
+    return KnownModel(shape, config.get_text_config(), active, source)
 
 
 def configuration(role: str, name: str) -> tuple[Any, str]:
@@ -130,15 +142,16 @@ def configuration(role: str, name: str) -> tuple[Any, str]:
     if not name:
         from data import toy
         recipe = toy.TOY[role]
-        model = toy.small_model(toy.toy_tokenizer(), layers=recipe["layers"], hidden=recipe["hidden"],
-                                seed=recipe["seed"])
+        model = toy.small_model(toy.toy_tokenizer(), layers=recipe["layers"],
+                                hidden=recipe["hidden"], seed=recipe["seed"])
         return model.config, "toy.TOY"
     shipped = json.loads((ROOT / "configs" / "shapes.json").read_text())
     try:         # a shipped configuration needs no network; another one may come from the hub
         config = AutoConfig.from_pretrained(name, local_files_only=name in shipped)
     except (OSError, ValueError) as e:
         if name not in shipped:
-            raise ValueError(f"--{role} {name}: neither a model folder nor on the hub ({first_line(e)})") from None
+            raise ValueError(f"--{role} {name}: neither a model folder nor on the hub "
+                             f"({first_line(e)})") from None
         return AutoConfig.for_model(**shipped[name]), "configs/shapes.json"
     return config, "its folder" if Path(name).exists() else "the hub"
 
@@ -153,15 +166,16 @@ def idle_parameters(config: Any, shape: Shape) -> int:
     return idle * shape.L * 3 * shape.H * c.moe_intermediate_size
 
 
-# -- the bottleneck --------------------------------------------------------------------------------
+# -- the bottleneck -------------------------------------------------------------------------------
 
 def estimate(cfg: Config, student: Shape, teacher: KnownModel,
              needs: list[plan.Need]) -> tuple[dict[str, float], int]:
-    """Seconds per train batch of every role, and the responses that run at a time in a rollout worker.
+    """Seconds per train batch of every role, and the responses that run at the same time in a
+    rollout worker.
 
-    Per sequence of n tokens a model with P parameters computes 2 P n and, in its attention, 2 L A n^2; the learner
-    three times that, or four if it computes layers again. A step of generation reads the weights and every running
-    response's keys and values once.
+    Per sequence of n tokens a model with P parameters computes 2 P n and, in its attention,
+    2 L A n^2; the learner three times that, or four times if it computes layers again. A step of
+    generation reads the weights and the keys and values of every running response once.
     """
     prompt, response = expected_lengths(cfg)
     flops = GPU["flops"] * SHARE["flops"]
@@ -190,7 +204,8 @@ def expected_lengths(cfg: Config) -> tuple[float, float]:
 
 
 def bottleneck(cfg: Config, seconds: dict[str, float], running: int) -> str:
-    """The estimate as text. Roles on one device take turns, and so do all of them with --schedule sync."""
+    """The estimate as text. Roles on one device take turns; with --schedule sync all of them do.
+    """
     busy: dict[str, float] = defaultdict(float)
     for worker in plan.plan(cfg):
         busy[worker.device] += seconds[WORK[worker.role]]
@@ -200,11 +215,12 @@ def bottleneck(cfg: Config, seconds: dict[str, float], running: int) -> str:
     slowest = max(seconds, key=seconds.get)
     prompt, response = expected_lengths(cfg)
     return "\n".join([
-        f"expected bottleneck: an estimate, for responses of {response:,.0f} tokens after prompts of {prompt:,.0f}, "
-        f"on GPUs with {GPU['flops'] / 1e12:,.0f} TFLOP/s",
+        f"expected bottleneck: an estimate, for responses of {response:,.0f} tokens after prompts "
+        f"of {prompt:,.0f}, on GPUs with {GPU['flops'] / 1e12:,.0f} TFLOP/s",
         f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches {SHARE['flops']:.0%} and "
         f"{SHARE['bytes_s']:.0%}; not counted: kernel launches, Python, pushes",
-        table([["seconds per train batch", *seconds], ["", *(f"{s:,.1f}" for s in seconds.values())]]),
-        f"  the others wait for: {slowest}. {whole:,.1f} s a batch{turns}, {whole * cfg.steps / 3600:,.1f} h for "
-        f"{cfg.steps} batches",
+        table([["seconds per train batch", *seconds],
+               ["", *(f"{s:,.1f}" for s in seconds.values())]]),
+        f"  the others wait for: {slowest}. {whole:,.1f} s a batch{turns}, "
+        f"{whole * cfg.steps / 3600:,.1f} h for {cfg.steps} batches",
         f"  {running} responses at a time per rollout worker"])

@@ -1,9 +1,10 @@
 """
-Which role runs on which device, and what fits there: arithmetic on the flags and on the shapes of two models.
+Which role runs on which device, and what fits there: arithmetic on the flags and on the shapes of
+two models.
 
-The only thing asked of a GPU is how much of its memory is free, so that the plan for eight GPUs can be read on a
-laptop. GB are 1e9 bytes. What is left out: the buffers of libraries, and what an allocator loses to fragmentation;
-leave a tenth of the memory free.
+The only thing asked of a GPU is how much of its memory is free, so that the plan for eight GPUs
+can be read on a laptop. GB are 1e9 bytes. What is left out: the buffers of libraries, and what an
+allocator loses to fragmentation; leave a tenth of the memory free.
 Tests: tests/test_plan.py
 """
 from __future__ import annotations
@@ -18,7 +19,8 @@ from extension import Extensions, ModelPair, SlotTensor
 from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
 from transport.process import worker_name
 
-PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}      # interpreter and libraries; on a GPU its context
+# Interpreter and libraries; on a GPU also its context
+PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}
 REMEDY = {
     "weights": "a smaller model",
     "gradients": "a smaller student, more --learners, or --lora-rank",
@@ -29,10 +31,10 @@ REMEDY = {
     "extensions": "other flags of --extend, or none",
     "process": "fewer workers",
 }
-PARTS = tuple(REMEDY)                                              # of a worker's memory, in the order of the table
+PARTS = tuple(REMEDY)            # of a worker's memory, in the order of the table
 
 
-# -- who runs where --------------------------------------------------------------------------------
+# -- who runs where -------------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class Placement:
@@ -55,7 +57,8 @@ class Placement:
         return [f"{kind}:{number}" for number in numbers.split(",")]
 
 
-def split(gpus: int, rollouts: int, teachers: int, learners: int, teacher_gpus: int = 1) -> tuple[int, int, int]:
+def split(gpus: int, rollouts: int, teachers: int, learners: int,
+          teacher_gpus: int = 1) -> tuple[int, int, int]:
     """Rollout workers, teachers and learners. A number that is not 0 stays as it is.
 
     Of eight GPUs 4 generate, 1 scores and 3 learn; other numbers are split in that proportion.
@@ -96,7 +99,8 @@ def plan(cfg: Config) -> list[Placement]:
 def why(cfg: Config) -> str:
     """One line about the split, for the start of a run."""
     spread = f" on {cfg.teacher_gpus} GPUs each" if cfg.teacher_gpus > 1 else ""
-    counts = f"{cfg.rollouts} to generate, {cfg.teachers} to score{spread}, {cfg.learners} to learn"
+    counts = (f"{cfg.rollouts} to generate, {cfg.teachers} to score{spread}, "
+              f"{cfg.learners} to learn")
     if cfg.gpus == 0:
         return f"no GPU: {counts}, all on the same cores"
     if cfg.gpus == 1:
@@ -105,12 +109,13 @@ def why(cfg: Config) -> str:
         return f"2 GPUs, one for generation: {counts}"
     source = "as --rollouts, --teachers and --learners say"
     if split(cfg.gpus, 0, 0, 0, cfg.teacher_gpus) == (cfg.rollouts, cfg.teachers, cfg.learners):
-        source = ("the paper's split of eight, or its proportion: a response is scored once, read and differentiated "
-                  "once, and written token by token")
-    return f"{cfg.gpus} GPUs: {counts} ({source}); `busy` in the last line of the log says who waits"
+        source = ("the paper's split of eight, or its proportion: a response is scored once, read "
+                  "and differentiated once, and written token by token")
+    return (f"{cfg.gpus} GPUs: {counts} ({source}); `busy` in the last line of the log says who "
+            "waits")
 
 
-# -- slots and extensions --------------------------------------------------------------------------
+# -- slots and extensions -------------------------------------------------------------------------
 
 @dataclass(frozen=True, kw_only=True)
 class Additions:
@@ -140,8 +145,9 @@ def additions(cfg: Config, extensions: Extensions, models: ModelPair) -> Additio
 def slot_bytes(cfg: Config, teacher: Shape, added: Additions) -> int:
     """Of one slot: its tokens, and for each new one its version, ids and log-probs."""
     estimator = ESTIMATORS[cfg.estimator]
-    per_token = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize(cfg)) + 4
-    return cfg.max_response * per_token + 4 * (cfg.max_prompt + cfg.max_response) + added.slot_bytes
+    scores = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * itemsize(cfg))
+    tokens = 4 * (cfg.max_prompt + cfg.max_response)
+    return tokens + cfg.max_response * (scores + 4) + added.slot_bytes
 
 
 def row_bytes(slot_tensors: Mapping[str, SlotTensor]) -> dict[str, int]:
@@ -154,11 +160,12 @@ def itemsize(cfg: Config) -> int:
     return 2 if cfg.gpus > 0 else 4
 
 
-# -- what each worker takes ------------------------------------------------------------------------
+# -- what each worker takes -----------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Need:
-    """What a worker takes of its device, GB by part (PARTS); the worker `shared` is memory that all processes see."""
+    """What a worker takes of its device, GB by part (PARTS). The worker `shared` is the memory
+    that all processes see."""
     worker: str
     device: str
     parts: dict[str, float]
@@ -170,9 +177,10 @@ class Need:
 
 def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
            added: Additions | None = None) -> list[Need]:
-    """Every worker's need, and that of the shared memory. `gpu_gb` is the size of a GPU, of which vLLM takes a share.
+    """Every worker's need, and that of the shared memory.
 
-    A micro-batch is at most --micro-tokens, or one response of the greatest length if that is more.
+    gpu_gb: the size of a GPU, of which vLLM takes a share. A micro-batch has at most
+    --micro-tokens, or one response of the greatest length if that is more.
     """
     added = added or Additions()
     needs = []
@@ -202,19 +210,21 @@ def micro_batch(cfg: Config) -> int:
     return max(longest, min(cfg.micro_tokens, cfg.batch * longest))
 
 
-def learner_parts(cfg: Config, student: Shape, teacher: Shape, added: Additions) -> dict[str, float]:
+def learner_parts(cfg: Config, student: Shape, teacher: Shape,
+                  added: Additions) -> dict[str, float]:
     """Bytes of one learner: its shard of the student in float32, and a micro-batch."""
     half = cfg.gpus > 0
     support = ESTIMATORS[cfg.estimator].support
     tokens = micro_batch(cfg)
     n = cfg.learners
     trained = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
-    compute = 2 * student.P if half else 0         # bf16 copies that autocast or FSDP makes and backward reads
-    if n > 1:                                      # two layers at a time, and embedding and head
+    compute = 2 * student.P if half else 0   # bf16 copies, made by autocast or FSDP for backward
+    if n > 1:                                # two layers at a time, and embedding and head
         compute = itemsize(cfg) * (2 * student.P // student.L + 2 * student.V * student.H)
     teacher_head = teacher.V * teacher.H * itemsize(cfg) if support == "full" else 0
-    head_copies = 4 * student.V * student.H if half else 0         # the head's weight in bf16, and its gradient
-    positions = min(tokens, chunk_size(cfg, student.V))            # whose logits exist at once
+    # the head's weight in bf16, and its gradient; the positions whose logits exist at once
+    head_copies = 4 * student.V * student.H if half else 0
+    positions = min(tokens, chunk_size(cfg, student.V))
     per_token = student.activations(half, cfg.gradient_checkpointing) + 4 * added.row_values
     parts = {"weights": 4 * student.P / n + compute + teacher_head,
              "gradients": 4 * trained / n,
@@ -226,9 +236,11 @@ def learner_parts(cfg: Config, student: Shape, teacher: Shape, added: Additions)
     return parts
 
 
-def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float, added: Additions) -> dict[str, float]:
-    """Bytes of a teacher. There is no backward pass: only a layer's widest moment exists, and the log-probs of 1,024
-    positions; with an extension that reads hidden states, those of every layer."""
+def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float,
+                  added: Additions) -> dict[str, float]:
+    """Bytes of a teacher. There is no backward pass: only a layer's widest moment exists, and the
+    log-probs of 1,024 positions; for an extension that reads hidden states, those of every layer.
+    """
     width = 4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
     if added.states:
         width += teacher.L * teacher.H
@@ -239,7 +251,8 @@ def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float, added: Additions) 
     if cfg.teacher_engine == "vllm":
         parts["cache"] = cache_bytes(cfg, teacher, "vllm", gpu_gb)
     elif cfg.eval.teacher:                         # one answer at least
-        parts["cache"] = (cfg.max_prompt + cfg.max_response) * teacher.cached(itemsize(cfg)) / cfg.teacher_gpus
+        longest = cfg.max_prompt + cfg.max_response
+        parts["cache"] = longest * teacher.cached(itemsize(cfg)) / cfg.teacher_gpus
     return parts
 
 
@@ -251,7 +264,8 @@ def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float
 
 
 def cache_bytes(cfg: Config, model: Shape, engine: str, gpu_gb: float) -> float:
-    """Keys and values of an engine. vLLM takes its share of a GPU, whatever it needs, but at least one response."""
+    """Keys and values of an engine. vLLM takes its share of a GPU whatever it needs, and at least
+    that of one response."""
     longest = (cfg.max_prompt + cfg.max_response) * model.cached(itemsize(cfg))
     if engine == "vllm":
         room = 1e9
@@ -263,7 +277,8 @@ def cache_bytes(cfg: Config, model: Shape, engine: str, gpu_gb: float) -> float:
 
 
 def loading(cfg: Config, student: Shape, teacher: Shape) -> Need:
-    """While a run starts: transformers reads a model into the host's memory first, all workers at the same time."""
+    """While a run starts: transformers reads a model into the host's memory first, in all workers
+    at the same time."""
     readers = 0                                    # of the teacher's weights
     if ESTIMATORS[cfg.estimator].support == "full":
         readers += cfg.learners                    # for its head
@@ -273,23 +288,24 @@ def loading(cfg: Config, student: Shape, teacher: Shape) -> Need:
     return Need("loading", "cpu", {"weights": size / 1e9})
 
 
-# -- what fits -------------------------------------------------------------------------------------
+# -- what fits ------------------------------------------------------------------------------------
 
 def check(needs: list[Need], free: dict[str, float]) -> None:
-    """Raise ValueError where the memory of a device is too small. Shared memory is the host's memory too."""
+    """Raise ValueError where a device has too little memory. Shared memory is the host's too."""
     for device, available in free.items():
         on_it = [n for n in needs if n.device == device or (device == "cpu" and n.device == "shm")]
         total = sum(n.gb for n in on_it)
         if total > available:
             worst = max(on_it, key=lambda n: n.gb)
             part = max(worst.parts, key=worst.parts.get)
-            raise ValueError(f"{', '.join(n.worker for n in on_it)}: {total:,.1f} GB on {device}, where "
-                             f"{available:,.1f} are free; most of it is {worst.worker}'s {part}, "
+            names = ", ".join(n.worker for n in on_it)
+            raise ValueError(f"{names}: {total:,.1f} GB on {device}, where {available:,.1f} are "
+                             f"free; most of it is {worst.worker}'s {part}, "
                              f"{worst.parts[part]:,.1f} GB: {REMEDY[part]}")
 
 
 def rows(needs: list[Need], free: dict[str, float]) -> list[list[str]]:
-    """Cells of the table that is printed at the start, GB; the last column is free on that device."""
+    """Cells of the table at the start, GB. The last column is what is free on that device."""
     used = [part for part in PARTS if any(part in n.parts for n in needs)]
     table = [["GB", "device", *used, "all", "free"]]
     for n in needs:

@@ -1,10 +1,14 @@
 """
-Everything that is checked before a process starts and before a weight is loaded, and what it yields: a `Job`.
+Everything that is checked before a process starts and a weight is loaded. The result is a `Job`.
 
-Each subject has a file: preflight_models.py (models, tokenizers, lengths, downloads), preflight_prompts.py (prompts,
-evaluation rows, grading), preflight_memory.py (memory and disk). Here is their order. Bad input is a ValueError.
+Here is the order of the checks; each subject has a file of its own:
 
-What is left out: the flags by themselves (control/resolve.py); the run folder (record/run_folder.py).
+    preflight_models.py     models, tokenizers, lengths, downloads
+    preflight_prompts.py    prompts, evaluation rows, grading
+    preflight_memory.py     memory and disk
+
+Bad input is a ValueError. What is left out: the flags by themselves (resolve.py); the run folder
+(record/run_folder.py).
 Tests: tests/test_job.py, tests/test_bad_input.py
 """
 from __future__ import annotations
@@ -39,24 +43,27 @@ class Job:
     prompts: list[list[int]]                     # token ids
     eval_prompts: list[list[int]]
     eval_rows: list[Row]
-    grade: Grade                                 # ids of k answers to each of eval_prompts -> their texts, right or not
+    grade: Grade                                 # of k answers to each of eval_prompts
     layout: dict[str, torch.Size]                # the student's parameters
-    probe: list[int]                             # tokens on which an engine proves that new weights have arrived
+    probe: list[int]                             # tokens that prove that new weights have arrived
     hidden: int                                  # width of the teacher
-    slot_tensors: dict[str, SlotTensor] = field(default_factory=dict)       # of the extensions, in every slot
-    shared_tensors: dict[str, Tensor] = field(default_factory=dict)         # of the extensions, in shared memory
-    metrics: dict[str, str] = field(default_factory=dict)                   # keys of a step line that extensions add
-    memory: tuple[list[plan.Need], dict[str, float]] = ((), {})             # what every worker takes; what is free
+    # of the extensions: tensors of every slot, tensors in shared memory, keys of a step line
+    slot_tensors: dict[str, SlotTensor] = field(default_factory=dict)
+    shared_tensors: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, str] = field(default_factory=dict)
+    memory: tuple[list[plan.Need], dict[str, float]] = ((), {})      # by worker; free by device
     notes: tuple[str, ...] = ()                  # what a person should know before the run
     first_prompt: str = ""                       # as the models read it
-    validation_prompts: list[list[int]] = field(default_factory=list)       # that an extension samples and has graded
-    grade_validation: Grade | None = None        # like `grade`, for these
+    # answered by an extension, graded by the parent
+    validation_prompts: list[list[int]] = field(default_factory=list)
+    grade_validation: Grade | None = None
 
 
 def prepare(cfg: Config) -> tuple[Config, Job]:
-    """Check models and texts without loading a weight. The toy's models are made here on first use.
+    """Check models and texts without loading a weight. The toy's models are made on first use.
 
-    Returns the flags with the toy's folders and a top_k that both models have, and the job. Raises ValueError.
+    Returns the flags, with the folders of the toy and with a top_k that both vocabularies allow,
+    and the job. Raises ValueError.
     """
     cfg = with_toy_models(cfg)
     task = load_task(cfg)
@@ -66,7 +73,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     check_slow_teacher(cfg)
     extensions = Extensions.load(cfg)
     models = ModelPair(student=shape_of(cfg.student), teacher=shape_of(cfg.teacher),
-                       student_config=text_config(cfg.student), teacher_config=text_config(cfg.teacher))
+                       student_config=text_config(cfg.student),
+                       teacher_config=text_config(cfg.teacher))
     extension_notes = extensions.check(models)
     check_teacher_states(cfg, extensions)
     check_metrics(cfg, extensions)
@@ -75,6 +83,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     memory = check_memory(cfg, models, added)
     check_disk(cfg, models.student, added)
     cfg = replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher)))
+    first = prompt_number(0, len(texts.prompts), cfg.seed)
     return cfg, Job(
         prompts=texts.prompts,
         eval_prompts=texts.eval_prompts,
@@ -88,7 +97,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         metrics=extensions.metrics,
         memory=memory,
         notes=(*notes, *texts.notes, *extension_notes),
-        first_prompt=tokenizer.decode(texts.prompts[prompt_number(0, len(texts.prompts), cfg.seed)]),
+        first_prompt=tokenizer.decode(texts.prompts[first]),
         validation_prompts=[prompt for _, prompt in validation],
         grade_validation=grader(cfg, tokenizer, task, [row for row, _ in validation]))
 
@@ -114,26 +123,28 @@ def probe_tokens(prompts: list[list[int]], limit: int) -> list[int]:
     return (prompts[0] + prompts[-1] + prompts[0])[:min(64, limit)]
 
 
-# -- extensions ------------------------------------------------------------------------------------
+# -- extensions ----------------------------------------------------------------------------------
 
 def check_teacher_states(cfg: Config, extensions: Extensions) -> None:
     """Hidden states exist in transformers only."""
     readers = [e.name for e in extensions if e.teacher_layers]
     require(cfg.teacher_engine == "hf" or not readers,
-            f"--teacher-engine {cfg.teacher_engine}: --extend {','.join(readers)} needs the teacher's hidden states, "
-            "which it does not give (--teacher-engine hf does)")
+            f"--teacher-engine {cfg.teacher_engine}: --extend {','.join(readers)} needs the "
+            "teacher's hidden states, which it does not give (--teacher-engine hf does)")
 
 
 def check_metrics(cfg: Config, extensions: Extensions) -> None:
     """A key of a step line has one meaning."""
     taken = sorted(extensions.metrics.keys() & METRICS.keys())
-    require(not taken, f"--extend {cfg.extend}: {', '.join(taken)} in METRICS is a key that every step line has")
+    require(not taken, f"--extend {cfg.extend}: {', '.join(taken)} in METRICS is a key that every "
+                       "step line has")
 
 
 def prepare_extensions(cfg: Config, job: Job) -> dict[Path, bytes]:
-    """The work of every `Extension.prepare`, each in a process of its own, on the first teacher's device.
+    """The work of every `Extension.prepare`, each in a process of its own, on the first teacher's
+    device.
 
-    Returns what is to be written into the run folder: its path, and the tensors as a safetensors file. Raises
+    Returns the files to write into the run folder, by path: the tensors as safetensors. Raises
     ValueError where an extension refuses the models or prompts.
     """
     device = next(worker.device for worker in plan.plan(cfg) if worker.role == "teacher")
@@ -147,8 +158,9 @@ def prepare_extensions(cfg: Config, job: Job) -> dict[Path, bytes]:
     return files
 
 
-def prepare_one(cfg: Config, body: tuple[str, list[list[int]]], device: str, dtype: torch.dtype) -> bytes:
-    """In the process of its own: bytes, because a tensor's memory would go with the process."""
+def prepare_one(cfg: Config, body: tuple[str, list[list[int]]], device: str,
+                dtype: torch.dtype) -> bytes:
+    """In that process. Returns bytes, because the memory of a tensor would go with the process."""
     name, prompts = body
     extension = next(e for e in Extensions.load(cfg) if e.name == name)
     tensors = extension.prepare(prompts, device, dtype)

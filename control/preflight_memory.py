@@ -15,8 +15,10 @@ from models import footprint
 from models.footprint import Shape
 
 
-def check_memory(cfg: Config, models: ModelPair, added: plan.Additions) -> tuple[list[plan.Need], dict[str, float]]:
-    """What every worker takes, and GB free by device. Raises ValueError where a device is too small."""
+def check_memory(cfg: Config, models: ModelPair,
+                 added: plan.Additions) -> tuple[list[plan.Need], dict[str, float]]:
+    """What every worker takes, and GB free by device. Raises ValueError where that is too little.
+    """
     free = footprint.free_gb()
     needs = plan.memory(cfg, models.student, models.teacher, free.get("gpu", 0.0), added)
     plan.check(needs, free)
@@ -24,20 +26,22 @@ def check_memory(cfg: Config, models: ModelPair, added: plan.Additions) -> tuple
 
 
 def check_disk(cfg: Config, student: Shape, added: plan.Additions) -> None:
-    """Refuse a disk too small for the student and, with --save-every, for its checkpoints and one more.
+    """Refuse a disk too small for the student and, with --save-every, for its checkpoints.
 
-    Files of an earlier run in --out are counted as free: they are among these checkpoints, or are deleted.
+    Files of an earlier run in --out count as free: they are among these checkpoints, or are
+    deleted.
     """
     half = cfg.gpus > 0
     weights = student.P * (2 if half else 4)
     learned = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
-    training = learned * (12 if half else 8)             # AdamW's moments and, on a GPU, float32 masters
+    training = learned * (12 if half else 8)     # AdamW's moments; on a GPU float32 masters too
     training += 1e9 * added.gb.get("checkpoint", 0.0)
     kept = checkpoints_at_once(cfg)
     need = weights + kept * (weights + training)
     free = free_bytes(cfg)
-    require(need < free, f"--out {cfg.out}: {need / 1e9:,.1f} GB for the student and {kept} checkpoints "
-                         f"(--faults.keep), where {free / 1e9:,.1f} are free")
+    require(need < free,
+            f"--out {cfg.out}: {need / 1e9:,.1f} GB for the student and {kept} checkpoints "
+            f"(--faults.keep), where {free / 1e9:,.1f} are free")
 
 
 def checkpoints_at_once(cfg: Config) -> int:

@@ -1,5 +1,5 @@
 """
-Preflight, the models: folders and hub names, tokenizers, lengths, downloads. Nothing loads a weight.
+Preflight, the models: folders and hub names, tokenizers, lengths, downloads. No weight is loaded.
 
 Tests: tests/test_job.py, tests/test_bad_input.py
 """
@@ -12,11 +12,12 @@ from config import Config, require
 from data.prompts import check_same_vocabulary, check_special_tokens
 from estimators import ESTIMATORS
 from models.footprint import Shape
-from models.loading import stop_ids, vocab_size
+from models.loading import stop_ids, text_config, vocab_size
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "vocab.txt")
-DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")   # weights, configuration, tokenizer
-SLOW_WORDS = 10_000          # on a CPU, words of a position from which on vLLM's Python numbers are too slow
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+                   "vocab.txt")
+DOWNLOADED = ("model*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
+SLOW_WORDS = 10_000          # a larger vocabulary is too slow in vLLM on a CPU
 
 
 def named_models(cfg: Config) -> tuple[tuple[str, str], tuple[str, str]]:
@@ -34,14 +35,15 @@ def check_models(cfg: Config, texts: list[str]) -> tuple[Any, list[str]]:
 
 
 def check_model(flag: str, name: str) -> None:
-    """Refuse what is no model: no configuration, no tokenizer, or a folder without complete safetensors."""
+    """Refuse a name without configuration or tokenizer, and a folder without whole weights."""
     from transformers import AutoConfig, AutoTokenizer
     try:
         AutoConfig.from_pretrained(name)
         AutoTokenizer.from_pretrained(name)
-    except Exception as e:                               # each loader fails in its own ways on a damaged file
-        raise ValueError(f"{flag} {name}: neither a model folder nor on the hub ({type(e).__name__}: "
-                         f"{first_line(e)})") from None
+    except Exception as e:                       # each loader fails in its own ways
+        reason = f"{type(e).__name__}: {first_line(e)}"
+        raise ValueError(f"{flag} {name}: neither a model folder nor on the hub "
+                         f"({reason})") from None
     if Path(name).is_dir():
         check_folder(flag, Path(name))
 
@@ -51,7 +53,8 @@ def check_folder(flag: str, folder: Path) -> None:
     require(any((folder / file).exists() for file in TOKENIZER_FILES),
             f"{flag} {folder}: holds no tokenizer (none of {', '.join(TOKENIZER_FILES)})")
     files = sorted(folder.glob("*.safetensors"))
-    require(files, f"{flag} {folder}: holds no .safetensors (a pickle is not read: save_pretrained converts it)")
+    require(files, f"{flag} {folder}: holds no .safetensors (a pickle is not read: "
+                   "save_pretrained converts it)")
     for file in files:
         try:
             safe_open(file, "pt").keys()
@@ -67,33 +70,35 @@ def check_tokenizers(cfg: Config, ours: Any, texts: list[str]) -> list[str]:
     words = max(ours.get_vocab().values()) + 1
     rows = {"student": vocab_size(cfg.student), "teacher": vocab_size(cfg.teacher)}
     for role, n in rows.items():
-        require(n >= words, f"--{role} {getattr(cfg, role)}: its head has {n:,} rows for {words:,} words")
+        require(n >= words,
+                f"--{role} {getattr(cfg, role)}: its head has {n:,} rows for {words:,} words")
     notes = []
     if rows["student"] != rows["teacher"]:
-        notes.append(f"{words:,} words in {rows['student']:,} rows of the student and {rows['teacher']:,} of the "
-                     "teacher: the others are padding")
-    return notes + check_special_tokens(ours, theirs, (stop_ids(cfg.student), stop_ids(cfg.teacher)))
+        notes.append(f"{words:,} words in {rows['student']:,} rows of the student and "
+                     f"{rows['teacher']:,} of the teacher: the others are padding")
+    ends = (stop_ids(cfg.student), stop_ids(cfg.teacher))
+    return notes + check_special_tokens(ours, theirs, ends)
 
 
 def check_lengths(cfg: Config) -> None:
     """Refuse responses that are longer than a model's positions."""
-    from transformers import AutoConfig
     for flag, name in named_models(cfg):
-        room = getattr(AutoConfig.from_pretrained(name).get_text_config(), "max_position_embeddings", None)
+        room = getattr(text_config(name), "max_position_embeddings", None)
         require(not room or cfg.max_prompt + cfg.max_response <= room,
-                f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than the {room} tokens of "
-                f"{flag} {name}")
+                f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than "
+                f"the {room} tokens of {flag} {name}")
 
 
 def check_slow_teacher(cfg: Config) -> None:
-    """On a CPU vLLM returns a position's best words or all of them, the latter as Python numbers: a million a second.
-    """
+    """On a CPU vLLM returns a position's best words, or all of them as Python numbers, a million
+    a second."""
     few = ESTIMATORS[cfg.estimator].support in ("sampled", "teacher_topk")
     if cfg.teacher_engine != "vllm" or cfg.gpus > 0 or few:
         return
     words = vocab_size(cfg.teacher)
-    require(words <= SLOW_WORDS, f"--teacher-engine vllm: on a CPU {cfg.estimator} moves all {words:,} words of every "
-                                 "position, a few tokens per second (--teacher-engine hf)")
+    require(words <= SLOW_WORDS,
+            f"--teacher-engine vllm: on a CPU {cfg.estimator} moves all {words:,} words of every "
+            "position, a few tokens per second (--teacher-engine hf)")
 
 
 def shape_of(name: str) -> Shape:
@@ -102,16 +107,17 @@ def shape_of(name: str) -> Shape:
 
 
 def fetch(cfg: Config) -> None:
-    """Download models of the hub before a worker needs them: once, where a person sees it, and without a time limit
-    (--faults.stall-s is for workers)."""
+    """Download models of the hub before a worker needs them: once, where a person sees it, and
+    without a time limit (--faults.stall-s is for workers)."""
     from huggingface_hub import snapshot_download
     for flag, name in named_models(cfg):
         if Path(name).is_dir():
             continue
         try:
             snapshot_download(name, allow_patterns=list(DOWNLOADED))
-        except Exception as e:                           # of the network, of the hub, of the disk
-            raise ValueError(f"{flag} {name}: could not be downloaded ({type(e).__name__}: {first_line(e)})") from None
+        except Exception as e:                   # of the network, of the hub, of the disk
+            reason = f"{type(e).__name__}: {first_line(e)}"
+            raise ValueError(f"{flag} {name}: could not be downloaded ({reason})") from None
 
 
 def first_line(e: Exception) -> str:

@@ -1,5 +1,5 @@
 """
-Preflight, the texts: prompts that are trained on, rows that are evaluated, rows that an extension validates with.
+Preflight, the texts: prompts to train on, rows to evaluate, rows that an extension validates with.
 
 Tests: tests/test_job.py, tests/test_bad_input.py
 """
@@ -41,18 +41,21 @@ class Texts:
 
 def load_task(cfg: Config) -> tasks.Task:
     """Raises ValueError where a file cannot be read and where no row is left."""
-    return tasks.load_task(cfg.task, prompt_key=cfg.data.prompt_key, answer_key=cfg.data.answer_key,
-                           filter=cfg.data.filter, eval_name=cfg.data.eval_task, eval_n=cfg.eval.n)
+    data = cfg.data
+    return tasks.load_task(cfg.task, prompt_key=data.prompt_key, answer_key=data.answer_key,
+                           filter=data.filter, eval_name=data.eval_task, eval_n=cfg.eval.n)
 
 
 def read_texts(cfg: Config, tokenizer: Any, task: tasks.Task) -> Texts:
-    """Raises ValueError where no prompt fits, and where one does not and --data.long-prompts is refuse."""
+    """Raises ValueError where no prompt fits or, with --data.long-prompts refuse, where one does
+    not."""
     train = encoded(cfg, tokenizer, task.train)
     require(train, f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
     notes = []
     left_out = len(task.train) - len(train)
     if left_out > 0:
-        what = f"{left_out:,} of {len(task.train):,} prompts are empty or longer than --max-prompt {cfg.max_prompt}"
+        what = (f"{left_out:,} of {len(task.train):,} prompts are empty or longer than "
+                f"--max-prompt {cfg.max_prompt}")
         require(cfg.data.long_prompts == "skip", f"--data.long-prompts refuse: {what}")
         notes.append(f"{what}: left out")
     return Texts(train, encoded(cfg, tokenizer, task.eval), notes)
@@ -60,29 +63,36 @@ def read_texts(cfg: Config, tokenizer: Any, task: tasks.Task) -> Texts:
 
 def encoded(cfg: Config, tokenizer: Any, rows: list[Row]) -> list[Pair]:
     """The rows that fit, with the tokens of their prompts."""
-    prompts = encode(rows, tokenizer, template=cfg.data.template, suffix=cfg.data.suffix, thinking=cfg.data.thinking)
-    return [(row, prompt) for row, prompt in zip(rows, prompts) if 0 < len(prompt) <= cfg.max_prompt]
+    prompts = encode(rows, tokenizer, template=cfg.data.template, suffix=cfg.data.suffix,
+                     thinking=cfg.data.thinking)
+    return [(row, prompt) for row, prompt in zip(rows, prompts)
+            if 0 < len(prompt) <= cfg.max_prompt]
 
 
 def validation_pairs(cfg: Config, extensions: Extensions, texts: Texts) -> list[Pair]:
     """The first training rows with an answer, as many as the extensions want to have graded."""
     if extensions.validation_rows == 0:
         return []
-    found = [(row, prompt) for row, prompt in texts.train if row.answer][:extensions.validation_rows]
+    answered = [(row, prompt) for row, prompt in texts.train if row.answer]
     names = ",".join(e.name for e in extensions if e.validation_rows > 0)
-    require(found, f"--extend {names}: needs rows with an answer, and no row of {cfg.task} has one "
-                   "(--data.answer-key names their key)")
-    return found
+    require(answered, f"--extend {names}: needs rows with an answer, and no row of {cfg.task} has "
+                      "one (--data.answer-key names their key)")
+    return answered[:extensions.validation_rows]
 
 
-def grader(cfg: Config, tokenizer: Any, task: tasks.Task, rows: list[Row]) -> Callable[[Answers], tuple]:
-    """A function from the token ids of k answers to each of `rows` to their texts and whether they are right."""
+def grader(cfg: Config, tokenizer: Any, task: tasks.Task,
+           rows: list[Row]) -> Callable[[Answers], tuple]:
+    """A function from the token ids of k answers to each of `rows` to their texts, and whether
+    these are right."""
     ends = set(stop_ids(cfg.student, cfg.teacher))
 
     def grade(answers: Answers) -> tuple[list[list[str]], list[list[bool]]]:
         texts = [decoded(of_row) for of_row in answers]
-        right = [[task.grade(text, row.answer) for text in of_row] for of_row, row in zip(texts, rows)]
+        right = [graded(of_row, row) for of_row, row in zip(texts, rows)]
         return texts, right
+
+    def graded(of_row: list[str], row: Row) -> list[bool]:
+        return [task.grade(text, row.answer) for text in of_row]
 
     def decoded(of_row: list[list[int]]) -> list[str]:
         without_ends = [[token for token in answer if token not in ends] for answer in of_row]

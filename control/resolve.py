@@ -1,10 +1,11 @@
 """
 From flags as they were given to flags that a run can work with.
 
-`resolve` refuses flags that contradict each other or this machine, and replaces 0, -1 and "auto" by what they stand
-for. One function a subject. `configure` is the whole way from a command line to a resolved `Config`.
+`resolve` refuses flags that contradict each other or this machine, and replaces 0, -1 and "auto"
+by what they stand for, with a function for each subject. `configure` is the whole way from a
+command line to a resolved `Config`.
 
-What is left out: the bounds of a single number (config.py); models, prompts and memory (control/preflight.py).
+What is left out: the bounds of a number (config.py); models, prompts and memory (preflight.py).
 Tests: tests/test_cli.py, tests/test_bad_input.py
 """
 from __future__ import annotations
@@ -28,18 +29,20 @@ from teacher import TEACHERS, VLLM_LACKS
 
 
 def configure(argv: Sequence[str]) -> Config:
-    """The resolved flags of a command line. Raises ValueError for bad input, SystemExit as `parse` does."""
+    """The resolved flags of a command line. Raises ValueError for bad input, and SystemExit as
+    `parse` does."""
     given = parse(argv)
     cfg = resolve(given)
     if cfg.resume:
         before = default_values(cfg) | recorded_flags(cfg.out)
         own = extension.Extensions.load(cfg).fixed_on_resume()
-        check_same(replace(cfg, kl=given.kl), before, own)       # --estimator decides kl, whatever --kl was given
+        # --estimator has decided kl, so that what was given is compared
+        check_same(replace(cfg, kl=given.kl), before, own)
     return cfg
 
 
 def default_values(cfg: Config) -> dict[str, object]:
-    """By names with dots, the default of every flag, those of the extensions that are switched on included."""
+    """By names with dots, the default of every flag, the extensions' flags included."""
     own = {name: vars(flags) for name, flags in extension.default_flags(cfg.extend).items()}
     return dict(each_flag(Config(extensions=own)))
 
@@ -58,7 +61,7 @@ def resolve(cfg: Config) -> Config:
     return replace(cfg, out=cfg.out or default_folder(cfg.task))
 
 
-# -- objective and training ------------------------------------------------------------------------
+# -- objective and training ----------------------------------------------------------------------
 
 def resolve_objective(cfg: Config) -> Config:
     """--estimator auto follows --kl; a row that is named decides which KL is logged."""
@@ -66,8 +69,9 @@ def resolve_objective(cfg: Config) -> Config:
     if name == "auto":
         name = DEFAULT[cfg.kl]
     if not ESTIMATORS[name].head:
-        require(adds_loss(cfg.extend), f"--estimator {name}: trains nothing by itself; switch on an extension that "
-                                       f"has a loss ({extensions_with_a_loss()}) or choose another estimator")
+        require(adds_loss(cfg.extend),
+                f"--estimator {name}: trains nothing by itself; switch on an extension that has a "
+                f"loss ({extensions_with_a_loss()}) or choose another estimator")
     return replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
 
 
@@ -79,7 +83,8 @@ def adds_loss(extend: str) -> bool:
 
 def extensions_with_a_loss() -> str:
     """For the message: the flags that switch on an extension with a loss."""
-    return ", ".join(f"--extend {name}" for name in extension.known_extensions() if adds_loss(name)) or "--extend"
+    names = [name for name in extension.known_extensions() if adds_loss(name)]
+    return ", ".join(f"--extend {name}" for name in names) or "--extend"
 
 
 def check_training(cfg: Config) -> None:
@@ -89,38 +94,42 @@ def check_training(cfg: Config) -> None:
 
 def check_evaluation(cfg: Config) -> None:
     require(cfg.eval.k == 1 or cfg.eval.temperature > 0,
-            f"--eval.k {cfg.eval.k}: greedy answers to a row are all the same (--eval.temperature 1 draws them)")
+            f"--eval.k {cfg.eval.k}: greedy answers to a row are all the same "
+            "(--eval.temperature 1 draws them)")
 
 
 def resolve_staleness(cfg: Config) -> Config:
     """--schedule sync generates nothing ahead."""
     if cfg.schedule == "async" and cfg.overdue != "keep":
-        require(cfg.max_lag >= cfg.max_ahead, f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, "
-                                              "which sets the mean lag")
+        require(cfg.max_lag >= cfg.max_ahead,
+                f"--max-lag {cfg.max_lag}: below the {cfg.max_ahead} of --max-ahead, which "
+                "determines the mean lag")
     if cfg.schedule == "sync":
         return replace(cfg, max_ahead=0)
     return cfg
 
 
-# -- machines --------------------------------------------------------------------------------------
+# -- machines ------------------------------------------------------------------------------------
 
 def resolve_workers(cfg: Config) -> Config:
     """How many GPUs there are, and how many workers of each role."""
     available = torch.cuda.device_count()
-    require(cfg.gpus <= available or cfg.dry_run, f"--gpus {cfg.gpus}: this machine has {available} (--gpus 0 runs on "
-                                                  "the CPU; --dry-run needs none)")
+    require(cfg.gpus <= available or cfg.dry_run,
+            f"--gpus {cfg.gpus}: this machine has {available} (--gpus 0 runs on the CPU; "
+            "--dry-run needs none)")
     gpus = cfg.gpus
     if gpus < 0:
         gpus = available
-    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners, cfg.teacher_gpus)
-    takes_turns = gpus <= 2 and learners == 1 and cfg.teacher_gpus == 1      # several roles on one device
-    if gpus > 0 and not takes_turns:
+    rollouts, teachers, learners = split(gpus, cfg.rollouts, cfg.teachers, cfg.learners,
+                                         cfg.teacher_gpus)
+    roles_share_a_gpu = gpus <= 2 and learners == 1 and cfg.teacher_gpus == 1
+    if gpus > 0 and not roles_share_a_gpu:
         spread = ""
         if cfg.teacher_gpus > 1:
             spread = f" on {cfg.teacher_gpus} GPUs each (--teacher-gpus)"
         require(rollouts + teachers * cfg.teacher_gpus + learners <= gpus,
-                f"--rollouts {rollouts}, --teachers {teachers}{spread} and --learners {learners}: more than --gpus "
-                f"{gpus}")
+                f"--rollouts {rollouts}, --teachers {teachers}{spread} and --learners {learners}: "
+                f"more than --gpus {gpus}")
     return replace(cfg, gpus=gpus, rollouts=rollouts, teachers=teachers, learners=learners)
 
 
@@ -141,11 +150,13 @@ def resolve_engines(cfg: Config) -> Config:
     check_choice("--teacher-engine", cfg.teacher_engine, list(TEACHERS))
     has_vllm = cfg.dry_run or installed("vllm")
     for flag, engine in (("--engine", cfg.engine), ("--teacher-engine", cfg.teacher_engine)):
-        require(engine != "vllm" or has_vllm, f"{flag} vllm: vLLM is not installed ({flag} hf runs without it)")
+        require(engine != "vllm" or has_vllm,
+                f"{flag} vllm: vLLM is not installed ({flag} hf runs without it)")
     if cfg.teacher_engine == "vllm":
         lacking = VLLM_LACKS.get(ESTIMATORS[cfg.estimator].support)
-        require(lacking is None, f"--teacher-engine vllm: {cfg.estimator} needs {lacking}, which vLLM does not give "
-                                 "(--teacher-engine hf does)")
+        require(lacking is None,
+                f"--teacher-engine vllm: {cfg.estimator} needs {lacking}, which vLLM does not "
+                "give (--teacher-engine hf does)")
     if cfg.engine == "auto":
         return replace(cfg, engine="vllm" if has_vllm else "hf")
     return cfg
@@ -155,14 +166,16 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
     require(value in choices, f"{flag} {value}: no such choice (there are: {', '.join(choices)})")
 
 
-# -- packages, models and texts --------------------------------------------------------------------
+# -- packages, models and texts ------------------------------------------------------------------
 
 def check_packages(cfg: Config) -> None:
     """Packages that only some runs need."""
-    require(cfg.log == "none" or installed(cfg.log), f"--log {cfg.log}: not installed (pip install {cfg.log})")
+    require(cfg.log == "none" or installed(cfg.log),
+            f"--log {cfg.log}: not installed (pip install {cfg.log})")
     if cfg.lora_rank:
-        require(cfg.learners == 1, f"--lora-rank {cfg.lora_rank}: with one learner, not {cfg.learners} (--learners 1)")
-        require(installed("peft"), f"--lora-rank {cfg.lora_rank}: needs peft (pip install peft)")
+        flag = f"--lora-rank {cfg.lora_rank}"
+        require(cfg.learners == 1, f"{flag}: with one learner, not {cfg.learners} (--learners 1)")
+        require(installed("peft"), f"{flag}: needs peft (pip install peft)")
 
 
 def installed(package: str) -> bool:
@@ -176,9 +189,10 @@ def check_task(cfg: Config) -> None:
     require(cfg.task, "--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task == "toy":
         require(not cfg.data.eval_task,
-                f"--data.eval-task {cfg.data.eval_task}: the toy has rows of its own for evaluation")
+                f"--data.eval-task {cfg.data.eval_task}: the toy brings its own evaluation rows")
         return
-    require(cfg.student and cfg.teacher, "--student and --teacher are missing: each a folder or a hub name")
+    require(cfg.student and cfg.teacher,
+            "--student and --teacher are missing: each a folder or a hub name")
 
 
 def default_folder(task: str) -> str:

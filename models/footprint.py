@@ -1,5 +1,6 @@
 """
-The sizes of a model and the memory that follows from them, before any weight is read; and how much memory is free.
+The sizes of a model and the memory that follows from them, before any weight is read; and the
+memory that is free.
 
 Tests: tests/test_plan.py
 """
@@ -34,7 +35,7 @@ class Shape:
 
     @classmethod
     def of(cls, config: Any) -> Shape:
-        """From a transformers configuration; the parameters are counted on a model without storage."""
+        """From a transformers configuration. Parameters are counted on a model without storage."""
         from transformers import AutoModelForCausalLM
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
@@ -42,17 +43,20 @@ class Shape:
         heads = c.num_attention_heads
         kv_heads = getattr(c, "num_key_value_heads", None) or heads
         head_width = getattr(c, "head_dim", None) or c.hidden_size // heads
-        return cls(P=sum(p.numel() for p in model.parameters()), V=c.vocab_size, L=c.num_hidden_layers,
-                   H=c.hidden_size, I=mlp_width(c), A=heads * head_width, K=kv_heads * head_width)
+        return cls(P=sum(p.numel() for p in model.parameters()), V=c.vocab_size,
+                   L=c.num_hidden_layers, H=c.hidden_size, I=mlp_width(c),
+                   A=heads * head_width, K=kv_heads * head_width)
 
     def adapters(self, rank: int) -> int:
         """Parameters of --lora-rank: two thin matrices for each of a layer's seven linear ones."""
         return rank * self.L * (7 * self.H + 2 * self.A + 2 * self.K + 3 * self.I)
 
     def layer(self, half: bool) -> int:
-        """Bytes per token that one layer keeps for the backward pass: exact for Qwen3, a little less without q-norm.
+        """Bytes per token that one layer keeps for the backward pass: exact for Qwen3, a little
+        less without q-norm.
 
-        In bf16 (autocast) the residual stream, the norms' inputs and what q and k are before theirs stay float32.
+        In bf16 (autocast) the residual stream, the norms' inputs and what q and k are before
+        theirs stay float32.
         """
         H, I, A, K = self.H, self.I, self.A, self.K  # noqa: E741
         if half:
@@ -60,7 +64,8 @@ class Shape:
         return 4 * (6 * H + 4 * A + 4 * K + 4 * I)
 
     def activations(self, half: bool, again: bool) -> int:
-        """Bytes per token of a training step; `again`: gradient checkpointing, only a layer's input is kept.
+        """Bytes per token of a training step. With `again`, gradient checkpointing, only the input
+        of a layer is kept.
 
         The additional layer is the one that is being differentiated.
         """
@@ -82,34 +87,39 @@ def mlp_width(c: Any) -> int:
 
 
 def logit_bytes(support: str, half: bool) -> int:
-    """Bytes per logit of a chunk: a float32 buffer, and on a GPU one in bf16. Where the estimator sees all words, also
-    the teacher's log-probs, the gradient, and what autograd keeps of the divergence."""
+    """Bytes per logit of a chunk: a float32 buffer, and on a GPU one in bf16. Where the estimator
+    sees all words, also the teacher's log-probs, the gradient, and what autograd keeps of the
+    divergence."""
     float32 = 40 if support == "full" else 4
     return float32 + (2 if half else 0)
 
 
 def chunk_size(cfg: Config, vocab: int, free_gb: float = math.inf) -> int:
-    """Positions whose logits exist at once in the learner: what fits in CHUNK_GB and in an eighth of what is free."""
+    """Positions whose logits exist at once in the learner: as many as fit in CHUNK_GB and in an
+    eighth of what is free."""
     per_position = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, cfg.gpus > 0) / 1e9
     return max(16, int(min(CHUNK_GB, free_gb / 8) / per_position))
 
 
 def gpu_share(cfg: Config) -> float:
-    """Share of a GPU's memory that vLLM takes: nearly all of its own GPU, less of one that has other roles too."""
+    """Share of a GPU's memory that vLLM takes: nearly all of a GPU of its own, less of one
+    that it shares."""
     return 0.85 if cfg.gpus > 2 else 0.3
 
 
 def free_gb() -> dict[str, float]:
     """device -> GB free now, and `gpu` -> size of a GPU; only of what is there.
 
-    This asks nvidia-smi: CUDA would take a part of every GPU for the parent, which has no work for one.
+    This asks nvidia-smi: CUDA would take a part of every GPU for the parent, which has no work
+    for one.
     """
     found = {}
     if Path("/dev/shm").exists():
         found["shm"] = shutil.disk_usage("/dev/shm").free / 1e9
     meminfo = Path("/proc/meminfo")
     if meminfo.exists():
-        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        lines = meminfo.read_text().splitlines()
+        available = next(line for line in lines if line.startswith("MemAvailable"))
         found["cpu"] = int(available.split()[1]) * 1024 / 1e9
     if shutil.which("nvidia-smi"):
         for i, (free, total) in enumerate(gpu_memory()):

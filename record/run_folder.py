@@ -1,7 +1,8 @@
 """
 The run folder: who may write to it, what a resumed run continues from, and what it may not change.
 
-What is left out: the files in it (log.py, checkpoint.py, report.py). Tests: tests/test_cli.py, test_bad_input.py
+What is left out: the files in it (log.py, checkpoint.py, report.py).
+Tests: tests/test_cli.py, tests/test_bad_input.py
 """
 from __future__ import annotations
 
@@ -16,10 +17,11 @@ from config import Config, each_flag, flag_of, require
 from record import checkpoint, log
 
 # What a resumed run may not change: the order of prompts, the slots and the model depend on these
-FIXED = ("student", "task", "data.prompt_key", "data.filter", "data.template", "data.suffix", "data.thinking",
-         "data.long_prompts", "data.eval_task", "eval.n", "max_prompt", "max_response", "seed", "batch",
-         "minibatches", "schedule", "kl", "estimator", "lora_rank", "extend")
-INPUTS = ("student", "teacher", "task", "data.eval_task")      # flags that may name a file or folder
+FIXED = ("student", "task", "data.prompt_key", "data.filter", "data.template", "data.suffix",
+         "data.thinking", "data.long_prompts", "data.eval_task", "eval.n", "max_prompt",
+         "max_response", "seed", "batch", "minibatches", "schedule", "kl", "estimator",
+         "lora_rank", "extend")
+INPUTS = ("student", "teacher", "task", "data.eval_task")      # may name a file or folder
 
 
 def recorded_flags(out: str) -> dict[str, object]:
@@ -50,16 +52,18 @@ def flattened(config: dict) -> Iterator[tuple[str, object]]:
 
 
 def check_same(cfg: Config, before: Mapping[str, object], further: Sequence[str] = ()) -> None:
-    """Raise ValueError for a flag that a resumption cannot change: those of FIXED and, of the extensions, `further`.
+    """Raise ValueError for a flag that a resumption cannot change: those of FIXED and `further`.
 
-    before: the flags of the run that continues, by names with dots.
+    before: the flags of the run that continues. All names are with dots.
     """
     now = dict(each_flag(cfg))
     for name in (*FIXED, *further):
-        require(now[name] == before[name], f"{flag_of(name)} {now[name]}: --resume cannot change the {before[name]} "
-                                           f"of the run in {cfg.out}")
+        require(now[name] == before[name],
+                f"{flag_of(name)} {now[name]}: --resume cannot change the {before[name]} of the "
+                f"run in {cfg.out}")
 
-# -- before a run --------------------------------------------------------------------------------
+
+# -- before a run ---------------------------------------------------------------------------------
 
 def check_out(cfg: Config) -> Path | None:
     """The checkpoint to continue from with --resume, else None.
@@ -100,8 +104,8 @@ def resume_point(cfg: Config) -> Path:
 
 
 def check_overwrite(cfg: Config) -> None:
-    """A folder that is not empty may be emptied only if --overwrite is given, if it holds a run, and if no input of
-    this run lies in it."""
+    """A folder that is not empty may be emptied only if --overwrite is given, if it holds a run,
+    and if no input of this run lies in it."""
     out = Path(cfg.out)
     require(cfg.overwrite, f"--out {cfg.out}: not empty (--overwrite empties it)")
     require((out / "log.jsonl").exists(),
@@ -111,7 +115,9 @@ def check_overwrite(cfg: Config) -> None:
         value = values[name]
         if value and Path(value).exists():
             inside = Path(value).resolve().is_relative_to(out.resolve())
-            require(not inside, f"--overwrite would delete {flag_of(name)} {value}: it lies in --out {cfg.out}")
+            require(not inside,
+                    f"--overwrite would delete {flag_of(name)} {value}: it lies in --out "
+                    f"{cfg.out}")
 
 
 def empty(folder: Path) -> None:
