@@ -1,17 +1,18 @@
 """
 The teacher-score cache: slots in shared memory that every process can read and write.
 
-    free -> rollout -> teacher -> learner -> free          one round of a slot; a ticket is one round
+    free -> rollout -> teacher -> learner -> free          one round of a slot; a ticket is one
 
-A slot holds one segment of a response: its tokens, the candidate words of every position, and their
-log-probs under the student that drew them and under the teacher. The parent allocates all slots
-once, in plain shared CPU memory, the same with and without a GPU. Pipes carry slot numbers, never
-tensors, and a slot belongs to one process at a time: its number is the permission to touch it.
+A slot holds one segment of a response: its tokens, the candidate words of every position, and
+their log-probs under the student that drew them and under the teacher. The parent allocates all
+slots once, in plain shared CPU memory, the same with and without a GPU. Pipes carry slot numbers,
+never tensors, and a slot belongs to one process at a time: its number is the permission to touch
+it.
 
 What is left out: who gets which slot (control/scheduler.py); several machines.
-Shapes: S slots; T response positions; C words per position, of which column 0 is the emitted token
-and the table entry of the estimator says what the others are; n new tokens in a segment, of which m
-have cached scores. Tests: tests/test_cache.py
+Shapes: S slots; T response positions; C words per position, of which column 0 is the emitted
+token and the table entry of the estimator says what the others are; n new tokens in a segment, of
+which m have cached scores. Tests: tests/test_cache.py
 """
 from __future__ import annotations
 

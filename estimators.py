@@ -58,7 +58,7 @@ BLOCK = 64              # words per block in `draw`: both levels cost the same a
 QUESTIONS = ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered")
 
 
-# -- what the estimators share --------------------------------------------------------------------
+# -- what the estimators share -------------------------------------------------------------------
 
 def importance_weight(logp: Tensor, logmu: Tensor) -> Tensor:
     """w = p / mu as a constant, clamped to e^-20 .. e^20. Any shape."""
@@ -86,7 +86,7 @@ def in_float32(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return wrapped
 
 
-# -- reverse KL at drawn tokens -------------------------------------------------------------------
+# -- reverse KL at drawn tokens ------------------------------------------------------------------
 
 @in_float32
 def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ def largest_tau(squares: Tensor, budget: float) -> Tensor:
     return level[right].sqrt()
 
 
-# -- a set of top words ---------------------------------------------------------------------------
+# -- a set of top words --------------------------------------------------------------------------
 
 @in_float32
 def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -375,7 +375,7 @@ def log_rest(logx: Tensor) -> Tensor:
     return torch.log(-torch.expm1(logx.logsumexp(-1).clamp(max=-1e-7)))
 
 
-# -- losses that do not look at logmu: drawn by the teacher, over all words, none -----------------
+# -- losses that do not look at logmu: drawn by the teacher, over all words, none ----------------
 
 @in_float32
 def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -458,7 +458,7 @@ def no_divergence(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     return torch.zeros_like(logp[..., 0])
 
 
-# -- the logged KL, and how candidates are drawn --------------------------------------------------
+# -- the logged KL, and how candidates are drawn -------------------------------------------------
 
 @in_float32
 def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -538,7 +538,7 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0,
     return ids, drawn_weight.log() - length.log().float()
 
 
-# -- the table ------------------------------------------------------------------------------------
+# -- the table -----------------------------------------------------------------------------------
 
 @dataclass(frozen=True)
 class Estimator:

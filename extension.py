@@ -1,22 +1,25 @@
 """
 The seam: what a further paper may add to a run, without a line of the core that knows it.
 
-An extension is one file, extensions/NAME.py or any Python file, that defines one subclass of `Extension`. It is
-switched on by `--extend NAME[,NAME]` (or by the path of the file) and has flags of its own, --NAME.FIELD. A hook that
-is not overridden does nothing. Every process that needs an extension makes its own instance; what the processes share
-lies in tensors that the parent allocates.
+An extension is one file, extensions/NAME.py or any Python file, that defines one subclass of
+`Extension`. It is switched on by `--extend NAME[,NAME]` (or by the path of the file) and has
+flags of its own, --NAME.FIELD. A hook that is not overridden does nothing. Every process that
+needs an extension makes its own instance; what the processes share lies in tensors that the
+parent allocates.
 
     the parent            check, slot_tensors, shared_tensors, extra_gb, prepare
     a rollout worker      stored
     a teacher worker      record
     a learner             attach, weight, loss, after_step, after_flush, published, state
 
-The core offers three services for it: slots that store the scores of some positions only (`sparse`, `stored`),
-additional tensors in every slot (`slot_tensors`), and a flush, which ends what is in flight when an extension has
-moved the weights (`Outcome.flush`, `after_flush`).
+The core offers three services for it: slots that store the scores of some positions only
+(`sparse`, `stored`), additional tensors in every slot (`slot_tensors`), and a flush, which ends
+what is in flight when an extension has moved the weights (`Outcome.flush`, `after_flush`).
 
-Shapes: B segments, M new tokens in all of them, m those that an extension looks at, d the width of a hidden state.
-What is left out: hooks into the engines and the scheduler. Recipes: docs/extending.md. Tests: tests/test_extension.py
+Shapes: B segments, M new tokens in all of them, m those that an extension looks at, d the width
+of a hidden state.
+What is left out: hooks into the engines and the scheduler. Recipes: docs/extending.md. Tests:
+tests/test_extension.py
 """
 from __future__ import annotations
 
@@ -37,19 +40,20 @@ from config import Config, require
 FOLDER = Path(__file__).resolve().parent / "extensions"
 
 
-# -- what the hooks take and return ----------------------------------------------------------------
+# -- what the hooks take and return --------------------------------------------------------------
 
 @dataclass(frozen=True)
 class SlotTensor:
-    """A tensor that every slot has: `shape` without the slots' dimension; the first dimension counts used rows."""
+    """A tensor that every slot has: `shape` without the slots' dimension; the first dimension
+    counts used rows."""
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape of each, and the
-    transformers configuration of each."""
+    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape
+    of each, and the transformers configuration of each."""
     student: Any
     teacher: Any
     student_config: Any = None
@@ -61,33 +65,35 @@ class ModelPair:
 class Step:
     """A finished train batch, before its weights are published. Every learner sees all of it."""
     segments: list[Segment]
-    measured: list[dict[str, Tensor]]            # per learner: y, kl, loss, w, ... [m] of the positions it measured
-    version: int                                 # of the weights before the step; they become version + 1
-    link: Any = None                             # transport.link.Link of this learner; None outside of a run
+    measured: list[dict[str, Tensor]]            # per learner: y, kl, loss, w .. [m], by position
+    version: int                                 # of the weights before the step
+    link: Any = None                             # transport.link.Link; None outside of a run
 
 
 @dataclass
 class Outcome:
     """What an extension did after a step."""
-    events: list[dict] = field(default_factory=list)               # {"what": ..., ..}: the log adds the step
+    events: list[dict] = field(default_factory=list)     # {"what": ..}; the log adds the step
     metrics: dict[str, float] = field(default_factory=dict)        # all keys of METRICS
-    flush: bool = False                          # the weights have jumped: what is in flight is too old
+    flush: bool = False                          # the weights have jumped: end what is in flight
 
 
 class Extension:
-    """The base of every extension, and the list of the hooks. Nothing here needs to be overridden."""
+    """The base of every extension, and the list of the hooks. Nothing here needs to be
+    overridden."""
 
     @dataclass(frozen=True)
     class Flags:
-        """--NAME.FIELD: a frozen dataclass; the text under a field is its help; config.Bound limits a number."""
+        """--NAME.FIELD: a frozen dataclass; the text under a field is its help; config.Bound
+        limits a number."""
 
-    METRICS: ClassVar[Mapping[str, str]] = {}    # keys that it adds to every step line: meaning and unit
-    fixed_on_resume: Sequence[str] = ()          # flags a resumed run may not change: its own, or the core's
-    validation_rows: int = 0                     # training rows with an answer that the parent grades for it
+    METRICS: ClassVar[Mapping[str, str]] = {}    # keys that it adds to a step line: meaning, unit
+    fixed_on_resume: Sequence[str] = ()          # flags, its own or the core's, that stay
+    validation_rows: int = 0                     # training rows that the parent grades for it
     sparse: bool = False                         # `stored` may leave out positions
     teacher_layers: Sequence[int] = ()           # layers whose states `record` receives, 0-based
     student_layers: Sequence[int] = ()           # layers whose states `loss` receives
-    loss_over: str = ""                          # slot tensor whose used rows are the denominator of `loss`; "": tokens
+    loss_over: str = ""                          # slot tensor whose used rows `loss` is divided by
 
     def __init__(self, name: str, cfg: Config, flags: Any):
         self.name = name
@@ -102,8 +108,8 @@ class Extension:
         return []
 
     def slot_tensors(self, models: ModelPair) -> dict[str, SlotTensor]:
-        """Tensors of every slot, by a name that no other extension uses. The core allocates them, counts their
-        memory, and skips an update that would read a nan from them."""
+        """Tensors of every slot, by a name that no other extension uses. The core allocates them,
+        counts their memory, and skips an update that would read a nan from them."""
         return {}
 
     def shared_tensors(self, models: ModelPair) -> dict[str, Tensor]:
@@ -111,40 +117,45 @@ class Extension:
         return {}
 
     def extra_gb(self, models: ModelPair) -> dict[str, float]:
-        """Further memory, GB: "host" of the CPU's for all learners together, "learner" on the device of each,
-        "checkpoint" on the disk for each checkpoint."""
+        """Further memory, GB: "host" of the CPU's for all learners together, "learner" on the
+        device of each, "checkpoint" on the disk for each checkpoint."""
         return {}
 
-    def prepare(self, prompts: list[list[int]], device: str, dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Work that is done once, before the run and in a process of its own. The tensors are kept in the run folder;
-        `prepared` reads them in every process, also after a resumption. None: there is nothing to do."""
+    def prepare(self, prompts: list[list[int]], device: str,
+                dtype: torch.dtype) -> dict[str, Tensor] | None:
+        """Work that is done once, before the run and in a process of its own. The tensors are
+        kept in the run folder; `prepared` reads them in every process, also after a resumption.
+        None: there is nothing to do."""
         return None
 
     # -- a rollout worker, as tokens are written to a slot
 
-    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int, first: int) -> Tensor | None:
-        """Which of these tokens [k] of response `uid`, from its token `first` on, keep their scores: bool [k]."""
+    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int,
+               first: int) -> Tensor | None:
+        """Which of these tokens [k] of response `uid`, from its token `first` on, keep their
+        scores: bool [k]."""
         return None
 
     # -- a teacher worker
 
     def record(self, states: list[Tensor], segments: list[Segment], slots: Slots) -> None:
-        """Write the slot tensors of these segments. `states`: per layer of `teacher_layers` [M, d], row m being the
-        state that predicts new token m."""
+        """Write the slot tensors of these segments. `states`: per layer of `teacher_layers` [M,
+        d], row m being the state that predicts new token m."""
 
     # -- a learner
 
     def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
-        """The learner (learner.Learner) is ready. `saved` is what `state` returned at the checkpoint from which the
-        run continues; empty at the start of a run."""
+        """The learner (learner.Learner) is ready. `saved` is what `state` returned at the
+        checkpoint from which the run continues; empty at the start of a run."""
 
     def weight(self, tokens: Tensor) -> Tensor | None:
         """Factor [m] of the loss at positions that predict `tokens` [m]."""
         return None
 
     def loss(self, states: list[Tensor], segments: list[Segment]) -> Tensor | None:
-        """A loss of its own, one value per position [m], added to the estimator's. `states`: per layer of
-        `student_layers` [M, d], with gradients. Its sum over the batch is divided by the rows of `loss_over`."""
+        """A loss of its own, one value per position [m], added to the estimator's. `states`: per
+        layer of `student_layers` [M, d], with gradients. Its sum over the batch is divided by the
+        rows of `loss_over`."""
         return None
 
     def after_step(self, step: Step) -> Outcome:
@@ -152,7 +163,8 @@ class Extension:
         return Outcome()
 
     def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
-        """After a flush: of what was in flight and is scored now, the slots whose content is not worth training."""
+        """After a flush: of what was in flight and is scored now, the slots whose content is not
+        worth training."""
         return set()
 
     def published(self, shared: Mapping[str, Tensor]) -> None:
@@ -175,7 +187,7 @@ def prepared_file(cfg: Config, name: str) -> Path:
     return Path(cfg.out) / f"{name}.safetensors"
 
 
-# -- from names to instances -----------------------------------------------------------------------
+# -- from names to instances ---------------------------------------------------------------------
 
 def known_extensions() -> list[str]:
     """The names that --extend knows without a path."""
@@ -183,28 +195,31 @@ def known_extensions() -> list[str]:
 
 
 def split_names(extend: str) -> list[str]:
-    """The items of --extend. Raises ValueError for a name that appears twice or cannot be the prefix of a flag."""
+    """The items of --extend. Raises ValueError for a name that appears twice or cannot be the
+    prefix of a flag."""
     items = [item.strip() for item in extend.split(",") if item.strip()]
     names = [name_of(item) for item in items]
     for name in names:
         require(names.count(name) == 1, f"--extend {extend}: {name} appears twice")
-        require(name.isidentifier(), f"--extend {extend}: {name!r} cannot be the prefix of flags (rename the file: "
-                                     "letters, digits and _)")
+        require(name.isidentifier(), f"--extend {extend}: {name!r} cannot be the prefix of flags "
+                                     "(rename the file: letters, digits and _)")
     return items
 
 
 def name_of(item: str) -> str:
-    """The name of an extension, which is also the prefix of its flags. Example: my/entropy.py -> entropy."""
+    """The name of an extension, which is also the prefix of its flags. Example: my/entropy.py ->
+    entropy."""
     return Path(item).stem if item.endswith(".py") else item
 
 
 def extension_class(item: str) -> type[Extension]:
-    """The class behind one item of --extend. Raises ValueError for a name or file that holds no extension."""
+    """The class behind one item of --extend. Raises ValueError for a name or file that holds no
+    extension."""
     module = load_module(item)
     found = [x for x in vars(module).values() if isinstance(x, type) and issubclass(x, Extension)
              and x.__module__ == module.__name__]
-    require(len(found) == 1, f"--extend {item}: {module.__file__} must define one subclass of extension.Extension, "
-                             f"and it defines {len(found)}")
+    require(len(found) == 1, f"--extend {item}: {module.__file__} must define one subclass of "
+                             f"extension.Extension, and it defines {len(found)}")
     return found[0]
 
 
@@ -217,8 +232,9 @@ def summary(kind: type[Extension]) -> str:
 def load_module(item: str) -> ModuleType:
     """The module of an extension: extensions/NAME.py, or the file that the item names."""
     file = Path(item) if item.endswith(".py") else FOLDER / f"{item}.py"
-    require(file.is_file(), f"--extend {item}: no such extension (there are: {', '.join(known_extensions())}; a path "
-                            "of a Python file works too)")
+    known = ", ".join(known_extensions())
+    require(file.is_file(), f"--extend {item}: no such extension (there are: {known}; a path of a "
+                            "Python file works too)")
     name = f"extensions.{file.stem}"
     if name in sys.modules and Path(sys.modules[name].__file__).resolve() == file.resolve():
         return sys.modules[name]
@@ -285,8 +301,10 @@ class Extensions(list[Extension]):
                 total[what] = total.get(what, 0.0) + gb
         return total
 
-    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int, first: int) -> Tensor | None:
-        """Bool [k]: the positions that every extension stores; None where no extension leaves any out."""
+    def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int,
+               first: int) -> Tensor | None:
+        """Bool [k]: the positions that every extension stores; None where no extension leaves any
+        out."""
         if not self.sparse:
             return None
         kept = torch.ones(len(tokens), dtype=torch.bool)
@@ -309,13 +327,14 @@ class Extensions(list[Extension]):
         return torch.stack(weights).prod(0)
 
     def after_step(self, step: Step) -> Outcome:
-        """What all of them did, in their order. Raises ValueError for one that does not fill its METRICS."""
+        """What all of them did, in their order. Raises ValueError for one that does not fill its
+        METRICS."""
         total = Outcome()
         for e in self:
             outcome = e.after_step(step)
             require(outcome.metrics.keys() == e.METRICS.keys(),
-                    f"--extend {e.name}: after_step must fill its METRICS {sorted(e.METRICS)}, and it filled "
-                    f"{sorted(outcome.metrics)}")
+                    f"--extend {e.name}: after_step must fill its METRICS {sorted(e.METRICS)}, "
+                    f"and it filled {sorted(outcome.metrics)}")
             total.events += outcome.events
             total.metrics |= outcome.metrics
             total.flush |= outcome.flush
@@ -332,7 +351,8 @@ class Extensions(list[Extension]):
         """Each one receives what it has saved itself, by its own names."""
         for e in self:
             prefix = f"{e.name}/"
-            own = {key.removeprefix(prefix): x for key, x in saved.items() if key.startswith(prefix)}
+            own = {key.removeprefix(prefix): x for key, x in saved.items()
+                   if key.startswith(prefix)}
             e.attach(learner, own)
 
     def state(self) -> Iterator[tuple[str, Tensor]]:

@@ -57,7 +57,7 @@ class Interrupted(Exception):
     """The run ends, and the step is given up before its first update."""
 
 
-# -- one step --------------------------------------------------------------------------------------
+# -- one step ------------------------------------------------------------------------------------
 
 class Learner:
     """The student, its optimizer, and the loss."""
@@ -120,7 +120,8 @@ class Learner:
         metrics |= {"grad_norm": norm.item(), "lr": lr}
         return Trained(metrics, skipped, outcome.events, outcome.flush)
 
-    def accumulate(self, minibatch: list[Segment], link: Link | None, first: bool) -> list[Measured]:
+    def accumulate(self, minibatch: list[Segment], link: Link | None,
+                   first: bool) -> list[Measured]:
         """Add up the gradient of one optimizer batch, micro-batch by micro-batch."""
         measured = []
         count = max(1, sum(map(len, minibatch)))
@@ -195,7 +196,8 @@ class Learner:
                 "duplicates": 1 - distinct / n, "y": ids[:, 0]}
 
     def update(self, lr: float) -> Tensor:
-        """One step of the optimizer, unless the gradient is not finite; its norm before clipping."""
+        """One step of the optimizer, unless the gradient is not finite; its norm before
+        clipping."""
         parameters = self.student.model.parameters()
         norm = self.ranks.gather(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.clip))
         for group in self.optimizer.param_groups:
@@ -210,7 +212,7 @@ class Learner:
         """That of the next update."""
         return self.cfg.lr * rate(self.updates, self.cfg)
 
-    # -- what a step needs of its slots ------------------------------------------------------------
+    # -- what a step needs of its slots ----------------------------------------------------------
 
     @torch.no_grad()
     def prepass(self, segments: list[Segment],
@@ -261,7 +263,7 @@ class Learner:
             raise RuntimeError(f"a token of lag {lag} was to be trained, --max-lag "
                                f"{self.cfg.max_lag} is broken")
 
-    # -- what a step says --------------------------------------------------------------------------
+    # -- what a step says ------------------------------------------------------------------------
 
     def metrics(self, segments: list[Segment], measured: list[Measured],
                 version: int) -> dict[str, object]:
@@ -270,7 +272,7 @@ class Learner:
         tokens = sum(map(len, segments))
         found: dict[str, object] = dict(summarize(measured))
         stored = sum(len(s.ids) for s in segments) / tokens
-        found["loss"] = found["loss"] * stored         # per position, those without scores included
+        found["loss"] = found["loss"] * stored         # per position of the batch
         found |= {"tokens": tokens, "stored": stored, "sequences": len(segments),
                   "context": sum(s.start - s.prompt for s in segments),
                   "lag_min": int(lag.min()), "lag_mean": lag.mean().item(),
@@ -283,7 +285,7 @@ class Learner:
         size = tokens if self.ranks.rank == 0 else 0
         return {name: torch.full((size,), torch.nan) for name in MEASURED}
 
-    # -- publishing and saving ---------------------------------------------------------------------
+    # -- publishing and saving -------------------------------------------------------------------
 
     def publish(self, weights: WeightTransport, version: int) -> None:
         """Make the student readable as this version. All learners take part.
@@ -313,7 +315,7 @@ class Learner:
         fault = None
         try:
             self.student.write(folder)
-        except UNWRITABLE as e:                  # the other ranks do not know, and gather what comes
+        except UNWRITABLE as e:                  # the others do not know and go on gathering
             fault = e
         masters = self.student.dtype != torch.float32 or self.cfg.lora_rank > 0
         write_training(folder, self.student.trained(), self.optimizer, self.updates,
@@ -386,7 +388,7 @@ def summarize(measured: list[Measured]) -> dict[str, float]:
                     "ess": (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()}
 
 
-# -- the worker ------------------------------------------------------------------------------------
+# -- the worker ----------------------------------------------------------------------------------
 
 class LearnerWorker:
     """What a learner process does with the orders of the parent."""

@@ -132,8 +132,8 @@ class Worker:
         """Those of `slots` whose first token is of version `floor` or older, flushed.
 
         The parent knows only `born`, and it may be out of date: a response may have had no token
-        when the weights were replaced, and have begun under the new ones since. A response that has
-        no token even now starts again, under the newest weights.
+        when the weights were replaced, and have begun under the new ones since. A response that
+        has no token even now starts again, under the newest weights.
         """
         held = [s for s in slots if s in self.running and self.slots.born[s] <= floor]
         self.flush(held)
@@ -188,7 +188,8 @@ class Worker:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is in the engine: what runs is flushed to its slots, and continues afterwards."""
+        """Nothing is in the engine: what runs is flushed to its slots, and continues
+        afterwards."""
         going_on = sorted(self.running)
         self.flush(going_on)
         yield

@@ -50,7 +50,8 @@ def teacher_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
                 link.send("stopped")
                 return
             if order == "evaluate":
-                link.send("evaluated", answers=answers(teacher, cfg, shared.eval_prompts, link.beat))
+                found = answers(teacher, cfg, shared.eval_prompts, link.beat)
+                link.send("evaluated", answers=found)
             if order == "score":
                 waiting += body
         segments = [shared.slots.read(s) for s in waiting]
@@ -69,7 +70,7 @@ def teacher_class(name: str) -> type:
     return getattr(import_module(module), kind)
 
 
-# -- the teacher in transformers -------------------------------------------------------------------
+# -- the teacher in transformers -----------------------------------------------------------------
 
 class HFTeacher:
     """Serves every support, and is the reference for `engines.vllm_teacher.VLLMTeacher`."""
@@ -181,7 +182,7 @@ def answers(teacher, cfg: Config, prompts: list[list[int]],
     return found
 
 
-# -- is the teacher there? -------------------------------------------------------------------------
+# -- is the teacher there? -----------------------------------------------------------------------
 
 class TeacherCheck:
     """Notices a teacher that knows nothing: weights that never arrived give every word -ln V, and

@@ -37,7 +37,7 @@ LIMIT_BYTES = 4 << 30
 TAIL = 20_000                    # characters at the end of a text that are looked at
 LONGEST = 500                    # characters of the longest answer that is compared
 
-# -- the numbers of an evaluation -----------------------------------------------------------------
+# -- the numbers of an evaluation ----------------------------------------------------------------
 
 def summary(right: list[list[bool]], resamples: int = 2000) -> dict:
     """The numbers of an evaluation from the verdicts `right` [n][k]: n prompts, k answers to each.
@@ -65,7 +65,7 @@ def pass_at(j: int, k: int, counts: list[int]) -> float:
     return sum(1 - math.comb(k - c, j) / math.comb(k, j) for c in counts) / len(counts)
 
 
-# -- from a text to its answer --------------------------------------------------------------------
+# -- from a text to its answer -------------------------------------------------------------------
 
 NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|[-+]?\.\d+")
 SIMPLE = re.compile(rf"({NUMBER.pattern})(?:/(\d+)|[eE]([-+]?\d{{1,2}}))?")       # also 3/4, 1e3
@@ -152,7 +152,7 @@ def is_words(text: str) -> bool:
     return has_word and not has_symbol
 
 
-# -- graders --------------------------------------------------------------------------------------
+# -- graders -------------------------------------------------------------------------------------
 
 class MathGrader:
     """(text, answer) -> is it right? `answer` is the expected one, or a worked solution that ends
@@ -226,7 +226,7 @@ class MathGrader:
             self.process = None
 
 
-# -- the comparing process ------------------------------------------------------------------------
+# -- the comparing process -----------------------------------------------------------------------
 
 def equal(want: str, got: str) -> bool:
     from math_verify import parse, verify

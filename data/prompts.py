@@ -18,7 +18,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
-# -- rows -----------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------
 
 @dataclass(frozen=True, slots=True)
 class Row:
@@ -83,7 +83,7 @@ def lookup(record, key: str):
     return None
 
 
-# -- files and data sets --------------------------------------------------------------------------
+# -- files and data sets -------------------------------------------------------------------------
 
 def columns_of(prompt_key: str, answer_key: str, conditions: list[Condition]) -> set[str]:
     """Every column that the keys may refer to: each alternative, and the part before its dot."""
@@ -156,7 +156,7 @@ def chosen(there: list[str], columns: set[str]) -> list[str]:
     return [c for c in there if c in columns] or there
 
 
-# -- filters --------------------------------------------------------------------------------------
+# -- filters -------------------------------------------------------------------------------------
 
 COMPARISONS = {"==": operator.eq, "!=": operator.ne, ">=": operator.ge, "<=": operator.le,
                ">": operator.gt, "<": operator.lt}
@@ -203,7 +203,7 @@ def passes(record: dict, condition: Condition, where: str) -> bool:
                      f"{comparison} compares numbers only")
 
 
-# -- prompts --------------------------------------------------------------------------------------
+# -- prompts -------------------------------------------------------------------------------------
 
 def encode(rows: list[Row], tokenizer, template: str = "{prompt}", suffix: str = "",
            thinking: bool = False) -> list[list[int]]:
@@ -247,7 +247,7 @@ def epoch_order(n: int, seed: int, epoch: int) -> tuple[int, ...]:
     return tuple(order)
 
 
-# -- two models, one vocabulary -------------------------------------------------------------------
+# -- two models, one vocabulary ------------------------------------------------------------------
 
 def check_same_vocabulary(student, teacher, texts: Sequence[str] = ()) -> None:
     """Raises ValueError unless both tokenizers give each id the same token and encode each of the

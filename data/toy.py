@@ -19,7 +19,7 @@ import torch
 
 from data.prompts import Row
 
-# -- rows -----------------------------------------------------------------------------------------
+# -- rows ----------------------------------------------------------------------------------------
 
 SYMBOLS = "0123456789+=,;"
 DIGITS = (2, 3)                            # shortest and longest operand
@@ -46,7 +46,7 @@ def toy_grade(text: str, answer: str) -> bool:
     return text.rsplit(";", 1)[-1].strip() == answer
 
 
-# -- models ---------------------------------------------------------------------------------------
+# -- models --------------------------------------------------------------------------------------
 
 # How the two models are made; their folder is named by a hash of this recipe. Without label
 # smoothing the teacher is so certain that one wrong digit costs 15 nats, unlike any teacher that
@@ -112,7 +112,7 @@ def small_model(tokenizer, *, layers: int, hidden: int, seed: int, tied: bool = 
         pad_token_id=tokenizer.pad_token_id, bos_token_id=None, dtype="float32"))
 
 
-# -- training -------------------------------------------------------------------------------------
+# -- training ------------------------------------------------------------------------------------
 
 def train_toy(name: str, tokenizer, *, layers: int, hidden: int, steps: int, lr: float, seed: int,
               smoothing: float, batch: int, bar):

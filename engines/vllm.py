@@ -125,7 +125,7 @@ class VLLMEngine(Engine):
         return found
 
 
-# -- inside vLLM -----------------------------------------------------------------------------------
+# -- inside vLLM ---------------------------------------------------------------------------------
 
 # By the name of a request, per token: ids [n + k] and their log-probs, on the device
 DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}

@@ -17,8 +17,8 @@ import os
 
 import torch
 
-# One process, the worker's own; on a GPU the model runner that scores chosen words; on a CPU a core
-# that the rollouts leave free
+# One process, the worker's own; on a GPU the model runner that scores chosen words; on a CPU a
+# core that the rollouts leave free
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1",
                   VLLM_DO_NOT_TRACK="1",
                   VLLM_USE_V2_MODEL_RUNNER=str(int(torch.cuda.is_available())))
@@ -54,8 +54,8 @@ class VLLMTeacher:
                        disable_log_stats=True, distributed_executor_backend="uni")
 
     def score(self, segments: list[Segment], slots: Slots) -> None:
-        """Write the teacher's log-probs, float32, into logq; its best words into ids if the support
-        is theirs."""
+        """Write the teacher's log-probs, float32, into logq; its best words into ids if the
+        support is theirs."""
         prompts = [{"prompt_token_ids": s.tokens.tolist()} for s in segments]
         params = [self.question(s) for s in segments]
         outs = self.llm.generate(prompts, params, use_tqdm=False)

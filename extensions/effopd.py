@@ -1,17 +1,17 @@
 """
-EffOPD (arXiv 2605.11739): longer steps in the direction that training takes, as far as a gate finds
-them better.
+EffOPD (arXiv 2605.11739): longer steps in the direction that training takes, as far as a gate
+finds them better.
 
     --extend effopd --effopd.gate kl
 
-After the steps t = 1, 2, 4, 8, .. the learner tries W_t + 2k D for k = 1, 2, .. --effopd.most, with
-D = W_t - W_ref, and stops at the first that is not strictly better than all before (the paper says
-not worse; its code: better). The weights become the best of them, which is W_t to the bit where
-that is k = 0. W_ref is the outcome of the previous jump; at first it is the initial student. Only
-the weights of attention and MLP move; embeddings, head and norms between them do not. The moments
-of Adam stay.
+After the steps t = 1, 2, 4, 8, .. the learner tries W_t + 2k D for k = 1, 2, .. --effopd.most,
+with D = W_t - W_ref, and stops at the first that is not strictly better than all before (the
+paper says not worse; its code: better). The weights become the best of them, which is W_t to the
+bit where that is k = 0. W_ref is the outcome of the previous jump; at first it is the initial
+student. Only the weights of attention and MLP move; embeddings, head and norms between them do
+not. The moments of Adam stay.
 
-    gate kl         the forward KL on at most 64 rollouts of the first batch, kept with their scores
+    gate kl         the forward KL on at most 64 rollouts of the first batch, kept with scores
     gate accuracy   the share of right answers, one sampled for each of 50 training prompts: the
                     paper's
 
@@ -19,8 +19,8 @@ The measure of the first gate is the forward KL, whatever is trained: the mean o
 (q / mu)(log q - log p), whose weights no candidate can move. The reverse KL, the mean of
 w (log p - log q), likes best a student that never says any of the set's words again: all w are 0.
 
-A jump makes old what is in flight: it is cut (with --overdue drop: dropped) and scored, and dropped
-where the effective sample size of its weights is below MIN_ESS.
+A jump makes old what is in flight: it is cut (with --overdue drop: dropped) and scored, and
+dropped where the effective sample size of its weights is below MIN_ESS.
 What is left out: LoRA; --schedule step-off; a set that is renewed.
 Shapes: M new tokens; C columns of a slot. Tests: tests/test_effopd.py
 """
@@ -302,7 +302,7 @@ def moving_weights(model: Any) -> dict[str, Tensor]:
     return {name: p for name, p in model.named_parameters() if id(p) in inside}
 
 
-# -- the set of the gate `kl` ----------------------------------------------------------------------
+# -- the set of the gate `kl` --------------------------------------------------------------------
 
 TENSORS = ("tokens", "version", "ids", "logmu", "logq", "hidden", "kept")      # of a Segment
 

@@ -50,7 +50,7 @@ from models.loading import load_head, load_model, text_config
 STATES = "oprd_states"               # slot tensor: the teacher's states at compared positions
 ROLLOUTS = {False: 256, True: 2000}  # with which `prepare` works; for a bridge
 LONGEST = 256                        # of these, tokens
-ALIKE = 0.5                          # mean cosine of two states from which on they count as related
+ALIKE = 0.5                          # from this mean cosine on two states count as related
 
 
 class OPRD(Extension):
@@ -69,7 +69,8 @@ class OPRD(Extension):
         tokens: Count = 2000
         """how many, see --oprd.positions"""
         bridge: bool = False
-        """compare unit vectors of a fitted projection: for a teacher of another width or descent"""
+        """compare unit vectors of a fitted projection: for a teacher of another width or
+        descent"""
         head: bool = True
         """start with a copy of the teacher's LM head where the shapes agree"""
 
@@ -125,7 +126,8 @@ class OPRD(Extension):
                 "--extend oprd would ignore")
         file = prepared_file(self.cfg, self.name)
         require(not self.cfg.resume or self.rank == 0 or file.exists(),
-                f"--resume: {file} is gone, and without it the states cannot be projected as before")
+                f"--resume: {file} is gone, and without it the states cannot be projected as "
+                "before")
         copied = self.copies_head(models.student_config, models.teacher_config)
         if ESTIMATORS[self.cfg.estimator].head or copied:
             return []
@@ -299,7 +301,7 @@ def layer_pairs(which: str, S: int, T: int) -> list[tuple[int, int]]:
     return [(i, round(i * (T - 1) / (S - 1))) for i in chosen]
 
 
-# -- before the run --------------------------------------------------------------------------------
+# -- before the run ------------------------------------------------------------------------------
 
 def rollouts(cfg: Config, engine: HFEngine, prompts: list[list[int]], n: int) -> list[Segment]:
     """Answers of the initial student to the first n prompts of the run."""
@@ -322,8 +324,8 @@ def all_states(model, group: list[Segment]) -> list[Tensor]:
 
 
 class Sums:
-    """Over the states of one pair of layers, in float64: cosines, states, products of states. For a
-    bridge both sides stand in one row."""
+    """Over the states of one pair of layers, in float64: cosines, states, products of states. For
+    a bridge both sides stand in one row."""
 
     def __init__(self, rank: int, bridge: bool):
         self.rank = rank

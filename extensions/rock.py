@@ -17,11 +17,11 @@ that no mean mixes those before and after one.
 
     loss = sum of w_t l_t / number of all positions,   w_t = weight at the rocks, 1 elsewhere
 
-The denominator stays: divided by the sum of w_t, the gradients of the other positions would grow by
-what the rocks lose. With weight 0 the rocks are bypassed: such a position is neither stored nor put
-through an LM head, except for an audited 5%, which are measured at weight 0. A rock that is none
-any more, or whose audit is too small to judge by, leaves the set and is measured as a whole again.
-A loss of another extension is not weighed.
+The denominator stays: divided by the sum of w_t, the gradients of the other positions would grow
+by what the rocks lose. With weight 0 the rocks are bypassed: such a position is neither stored
+nor put through an LM head, except for an audited 5%, which are measured at weight 0. A rock that
+is none any more, or whose audit is too small to judge by, leaves the set and is measured as a
+whole again. A loss of another extension is not weighed.
 
 What is left out: statistics by context; more slots for the room that bypassed rows leave.
 Shapes: V words; M new tokens; m measured positions; k tokens handed over at once.
@@ -48,7 +48,7 @@ from extension import Extension, ModelPair, Outcome, Step
 COUNT = 16            # fewest measurements of a mean that is judged
 PERSISTENT = 0.8      # the part of its early mean that a rock keeps at least
 AUDITED = 0.05        # of the bypassed positions
-CHOSEN = "rock_chosen"           # shared tensor [V], bool: the rocks as the rollout workers see them
+CHOSEN = "rock_chosen"           # shared tensor [V], bool: the rocks, for the rollouts
 STATE = ("n", "m", "total", "early", "entered", "chosen")      # by type, [V], for the checkpoint
 
 
@@ -68,10 +68,11 @@ class Rock(Extension):
         every: Count = 20
         """steps between two choices"""
         types: str = ""
-        """token ids or words, separated by commas: these types from the start, instead of a choice"""
+        """token ids or words, separated by commas: these types from the start, instead of a
+        choice"""
 
-    METRICS = {"rock": "share of the batch's positions that predict a rock, which count --rock.weight "
-                       "times in the loss"}
+    METRICS = {"rock": "share of the batch's positions that predict a rock, which count "
+                       "--rock.weight times in the loss"}
     fixed_on_resume = ("weight", "k", "every", "types", "teacher")
 
     def __init__(self, name: str, cfg: Any, flags: Any):

@@ -18,7 +18,8 @@ from cache import Segment
 
 
 def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
-    """The one shift: hidden states [B, L, H] -> [M, H]; row m is the state that predicts new token m.
+    """The one shift: hidden states [B, L, H] -> [M, H]; row m is the state that predicts new
+    token m.
 
     Token y_t stands at index start + t of its sequence, so the state one index before predicts it.
     The rows come segment by segment, as in torch.cat([s.new_tokens for s in segments]).
@@ -31,7 +32,8 @@ def response_rows(hidden: Tensor, segments: list[Segment]) -> Tensor:
 
 
 def kept_rows(rows: Tensor, segments: list[Segment]) -> Tensor:
-    """Of one row per new token [M, ...], those whose scores are cached, in the order of the cache."""
+    """Of one row per new token [M, ...], those whose scores are cached, in the order of the
+    cache."""
     if segments[0].kept is None:                         # slots that store all positions
         return rows
     kept = torch.cat([s.kept for s in segments])

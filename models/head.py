@@ -125,7 +125,8 @@ def logit_buffer(rows: Tensor, weight: Tensor, chunk: int) -> Tensor:
 
 
 def project(head: torch.nn.Linear, weight: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
-    """The logits of `rows`, in the first rows of the buffer. The product has the dtype of weight."""
+    """The logits of `rows`, in the first rows of the buffer. The product has the dtype of
+    weight."""
     out = buffer[:len(rows)]
     x = rows.to(weight.dtype)
     if out.dtype == x.dtype:
@@ -148,7 +149,8 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def float32_gradient(parameter: Tensor) -> Tensor | None:
-    """Where a gradient is summed: that of the parameter, or float32 if the parameter is shorter."""
+    """Where a gradient is summed: that of the parameter, or float32 if the parameter is
+    shorter."""
     if not parameter.requires_grad:
         return None
     if parameter.dtype.itemsize < 4:
@@ -158,10 +160,11 @@ def float32_gradient(parameter: Tensor) -> Tensor | None:
     return parameter.grad
 
 
-# -- log-probs of whole models ---------------------------------------------------------------------
+# -- log-probs of whole models -------------------------------------------------------------------
 
 def sequence_logp(model, tokens: list[int]) -> Tensor:
-    """Log-prob, float32, of each token of a sequence but the first, given those before: [len - 1]."""
+    """Log-prob, float32, of each token of a sequence but the first, given those before: [len -
+    1]."""
     segment = as_response(tokens)
     ids = segment.tokens[None].to(model.device)
     rows = response_rows(model.base_model(input_ids=ids).last_hidden_state, [segment])
@@ -170,7 +173,8 @@ def sequence_logp(model, tokens: list[int]) -> Tensor:
 
 
 def teacher_logq(head: torch.nn.Linear, rows: Tensor, vocab: int) -> Tensor:
-    """Log-probs [M, vocab], float32, of the student's words after the teacher's last states [M, H].
+    """Log-probs [M, vocab], float32, of the student's words after the teacher's last states [M,
+    H].
 
     The normaliser is the teacher's own. The heads of two models may have different numbers of
     rows, padded to a round number: rows that only the teacher has are cut off, and words that only

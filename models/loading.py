@@ -1,7 +1,8 @@
 """
 Models by folder or hub name, through transformers; no remote code is run.
 
-What is left out: the student's own life (student.py). Tests: tests/test_job.py, tests/test_teacher.py
+What is left out: the student's own life (student.py). Tests: tests/test_job.py,
+tests/test_teacher.py
 """
 from __future__ import annotations
 

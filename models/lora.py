@@ -1,9 +1,11 @@
 """
-LoRA: the student's linear layers stay as they are, and each learns a product of two thin matrices beside it.
+LoRA: the student's linear layers stay as they are, and two thin matrices per layer learn.
 
-Through peft, imported only here. To everything but the learner's optimizer the student is still one model: `Merged`
-shows its parameters as they are with the products added in, in float32, which is what is published, proved on the probe
-and saved; the thin matrices are saved beside it, as peft loads them.
+Their product is added to the layer. All of it goes through peft, which is imported only here. To
+everything but the optimizer the student is still one model: `Merged` shows its parameters with the
+products added, in float32. That is what is published, checked on the probe and saved; the thin
+matrices are saved separately, in the format that peft loads.
+
 What is left out: several learners; a base in less than float32. Tests: tests/test_lora.py
 """
 from __future__ import annotations
@@ -18,21 +20,24 @@ ADAPTER = "default"              # peft's name for the only one
 
 
 def with_lora(model, rank: int, seed: int):
-    """The model, every linear layer but the head with an adapter of that rank (scale 2), and only those to train.
+    """Give every linear layer but the head an adapter of that rank, scale 2; only these learn.
 
-    In place, so that its methods stay its own. The second matrix starts at 0: the function is what it was.
+    The model is changed in place and returned. The second matrix of an adapter starts at 0, so
+    that the function is unchanged at first.
     """
     from peft import LoraConfig, inject_adapter_in_model
     torch.manual_seed(seed)
-    how = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM")
+    how = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear",
+                     task_type="CAUSAL_LM")
     return inject_adapter_in_model(how, model, ADAPTER).eval()
 
 
 class Merged(Mapping):
-    """name -> tensor of the model as if it had never been taken apart; a merged one is made when it is asked for."""
+    """The parameters by name, as if there were no adapters; a sum is computed when it is read."""
 
     def __init__(self, model):
-        self.layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "get_delta_weight")}
+        self.layers = {name: layer for name, layer in model.named_modules()
+                       if hasattr(layer, "get_delta_weight")}
         self.plain = {name.replace(".base_layer.", "."): p for name, p in model.named_parameters()
                       if ".lora_" not in name}
 
@@ -63,8 +68,9 @@ def save_adapter(model, base: str, folder: Path) -> None:
     from safetensors.torch import save_file
     folder.mkdir(parents=True, exist_ok=True)
     state = get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    save_file({f"base_model.model.{name}": x.detach().cpu().contiguous() for name, x in state.items()},
-              folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    tensors = {f"base_model.model.{name}": x.detach().cpu().contiguous()
+               for name, x in state.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     how = model.peft_config[ADAPTER]
     how.base_model_name_or_path, how.inference_mode = base, True
     how.save_pretrained(folder)

@@ -33,14 +33,15 @@ class Student:
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype, checkpoint: str = "",
                  ranks: Ranks | None = None):
-        """`dtype` of compute. `checkpoint`: a folder whose weights to start from; "": --student."""
+        """`dtype` of compute. `checkpoint`: a folder whose weights to start from; "":
+        --student."""
         self.cfg = cfg
         self.device = torch.device(device)
         self.dtype = dtype
         self.ranks = ranks or Ranks()
         folder = checkpoint or cfg.student
         if cfg.lora_rank:
-            folder = cfg.student             # a checkpoint has the adapters merged into its weights
+            folder = cfg.student             # in a checkpoint the adapters are merged
         self.model = load_model(folder, "cpu", torch.float32)
         if cfg.lora_rank:
             with_lora(self.model, cfg.lora_rank, cfg.seed)
@@ -65,7 +66,7 @@ class Student:
             return free_gb().get("cpu", math.inf)
         return torch.cuda.mem_get_info(device)[0] / 1e9
 
-    # -- forward and backward ----------------------------------------------------------------------
+    # -- forward and backward --------------------------------------------------------------------
 
     def rows(self, group: list[Segment]) -> Tensor:
         """The hidden states [m, H] that predict the new tokens whose scores are cached."""
@@ -98,11 +99,12 @@ class Student:
         """After a forward pass without a backward pass: free what sharding has gathered for it."""
         self.ranks.release(self.model)
 
-    # -- publishing --------------------------------------------------------------------------------
+    # -- publishing ------------------------------------------------------------------------------
 
     @torch.no_grad()
     def probe_logp(self, tokens: list[int]) -> Tensor:
-        """Log-probs [len - 1] of a sequence, by which an engine proves that it has these weights."""
+        """Log-probs [len - 1] of a sequence, by which an engine proves that it has these
+        weights."""
         probe = as_response(tokens)
         logp = self.logp(self.rows([probe]), probe.new_tokens[:, None].to(self.device))
         self.release()
@@ -120,7 +122,7 @@ class Student:
         """Whole tensors, on the CPU of the first learner; all learners take part."""
         return self.ranks.collect(tensors)
 
-    # -- saving ------------------------------------------------------------------------------------
+    # -- saving ----------------------------------------------------------------------------------
 
     def write(self, folder: Path) -> None:
         """Write the student in Hugging Face's format: config, safetensors, tokenizer."""
@@ -129,7 +131,7 @@ class Student:
         if self.ranks.rank > 0:
             return
         ends = stop_ids(self.cfg.student, self.cfg.teacher)
-        self.model.generation_config.eos_token_id = ends                  # those it was trained with
+        self.model.generation_config.eos_token_id = ends         # as it was trained
         in_dtype = {name: x.to(self.dtype) for name, x in state.items()}
         self.model.save_pretrained(folder, state_dict=in_dtype)
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)

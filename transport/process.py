@@ -34,7 +34,7 @@ PR_SET_PDEATHSIG = 1
 Worker = Callable[..., None]
 
 
-# -- in the new process ---------------------------------------------------------------------------
+# -- in the new process --------------------------------------------------------------------------
 
 def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: Tensor, log: str,
                 cfg: Config, device: str, args: tuple) -> None:
@@ -100,7 +100,7 @@ def visible_gpus(device: str, visible: str | None) -> tuple[str, str]:
     return ",".join(own), f"cuda:{renamed}"
 
 
-# -- a worker, as its parent sees it --------------------------------------------------------------
+# -- a worker, as its parent sees it -------------------------------------------------------------
 
 def worker_name(role: str, index: int) -> str:
     """rollout0, teacher0, learner, learner1: the names in the log."""
@@ -218,7 +218,7 @@ class WorkerPool:
             handle.process.join()
 
 
-# -- one function in a process of its own ---------------------------------------------------------
+# -- one function in a process of its own --------------------------------------------------------
 
 def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
     """fn(cfg, data, device, dtype) in a process of its own, because a parent that has used a GPU
