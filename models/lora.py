@@ -72,5 +72,6 @@ def save_adapter(model, base: str, folder: Path) -> None:
                for name, x in state.items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
     how = model.peft_config[ADAPTER]
-    how.base_model_name_or_path, how.inference_mode = base, True
+    how.base_model_name_or_path = base
+    how.inference_mode = True
     how.save_pretrained(folder)
