@@ -44,7 +44,7 @@ def parse(argv: Sequence[str]) -> Config:
     """
     file = scan(argv, "--config")
     written = read_file(file)
-    extend = scan(argv, "--extend") or str(written.get("extend", ""))
+    extend = switched_on(argv, written)
     if not file:
         written = read_file(default_file(read(argv, extend)))
     config = read([*as_flags(written, f"--config {file}", extend), *argv], extend)
@@ -54,6 +54,16 @@ def parse(argv: Sequence[str]) -> Config:
     for name, flags in extension_flags(config).items():
         check_bounds(flags, f"{name}.")
     return config
+
+
+def switched_on(argv: Sequence[str], written: dict[str, Any]) -> str:
+    """The value of --extend, before the other flags can be read; with --resume, that of the run."""
+    extend = scan(argv, "--extend") or str(written.get("extend", ""))
+    out = scan(argv, "--out") or str(written.get("out", ""))
+    resume = "--resume" in argv or written.get("resume", False)
+    if resume and out and not extend:
+        extend = str(recorded_flags(out).get("extend", ""))
+    return extend
 
 
 def resumed(config: Config, argv: Sequence[str], file: str, written: dict[str, Any]) -> Config:
