@@ -22,7 +22,7 @@ import extension
 from config import Config, each_flag, require
 from control.command_line import parse
 from control.plan import split
-from engines.table import ENGINES
+from engines.table import ENGINES, PACKAGES
 from estimators import DEFAULT, ESTIMATORS
 from record.run_folder import check_same, recorded_flags
 from teacher import TEACHERS, VLLM_LACKS
@@ -148,16 +148,17 @@ def resolve_engines(cfg: Config) -> Config:
     """--engine auto is vLLM where it is installed; a dry run assumes that it is."""
     check_choice("--engine", cfg.engine, ["auto", *ENGINES])
     check_choice("--teacher-engine", cfg.teacher_engine, list(TEACHERS))
-    has_vllm = cfg.dry_run or installed("vllm")
     for flag, engine in (("--engine", cfg.engine), ("--teacher-engine", cfg.teacher_engine)):
-        require(engine != "vllm" or has_vllm,
-                f"{flag} vllm: vLLM is not installed ({flag} hf runs without it)")
+        require(cfg.dry_run or engine not in PACKAGES or installed(PACKAGES[engine]),
+                f"{flag} {engine}: {PACKAGES.get(engine)} is not installed ({flag} hf runs without "
+                "it)")
     if cfg.teacher_engine == "vllm":
         lacking = VLLM_LACKS.get(ESTIMATORS[cfg.estimator].support)
         require(lacking is None,
                 f"--teacher-engine vllm: {cfg.estimator} needs {lacking}, which vLLM does not "
                 "give (--teacher-engine hf does)")
     if cfg.engine == "auto":
+        has_vllm = cfg.dry_run or installed("vllm")
         return replace(cfg, engine="vllm" if has_vllm else "hf")
     return cfg
 

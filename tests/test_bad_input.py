@@ -38,7 +38,9 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
     # extensions
     ("--extend=unknown", "--extend unknown: no such extension (there are: effopd, oprd, rock"),
-    ("--extend={w}/absent.py", "absent.py"), ("--extend=rock,rock", "rock appears twice"),
+    ("--extend={w}/absent.py", "absent.py"), ("--extend={w}/data.py", "data is already the name of a group of flags"),
+    ("--extend={w}/nothing.py", "must define one subclass of extension.Extension, and it defines 0"),
+    ("--extend=rock,rock", "rock appears twice"),
     ("--rock.k=3", "--rock.k: the extension rock is switched off (--extend rock switches it on)"),
     ("--estimator=none", "--estimator none: trains nothing by itself; switch on an extension that has a loss (--ext"),
     ("--estimator=none --extend=effopd", "--estimator none: trains nothing by itself"),
@@ -113,7 +115,9 @@ def world(models, tmp_path_factory):
     for name, text in {"list.yaml": "- steps\n", "broken.yaml": "steps: [3\n", "unknown.yaml": "stepz: 3\n",
                        "empty.yaml": "", "nested.yaml": "eval: {tempature: 1}\n", "old.yaml": "eval_n: 3\n",
                        "switch.yaml": "overwrite: maybe\n", "off.yaml": "rock: {k: 3}\n",
-                       "three.yaml": "steps: three\n", "null.yaml": "steps:\n", "empty.jsonl": "\n\n",
+                       "three.yaml": "steps: three\n", "nothing.py": "",
+                       "data.py": "import extension\nclass Data(extension.Extension):\n    pass\n",
+                       "null.yaml": "steps:\n", "empty.jsonl": "\n\n",
                        "malformed.jsonl": '{"prompt": "1"}\n\n{"prompt": "2"\n', "numbers.jsonl": '{"prompt": 7}\n',
                        "missing.jsonl": '{"prompt": "1"}\n{"answer": "2"}\n', "lists.jsonl": "[1]\n",
                        "good.jsonl": '{"prompt": "1+1="}\n{"prompt": "2+2="}\n{"prompt": "222+222="}\n',
@@ -174,6 +178,7 @@ def test_it_is_refused(flags, named, world, models, tmp_path, monkeypatch, capsy
     given = [word for flag in flags.split(" ") for word in flag.format(w=world, m=both, oprd=own).split(" ")]
     if "{m}" in flags or "good.jsonl" not in flags:
         given = ["--task=toy", *both.split(), *given]
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)      # beside the file of an extension
     before, shared = listing(world), set(os.listdir("/dev/shm"))
     code, err = outcome(["--max-prompt=16", "--max-response=16", "--out=run", *given], capsys)
     assert code == 2 and (is_one_line(err) or is_box(err)), err

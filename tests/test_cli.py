@@ -1,6 +1,8 @@
 """Flags, files of flags, and what is refused: exit code 2, one line that names the value."""
 
+import json
 import re
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -76,6 +78,28 @@ def test_help_has_every_flag_in_a_group_with_its_default(capsys):
     for group in (*GROUPS, *NESTED):
         assert f"{group} options" in said, f"{group} is the title of a box"
     assert "default: 16384" in said
+
+
+def test_help_shows_the_flags_of_an_extension_and_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        configure(["--extend=rock", "--help"])
+    said = capsys.readouterr().out
+    assert "rock options" in said and "--rock.weight FLOAT" in said and "Rock Tokens (arXiv 2605.09253)" in said
+
+
+def test_extensions_may_be_switched_on_by_a_file(tmp_path):
+    path = tmp_path / "c.yaml"
+    path.write_text("extend: rock\nrock: {k: 3, weight: 0}\n")
+    cfg = cli(f"--config={path}", "--rock.weight=0.5")
+    assert cfg.extensions == {"rock": dict(weight=0.5, k=3, every=20, types="")}
+    assert cli().extensions == {}
+
+
+def test_a_resumed_run_has_the_flags_of_its_log_below_those_of_the_command_line(tmp_path):
+    first = cli("--extend=rock", "--rock.k=3", "--eval.n=7", "--data.suffix= -x", "--lr=1e-5", "--no-overwrite")
+    (tmp_path / "log.jsonl").write_text(json.dumps({"type": "run", "config": asdict(first)}) + "\n")
+    cfg = configure(["--resume", f"--out={tmp_path}", "--lr=2e-5"])
+    assert cfg == replace(first, resume=True, out=str(tmp_path), lr=2e-5)
 
 
 def test_there_are_few_flat_flags():

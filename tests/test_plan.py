@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from config import Config, Eval
-from control import plan
+from control import plan, preflight_memory
 from control.plan import check, memory, split
+from extension import SlotTensor
 from models import footprint
 from models.footprint import Shape, chunk_size
 from tests.conftest import ROOT
@@ -100,6 +101,40 @@ def test_who_reads_the_teacher_and_what_its_answers_take():
     assert "cache" not in needs()["teacher0"]
     answers = needs(eval=Eval(teacher=True))["teacher0"]["cache"] * 1e9
     assert answers == (cfg.max_prompt + cfg.max_response) * shape.cached(2)
+
+
+def test_what_extensions_add_is_counted_where_it_lies():
+    shape = Shape(**QWEN)
+    cfg = config(8)
+    added = plan.Additions(slot_tensors={"states": SlotTensor((100, 6), torch.bfloat16)}, states=True,
+                           gb={"host": 2.0, "learner": 3.0, "checkpoint": 5.0})
+    before = {n.worker: n for n in memory(cfg, shape, shape, 80)}
+    after = {n.worker: n for n in memory(cfg, shape, shape, 80, added)}
+    slots = (cfg.max_ahead + 1) * cfg.batch
+    grown = after["shared"].parts["cache"] - before["shared"].parts["cache"]
+    assert grown * 1e9 == pytest.approx(slots * 100 * 6 * 2)
+    assert after["extensions"].device == "cpu" and after["extensions"].gb == 2.0
+    assert after["learner1"].parts["extensions"] == 3.0 and "extensions" not in before
+    tokens = cfg.max_prompt + cfg.max_response
+
+    def activations(needs: dict, worker: str) -> float:
+        return needs[worker].parts["activations"] * 1e9
+    assert activations(after, "learner") - activations(before, "learner") == pytest.approx(tokens * 4 * 6)
+    assert activations(after, "teacher0") - activations(before, "teacher0") == pytest.approx(
+        tokens * 2 * shape.L * shape.H)
+    assert "extensions" in plan.rows(list(after.values()), {})[0]
+    assert "extensions" not in plan.rows(list(before.values()), {})[0]
+    assert plan.row_bytes(added.slot_tensors) == {"states": 12}
+
+
+def test_a_checkpoint_has_room_for_what_extensions_save(tmp_path, monkeypatch):
+    cfg = config(0, out=str(tmp_path), save_every=1, steps=4)
+    shape = Shape(**QWEN | dict(P=10 ** 6))
+    monkeypatch.setattr(preflight_memory, "free_bytes", lambda cfg: 4 * 10 ** 6 * (1 + 3 * 3) + 10 ** 9)
+    preflight_memory.check_disk(cfg, shape, plan.Additions())
+    preflight_memory.check_disk(cfg, shape, plan.Additions(gb={"checkpoint": 0.3}))
+    with pytest.raises(ValueError, match="and 3 checkpoints .--faults.keep., where 1.0 are free"):
+        preflight_memory.check_disk(cfg, shape, plan.Additions(gb={"checkpoint": 0.4}))
 
 
 def test_a_plan_that_does_not_fit_ends_before_anything_is_loaded(models, tmp_path):
