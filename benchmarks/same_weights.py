@@ -11,6 +11,7 @@ Ends with one JSON object: {"equal": true or false or null, "hashes": {checkout:
 """
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
@@ -73,13 +74,16 @@ def make_models(folder: Path) -> list[str]:
     return flags
 
 
-def hashes(checkout: Path, models: list[str], folder: Path) -> dict[str, str]:
-    has_extensions, found = (checkout / "config.py").exists(), {}
-    for name, (flags, before) in RUNS.items():
+def hashes(checkout: Path, names: list[str], models: list[str], folder: Path) -> dict[str, str]:
+    """By run, a hash of the weights that it saves, or how it failed."""
+    has_extensions = (checkout / "config.py").exists()
+    held_out = "--eval.n=4" if has_extensions else "--eval-n=4"
+    found = {}
+    for name in names:
+        flags, before = RUNS[name]
         out = folder / name.replace(" ", "-").replace(",", "")
-        own = flags if has_extensions else before
-        held_out = ["--eval.n=4"] if has_extensions else ["--eval-n=4"]
-        command = [sys.executable, str(checkout / "asyncopd.py"), *models, *COMMON, *held_out, *own, f"--out={out}"]
+        command = [sys.executable, str(checkout / "asyncopd.py"), *models, *COMMON, held_out,
+                   *(flags if has_extensions else before), f"--out={out}"]
         done = subprocess.run(command, capture_output=True, text=True, cwd=checkout,
                               env=os.environ | {"HF_HUB_OFFLINE": "1"})
         if done.returncode:
@@ -92,23 +96,26 @@ def hashes(checkout: Path, models: list[str], folder: Path) -> dict[str, str]:
     return found
 
 
-def main(checkouts: list[str]) -> int:
-    if len(checkouts) not in (1, 2):
-        print(__doc__, file=sys.stderr)
-        return 2
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("checkouts", nargs="+", metavar="CHECKOUT", help="one or two folders")
+    parser.add_argument("--only", default=",".join(key.replace(", ", " ") for key in RUNS),
+                        help="runs, separated by commas: %(default)s")
+    given = parser.parse_args(argv)
+    by_name = {key.replace(", ", " "): key for key in RUNS}
+    names = [by_name[name] for name in given.only.split(",")]
     with tempfile.TemporaryDirectory() as folder:
         models = make_models(Path(folder))
-        found = {name: hashes(Path(name).resolve(), models, Path(folder) / str(i))
-                 for i, name in enumerate(checkouts)}
-    one, other = found[checkouts[0]], found[checkouts[-1]]
-    equal = None
-    if len(checkouts) == 2:
-        equal = one == other
-        for name in one:
-            if one[name] != other[name]:
-                print(f"{name}: {one[name]} before, {other[name]} after", file=sys.stderr)
+        found = {name: hashes(Path(name).resolve(), names, models, Path(folder) / str(i))
+                 for i, name in enumerate(given.checkouts)}
+    one = found[given.checkouts[0]]
+    other = found[given.checkouts[-1]]
+    equal = one == other if len(given.checkouts) == 2 else None
+    for name in names:
+        if one[name] != other[name]:
+            print(f"{name}: {one[name]} before, {other[name]} after", file=sys.stderr)
     print(json.dumps({"equal": equal, "hashes": found}))
-    return 0 if equal in (None, True) else 1
+    return 1 if equal is False else 0
 
 
 if __name__ == "__main__":
