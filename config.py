@@ -181,8 +181,8 @@ class Run:
     """continue from the newest checkpoint in --out, with the flags of that run"""
     save_every: CountOrZero = 0
     """steps between checkpoints; 0 saves on an interrupt only, and the student at the end"""
-    log: Literal["none", "wandb", "tensorboard", "trackio"] = "none"
-    """tracker that receives what log.jsonl records"""
+    log: str = "none"
+    """tracker that receives what log.jsonl records: wandb, tensorboard, trackio, or none"""
     extend: str = ""
     """extensions to switch on, separated by commas: names from extensions/, or Python files"""
 

@@ -24,6 +24,7 @@ import benchmarks.head  # noqa: E402
 import benchmarks.oprd  # noqa: E402
 import benchmarks.rock  # noqa: E402
 from estimators import estimator_table  # noqa: E402
+from extension import extension_class  # noqa: E402
 from record.metrics import DONE, EVAL, METRICS, keys_table  # noqa: E402
 
 PAGES = {
@@ -39,9 +40,15 @@ PAGES = {
     "estimators.md": {"estimators": estimator_table},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},
-    "extensions/oprd.md": {"oprd": benchmarks.oprd.table},
+    "extensions/oprd.md": {
+        "metrics": lambda: keys_table(extension_class("oprd").METRICS),
+        "oprd": benchmarks.oprd.table,
+    },
     "extensions/effopd.md": {"effopd": lambda: benchmarks.effopd.table(benchmarks.effopd.ROWS)},
-    "extensions/rock.md": {"rock": benchmarks.rock.table},
+    "extensions/rock.md": {
+        "metrics": lambda: keys_table(extension_class("rock").METRICS),
+        "rock": benchmarks.rock.table,
+    },
 }
 
 

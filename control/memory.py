@@ -17,7 +17,7 @@ from estimators import ESTIMATORS
 from extension import Extensions
 from record import report
 from transport.shared import SharedMemory
-from transport.weights import TRANSPORTS
+from transport.weights import IN_USE, TRANSPORTS
 
 
 def dtype_of(cfg: Config) -> torch.dtype:
@@ -33,7 +33,7 @@ def allocate(cfg: Config, job: Job) -> SharedMemory:
                   estimator.columns(cfg.mc_samples, cfg.top_k),
                   hidden=job.hidden if estimator.support == "full" else 0, dtype=dtype_of(cfg),
                   extra=extra, sparse=Extensions.load(cfg).sparse)
-    weights = TRANSPORTS["shared-memory"](job.layout, job.probe, dtype_of(cfg))
+    weights = TRANSPORTS[IN_USE](job.layout, job.probe, dtype_of(cfg))
     return SharedMemory(slots, weights, job.shared_tensors, job.eval_prompts)
 
 

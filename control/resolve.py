@@ -25,6 +25,7 @@ from control.plan import split
 from engines.table import ENGINES, PACKAGES
 from estimators import DEFAULT, ESTIMATORS
 from record.run_folder import check_same, recorded_flags
+from record.trackers import LIBRARIES, TRACKERS
 from teacher import TEACHERS, VLLM_LACKS
 
 
@@ -171,8 +172,10 @@ def check_choice(flag: str, value: str, choices: Sequence[str]) -> None:
 
 def check_packages(cfg: Config) -> None:
     """Packages that only some runs need."""
-    require(cfg.log == "none" or installed(cfg.log),
-            f"--log {cfg.log}: not installed (pip install {cfg.log})")
+    check_choice("--log", cfg.log, ["none", *TRACKERS])
+    library = LIBRARIES.get(cfg.log)
+    require(library is None or installed(library),
+            f"--log {cfg.log}: not installed (pip install {library})")
     if cfg.lora_rank:
         flag = f"--lora-rank {cfg.lora_rank}"
         require(cfg.learners == 1, f"{flag}: with one learner, not {cfg.learners} (--learners 1)")

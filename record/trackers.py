@@ -63,6 +63,8 @@ TRACKERS: dict[str, Callable[[Path, dict], Tracker]] = {
     "tensorboard": TensorBoard,
     "trackio": partial(Service, "trackio"),
 }
+# What must be installed for it; a tracker without an entry needs nothing
+LIBRARIES = {"wandb": "wandb", "tensorboard": "tensorboard", "trackio": "trackio"}
 
 
 def numbers(line: dict) -> dict[str, float]:

@@ -109,3 +109,4 @@ class Weights:
 
 
 TRANSPORTS: dict[str, Callable[..., WeightTransport]] = {"shared-memory": Weights}
+IN_USE = "shared-memory"
