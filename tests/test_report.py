@@ -107,7 +107,7 @@ def test_tensorboards_files_hold_the_numbers(tmp_path):
 def test_a_tracker_that_is_not_there_is_refused_with_its_remedy(kind, monkeypatch):
     there = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == kind else there(name))
-    with pytest.raises(ValueError, match=f"--log {kind}: pip install {kind}"):
+    with pytest.raises(ValueError, match=rf"--log {kind}: not installed \(pip install {kind}\)"):
         configure(["--gpus=0", f"--log={kind}"])
 
 

@@ -1,8 +1,8 @@
 """
 Published weights: how the student gets from the learner to the rollout workers.
 
-A transport is anything with the methods of `WeightTransport`; TRANSPORTS holds them by name. There
-is one, shared memory on the same machine.
+A transport is anything with the methods of `WeightTransport`; TRANSPORTS holds them by name, and
+IN_USE is the one that runs use. There is one, shared memory on the same machine.
 
 What is left out: other machines; copies from GPU to GPU. Tests: tests/test_cache.py
 """
