@@ -20,7 +20,7 @@ from teacher import HFTeacher, TeacherCheck, answers, score, teacher_class
 from teacher import complete as complete_for_real
 from tests.conftest import save_tiny
 from tests.runs import command, lines, steps
-from transport.process import visible
+from transport.process import visible_gpus
 
 T, N, K = 12, 4, 5
 DEVICE = "cuda:0" if torch.cuda.is_available() else "cpu"      # in vLLM two ways to the same numbers
@@ -207,9 +207,9 @@ def test_a_teacher_takes_as_many_gpus_as_it_is_told_and_the_others_move_up():
 
 
 def test_a_worker_sees_its_own_gpus_only_counted_from_zero():
-    assert visible("cuda:4,5", None) == ("4,5", "cuda:0,1")
-    assert visible("cuda:1", "7,3,5") == ("3", "cuda:0")
-    assert visible("cuda:0,2", "7,3,5") == ("7,5", "cuda:0,1")
+    assert visible_gpus("cuda:4,5", None) == ("4,5", "cuda:0,1")
+    assert visible_gpus("cuda:1", "7,3,5") == ("3", "cuda:0")
+    assert visible_gpus("cuda:0,2", "7,3,5") == ("7,5", "cuda:0,1")
 
 
 @pytest.mark.parametrize("flags, named", [
