@@ -82,8 +82,8 @@ class Problem:
         self.rows.grad += self.by_hand(loss, True, max(16, self.chunk // 7))
 
     def by_hand(self, loss, whole, chunk):
-        return head_backward(self.head, self.rows.detach(), self.ids, loss, whole=whole, count=M, chunk=chunk,
-                             dtype=self.dtype)[0]
+        return head_backward(self.head, self.rows.detach(), self.ids, loss, all_words=whole, count=M,
+                             chunk=chunk, dtype=self.dtype)[0]
 
     def liger(self):
         from liger_kernel.transformers.fused_linear_jsd import LigerFusedLinearJSD

@@ -35,7 +35,7 @@ from cache import Slots  # noqa: E402
 from config import Config  # noqa: E402
 from control import plan  # noqa: E402
 from estimators import importance_weight, reverse_mc, reverse_value  # noqa: E402
-from models import footprint  # noqa: E402
+from models import footprint, student  # noqa: E402
 from models.alignment import pad, response_rows  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from transport.weights import Weights  # noqa: E402
@@ -53,20 +53,19 @@ SHAPES = {      # responses, tokens of each, and the model
 class Before(learner.Learner):
     """The step as it was: what head.py replaced."""
 
-    def rows(self, group):
-        tokens, mask = pad(group, self.device)
-        with self.compute():
-            return response_rows(self.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state, group)
-
     def backward(self, group, count, *_):
-        rows = self.rows(group)
+        student = self.student
+        tokens, mask = pad(group, student.device)
+        with student.compute():
+            hidden = student.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        rows = response_rows(hidden, group)
         slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq")}
         leaf, parts = rows.detach().requires_grad_(), []
         for i in range(0, len(rows), 1024):
             at = slice(i, i + 1024)
             ids, logmu, logq = (slot[name][at] for name in ("ids", "logmu", "logq"))
-            with self.compute():
-                logits = self.head(leaf[at])
+            with student.compute():
+                logits = student.head(leaf[at])
             logp = logits.float().log_softmax(-1).gather(-1, ids.long())
             loss = reverse_mc(logp, logq, logmu)
             (loss.sum() / count).backward()
@@ -87,7 +86,7 @@ def ready(shape: str, kind=learner.Learner, **flags):
     gpu = torch.cuda.is_available() and shape == "1.7B"
     torch.manual_seed(0)
     model = Qwen3ForCausalLM(Qwen3Config(max_position_embeddings=T, **size)).eval()
-    learner.load_model = lambda folder, device, dtype: model
+    student.load_model = lambda folder, device, dtype: model
     prompt = min(PROMPT, T // 6)
     cfg = Config(gpus=int(gpu), estimator="reverse_mc", mc_samples=N, batch=B, max_prompt=prompt, student="random",
                  max_response=T - prompt, micro_tokens=B * T, steps=1, rollouts=1, teachers=1, learners=1,
@@ -118,21 +117,22 @@ def round_of(shape: str, methods: list[str]) -> dict[str, float]:
     count = sum(map(len, segments))
     before = Before.__new__(Before)
     before.__dict__ = ours.__dict__
-    grad_rows = torch.randn(count, ours.head.weight.shape[1], device=ours.device)
+    model = ours.student
+    grad_rows = torch.randn(count, model.head.weight.shape[1], device=model.device)
 
     def bare(with_head: bool):
-        rows = ours.rows(segments)
+        rows = model.rows(segments)
         if with_head:
-            with ours.compute():
-                logits = ours.head(rows)
-            logits.backward(torch.ones((), device=ours.device, dtype=logits.dtype).expand_as(logits) / count)
+            with model.compute():
+                logits = model.head(rows)
+            logits.backward(torch.ones((), device=model.device, dtype=logits.dtype).expand_as(logits) / count)
         else:
             rows.backward(grad_rows.to(rows.dtype))
 
     def cross_entropy():
-        tokens, _ = pad(segments, ours.device)
-        with ours.compute():
-            logits = ours.model(input_ids=tokens, use_cache=False).logits
+        tokens, _ = pad(segments, model.device)
+        with model.compute():
+            logits = model.model(input_ids=tokens, use_cache=False).logits
         following = tokens.roll(-1, dims=1).flatten()
         torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), following).backward()
     work = {"body": lambda: bare(False), "model": lambda: bare(True), "ours": lambda: ours.backward(segments, count),
@@ -140,10 +140,10 @@ def round_of(shape: str, methods: list[str]) -> dict[str, float]:
     seconds, peak = {}, {}
     work[methods[0]]()                                   # gradients exist from here on, and kernels are chosen
     for m in methods:
-        if ours.device.type == "cuda":
+        if model.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats()
         seconds[m] = timed(work[m])
-        peak[m] = torch.cuda.max_memory_allocated() / 1e9 if ours.device.type == "cuda" else 0.0
+        peak[m] = torch.cuda.max_memory_allocated() / 1e9 if model.device.type == "cuda" else 0.0
         print(f"{shape} {m:8} {seconds[m]:8.3f} s", file=sys.stderr, flush=True)
     return dict(shape=shape, tokens=count, seconds=seconds, peak_gb=peak)
 
@@ -165,15 +165,16 @@ def toy(pairs: int) -> dict[str, float]:
 def full() -> dict:
     """One learner's whole step at the 0.6B shape in a process of its own, and what plan.py said it would take."""
     one, segments, _ = ready("0.6B")
-    shape = footprint.Shape.of(one.model.config)
+    model = one.student.model
+    shape = footprint.Shape.of(model.config)
     need = next(n for n in plan.memory(one.cfg, shape, shape) if n.worker == "learner")
-    weights = Weights({n: p.shape for n, p in one.model.named_parameters()}, list(range(64)), torch.float32)
+    weights = Weights({n: p.shape for n, p in model.named_parameters()}, list(range(64)), torch.float32)
     seconds = {"first step": timed(lambda: one.step(segments, 0))}
-    update = timed(lambda: [setattr(p, "grad", torch.zeros_like(p)) for p in one.model.parameters()]
+    update = timed(lambda: [setattr(p, "grad", torch.zeros_like(p)) for p in model.parameters()]
                    and one.optimizer.step())
     one.optimizer.zero_grad()
     peak = next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM")) * 1024 / 1e9
-    publish = [one.publish(weights, v) for v in (0, 2, 4)]
+    publish = [timed(lambda v=v: one.publish(weights, v)) for v in (0, 2, 4)]
     return dict(shape="0.6B full", tokens=sum(map(len, segments)), step_s=seconds["first step"], update_s=update,
                 publish_s=statistics.median(publish), push_bytes=weights.flat[0].nbytes, peak_gb=peak, plan_gb=need.gb,
                 plan=need.parts)

@@ -35,7 +35,7 @@ SMOKES = {
     "effopd.py": Smoke("--only sharpening;kl --seeds 1 --steps 2 --jobs 1 --out effopd.jsonl",
                        PAIR + "m.PAIRS = {{'sharpening': ['kl, x1']}}; m.FLAGS |= dict(eval__n=4)"),
     "gsm8k_lm.py": Smoke("run --data data --steps=2 --batch=4 --max-response=8 --max-running=4 --engine=hf "
-                         "--eval-n=2 --save-every=1 --warmup=0",
+                         "--eval.n=2 --save-every=1 --warmup=0",
                          "m.MODELS |= dict(words=300); m.MODELS['teacher'] |= dict(layers=1, hidden=64)\n"
                          "m.HELD_OUT = 2; m.MODELS['student'] |= dict(layers=1, hidden=64, epochs=1)"),
     "head.py": Smoke("8 2 --rounds 1", "m.M, m.V = 32, 64"),
@@ -54,7 +54,7 @@ SMOKES = {
                                     "m.main = lambda main=m.main: main(sys.argv[1:])"),
     "soak.py": Smoke("--steps 40", "sleep = m.time.sleep; m.time.sleep = lambda _: sleep(0.05)"),
     "step.py": Smoke("toy", "m.toy = lambda pairs, toy=m.toy: toy(1)"),
-    "toy.py": Smoke("run lag --engine=hf --steps=2 --batch=4 --eval-n=4 --max-prompt=8 --max-response=8 "
+    "toy.py": Smoke("run lag --engine=hf --steps=2 --batch=4 --eval.n=4 --max-prompt=8 --max-response=8 "
                     "--warmup=0 " + TOY_MODELS,
                     "m.groups = lambda groups=m.groups: {{'lag': dict(list(groups()['lag'].items())[:1])}}"),
 }
