@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import tyro
 import yaml
 
 import extension
@@ -86,6 +85,7 @@ def extension_flags(config: Config) -> dict[str, Any]:
 
 def read(argv: Sequence[str], extend: str) -> Config:
     """Parse flags; those of the extensions in `extend` are known."""
+    import tyro                              # here, since a spawned worker imports this file too
     check_words(argv, extend)
     found = tyro.cli(flags_class(extend), args=list(argv), prog="asyncopd.py",
                      description=DESCRIPTION, use_underscores=False)
@@ -101,6 +101,7 @@ def read(argv: Sequence[str], extend: str) -> Config:
 
 def flags_class(extend: str) -> type:
     """A dataclass of all flags: the flat groups, the nested ones, those of extensions."""
+    import tyro
     members: list[tuple[str, Any, Any]] = []
     for name, group in GROUPS.items():
         shown = without_blanks(group)
@@ -121,6 +122,7 @@ def flags_class(extend: str) -> type:
 
 def without_blanks(group: type, title: str = "") -> type:
     """The same dataclass; in its help no default is shown where it is an empty text."""
+    import tyro
     nothing = tyro.conf.arg(help_behavior_hint="")
     members = [(f.name, Annotated[str, nothing], dataclasses.field(default=""))
                for f in dataclasses.fields(group) if f.default == ""]

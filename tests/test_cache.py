@@ -1,4 +1,4 @@
-"""Slots, ledger, published weights, alignment and the teacher's scores."""
+"""Slots, scheduler, published weights, alignment and the teacher's scores."""
 import threading
 
 import pytest
