@@ -10,8 +10,7 @@ This file is the command: flags, checks, the run, and the exit code.
     0    done                       2    bad input, nothing was created
     1    the run failed             130  interrupted
 
-Reading order: estimators, cache, rollout, teacher, learner, extension; then the folders
-(docs/architecture.md). What is left out: several machines.
+Reading order: README.md; the folders: docs/architecture.md. What is left out: several machines.
 Tests: tests/test_cli.py, tests/test_bad_input.py, tests/test_pipeline.py
 """
 from __future__ import annotations
@@ -45,7 +44,7 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> int:
-    """Check everything, then train."""
+    """Check everything, then train. What the checks yield is a `Job`: models, prompts, grader."""
     try:
         cfg = configure(argv)
         if cfg.dry_run:
@@ -64,8 +63,11 @@ def command(argv: Sequence[str]) -> int:
 
 
 def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes]) -> int:
-    """The run itself, from the folder on disk to the last line. No process is left, whatever
-    happens."""
+    """The run itself, from an empty run folder to the last line of the log. Whatever happens, it
+    leaves no process behind.
+
+    `resume`: the checkpoint to continue from. `prepared`: files that extensions have computed.
+    """
     run = Controller(cfg, job, plan(cfg))
     try:
         if resume is None:
@@ -106,5 +108,5 @@ def complain(message: str) -> None:
 
 if __name__ == "__main__":
     for name in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(name, SIGNALS)
+        signal.signal(name, SIGNALS)             # noticed only while the parent waits for reports
     sys.exit(main(sys.argv[1:]))

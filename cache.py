@@ -1,18 +1,21 @@
 """
 The teacher-score cache: slots in shared memory that every process can read and write.
 
-    free -> rollout -> teacher -> learner -> free          one round of a slot; a ticket is one
+    free -> rollout worker -> teacher worker -> learner -> free
 
-A slot holds one segment of a response: its tokens, the candidate words of every position, and
-their log-probs under the student that drew them and under the teacher. The parent allocates all
-slots once, in plain shared CPU memory, the same with and without a GPU. Pipes carry slot numbers,
-never tensors, and a slot belongs to one process at a time: its number is the permission to touch
-it.
+One such round is called a ticket. During a ticket the slot holds one segment: a whole response, or
+a part of a response that was cut so that the learner could train on it early. It holds the tokens,
+the candidate words of every position, and the log-probs of these words under the student that drew
+them and under the teacher.
+
+The parent process allocates all slots once, in plain shared CPU memory, with and without a GPU.
+The pipes between processes carry slot numbers, never tensors. A slot belongs to one process at a
+time, the one that holds its number.
 
 What is left out: who gets which slot (control/scheduler.py); several machines.
-Shapes: S slots; T response positions; C words per position, of which column 0 is the emitted
-token and the table entry of the estimator says what the others are; n new tokens in a segment, of
-which m have cached scores. Tests: tests/test_cache.py
+Shapes: S slots; T response positions; C words per position, of which column 0 is the emitted token
+and `Estimator.support` says which the others are; n new tokens in a segment, of which m have
+stored scores (all of them, unless an extension leaves some out). Tests: tests/test_cache.py
 """
 from __future__ import annotations
 
@@ -25,18 +28,19 @@ from torch import Tensor
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Segment:
-    """What one slot holds: n new tokens of a response, after `start` tokens of context.
+    """What one slot holds: n new tokens of a response, after `start` tokens of context: the prompt
+    and, after a cut, the response so far.
 
     The tensors are views of shared memory, not copies.
 
     tokens  [start + n]   token ids, the new ones last; the first `prompt` of them are the prompt
     version [n]           version of the weights that drew each new token
     ids, logmu, logq      [m, C]  candidate words, their log-probs under mu and under the teacher
-    hidden  [m, H]        the teacher's last hidden state that predicts the token; H = 0 where the
-                          estimator does not need it
+    hidden  [m, H]        the teacher's last hidden state, the one that predicts the token; H = 0
+                          if the estimator does not need it
     kept    [n] bool      which new tokens have a row in ids, logmu, logq and hidden: m of them.
                           None: all, m = n
-    extra                 by name, the rows in use of each additional slot tensor (extension.py)
+    extra                 by name, an extension's own slot tensors, their used rows (extension.py)
     """
     slot: int
     tokens: Tensor
@@ -65,14 +69,15 @@ class Slots:
 
     tokens [S, max_prompt + T]      ids, logmu, logq [S, T, C]      version [S, T]
     hidden [S, T, H]                kept [S, T] where only some positions are stored
-    uid, prompt, start, length, born [S]
-        Which prompt a ticket answers (counted over all epochs); the length of that prompt; the
-        number of context tokens; the number of new tokens; the version of the first new token
-        (while there is none, the version of the weights that its worker has).
-    extra   by name, [S, *shape]: additional tensors; used[name] [S] counts their rows in use
+    Of the ticket that is in the slot, [S] each:
+    uid     which prompt it answers, counted over all epochs
+    prompt  length of that prompt                  start   number of context tokens
+    length  number of new tokens so far
+    born    version of the first new token; before there is one, of the weights its worker has
+    extra   by name, [S, *shape]: an extension's tensors; used[name] [S] counts their used rows
 
-    The rows of ids, logmu, logq and hidden are compact: row j belongs to the j-th stored token.
-    logq is nan from the moment a token is written until the teacher has scored it.
+    The rows of ids, logmu, logq and hidden are compact: row j belongs to the j-th token whose
+    scores are stored. logq is nan from when a token is written until the teacher has scored it.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, *,
@@ -116,7 +121,8 @@ class Slots:
              version: int) -> None:
         """Begin a new ticket in slot s.
 
-        `context` is the prompt, of `prompt` tokens, and what was generated before a cut.
+        `context`: the prompt, which has `prompt` tokens, and the response so far, after a cut.
+        `version`: the newest published.
         """
         room = self.tokens.shape[1]
         assert len(context) < room, f"a context of {len(context)} leaves no room in slot {s}"

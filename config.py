@@ -1,5 +1,5 @@
 """
-Every flag of the core: its name, default, bounds and meaning. Nothing is derived here.
+Every flag of the core: its name, default, bounds and meaning.
 
 A flag is a field of a frozen dataclass, and the text under a field is its help.
 control/command_line.py turns the command line and a YAML file into a `Config`, control/resolve.py
@@ -49,7 +49,7 @@ class Bound:
 
 
 Count = Annotated[int, Bound(above=0)]           # how many, at least one
-CountOrZero = Annotated[int, Bound(least=0)]     # 0 has a meaning of its own, see the help text
+CountOrZero = Annotated[int, Bound(least=0)]     # 0 is special, see the text under the field
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(least=0)]
 
@@ -86,14 +86,14 @@ class Models:
 @dataclass(frozen=True, kw_only=True)
 class Staleness:
     """How far generation may run ahead of training. The lag of a token is the number of versions
-    between the weights that drew it and those that it trains."""
+    between the weights that drew it and the weights that train on it."""
     schedule: Literal["async", "sync", "step-off"] = "async"
     """when responses are generated:
     async: all the time, up to --max-ahead batches ahead of training;
-    sync: only after the batch before is trained, so that the lag is 0 and nothing overlaps;
+    sync: only after training on the batch before, so that the lag is 0 and nothing overlaps;
     step-off: those of batch j under version j - max_ahead, so that the lag is constant"""
     max_ahead: CountOrZero = 4
-    """train batches that generation may run ahead; determines the memory and the mean lag"""
+    """train batches that generation may run ahead; sets the memory and the mean lag"""
     max_lag: CountOrZero = 16
     """largest lag of a trained token, in versions; at least --max-ahead"""
     overdue: Literal["cut", "wait", "drop", "keep"] = "cut"
@@ -104,7 +104,7 @@ class Staleness:
     keep: train it late, beyond --max-lag"""
     inflight: Literal["recompute", "finish"] = "recompute"
     """what running responses do when new weights arrive:
-    recompute: continue under them, after their context is computed again;
+    recompute: continue under them, once the hidden states so far are computed again;
     finish: end under the old weights first"""
 
 
@@ -161,14 +161,14 @@ class Machines:
     engine: str = "auto"
     """what generates: vllm or hf (transformers); auto is vllm where it is installed"""
     teacher_engine: str = "hf"
-    """what scores: hf or vllm; vllm serves the estimators that need its log-probs or top-k only"""
+    """what scores: hf or vllm; vllm serves only estimators that need log-probs or top-k of it"""
     max_running: Count = 256
     """responses that an engine generates at the same time"""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """Where a run is recorded, and from where it continues."""
+    """Where a run is recorded, and what it continues from."""
     config: str = ""
     """YAML file of flags, which flags of the command line override"""
     dry_run: bool = False
@@ -274,8 +274,8 @@ def each_flag(flags: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 def check_bounds(flags: Any, prefix: str = "") -> None:
-    """Raise ValueError for a number outside the bound that stands with its field. `flags`: any
-    dataclass of flags."""
+    """Raise ValueError for a number outside the bound in its field's type. `flags`: any dataclass
+    of flags."""
     hints = get_type_hints(type(flags), include_extras=True)
     for f in fields(flags):
         value = getattr(flags, f.name)

@@ -7,13 +7,15 @@ ESTIMATORS, states for each loss which words it needs. Everything that records, 
 obeys that table. `--kl reverse --mc-samples 4` means DEFAULT["reverse"], the row `reverse_mc`;
 its gradient is that of the function `reverse_mc`, the first loss below.
 
-Three words
+Terms
+    word        an entry of the vocabulary. A token is a word at its place in a sequence.
     candidates  the words at a position whose log-probs a loss receives. The position itself
                 belongs to one emitted token; further candidates are never emitted.
     support     the sampling design: where the candidates come from. They are drawn from mu or from
-                q, or they are the best words of one of the two, or all words.
-    stale       the student has been updated since it generated a response. The words were then
-                drawn from mu, while the gradient is wanted under p.
+                q, or they are the most probable ("best") words of one of the two, or all words.
+    stale       a response is stale if the student has been updated since it generated it: the
+                words were drawn from mu, and the gradient is wanted under p.
+    surrogate   a loss with the right gradient whose value is not the divergence.
 
 Notation (the same names are used in every other module)
     p    the student being trained      logp   requires grad
@@ -22,13 +24,13 @@ Notation (the same names are used in every other module)
     N words drawn at a position or K top words, in the last dimension; V words in the vocabulary
     A = logq - logp, A_mu = logq - logmu, w = p / mu; all three are constants to the gradient
     dlogp is the gradient of logp; sum_V runs over the vocabulary, E_mu is an expectation under mu
-    A position is that of the token y_t itself: nothing in this file shifts.
+    A position is that of the predicted token y_t: nothing in this file shifts.
 
 Rules for every estimator
     1. It is pure: log-probs [..., C], normalised over the whole vocabulary, go in; one value per
        position [...] comes out.
     2. `.backward()` on the mean of the values gives, in expectation over the candidates, the
-       gradient that the docstring states. It is 0 at p = q = mu, but for `forward_topk_no_tail`.
+       gradient that the docstring states. It is 0 at p = q = mu, except in `forward_topk_no_tail`.
     3. The docstring answers the six QUESTIONS: what is minimised, which candidates it needs, its
        gradient, what its value means, what a stale mu does to it, what it does not correct.
     4. "Exact" and "unbiased" hold up to two clamps: |log w| <= LOG_RATIO_MAX and logq >= LOG_MIN.
@@ -37,7 +39,7 @@ Two traps. The mean of logp - logq at tokens drawn from p is the KL, but its gra
 expectation. A reverse KL summed over a top-k set without renormalising pushes mass out of the set
 even at p = q.
 
-What is left out: reward-to-go. Distillation is local to a token, so the discount is 0 throughout.
+What is left out: reward-to-go. Each token is scored for itself alone, as if with a discount of 0.
 Tests: tests/test_estimators.py checks every stated gradient by enumeration, tests/test_rollout.py
 checks `draw`, and benchmarks/audit.py measures bias and variance.
 """
@@ -54,7 +56,7 @@ from torch.nn.functional import pad
 
 LOG_RATIO_MAX = 20.0    # log-ratios are clamped to +-20 before exp: e^20 = 5e8 is past any use
 LOG_MIN = -100.0        # a word that the teacher excludes (logq = -inf) costs 100 nats
-BLOCK = 64              # words per block in `draw`: both levels cost the same at V = 150k, N = 64
+BLOCK = 64              # words per block in `draw`: its 2 levels cost the same at V = 150k, N = 64
 QUESTIONS = ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered")
 
 
@@ -94,7 +96,7 @@ def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p || q)
     Candidates  N drawn i.i.d. from mu, duplicates kept
-    Gradient    E_mu[ w (logp - logq) dlogp ]: that of the target for every N >= 1
+    Gradient    E_mu[ w (logp - logq) dlogp ]: the target's, for every N >= 1
     Value       not the KL: this is a surrogate, `reverse_value` is the estimate to log
     Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20; variance grows with
                 E_mu[w^2]
@@ -114,7 +116,7 @@ def reverse_mc_no_is(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p || q), if mu were p
     Candidates  N drawn i.i.d. from mu, duplicates kept
-    Gradient    -sum_V mu A dlogp, where that of the target is -sum_V p A dlogp
+    Gradient    -sum_V mu A dlogp, where the target's is -sum_V p A dlogp
     Value       not the KL
     Stale mu    biased by the missing w: words that p has come to prefer are counted too rarely
     Not covered that the tokens were drawn from mu; the prefix
@@ -131,7 +133,7 @@ def reverse_old_adv(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p || q) - KL(p || mu)
     Candidates  the emitted token, drawn from mu
-    Gradient    -sum_V p A_mu dlogp: that of the target
+    Gradient    -sum_V p A_mu dlogp: the target's
     Value       not the target: a surrogate
     Stale mu    the second term rewards distance from mu, more so the staler mu is; at mu = p it
                 has no gradient
@@ -200,9 +202,9 @@ def decoupled_ppo(logp: Tensor, logq: Tensor, logmu: Tensor, *, prox: Tensor, ep
 
     prox: log-probs [..., 1] like logmu. Source: AReaL (arXiv 2505.24298), eq. 5.
     """
-    behave = importance_weight(prox, logmu)
-    behave = torch.where(behave > cap, torch.zeros_like(behave), behave)
-    return (behave * clipped(ratio(logp, prox), logq - logmu, eps, eps)).mean(-1)
+    weight = importance_weight(prox, logmu)
+    weight = torch.where(weight > cap, torch.zeros_like(weight), weight)
+    return (weight * clipped(ratio(logp, prox), logq - logmu, eps, eps)).mean(-1)
 
 
 def batch_prox(logp: Tensor, logq: Tensor, logmu: Tensor) -> dict[str, Tensor]:
@@ -272,8 +274,8 @@ def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p_S || q_S) on S = the top K of mu
     Candidates  mu's top K at generation
-    Gradient    that of the target; it lacks the KL between the masses inside and outside S and all
-                of the outside; K = V: that of KL(p || q)
+    Gradient    the target's; it lacks the KL between the masses inside and outside S and all
+                of the outside; K = V: the gradient of KL(p || q)
     Value       the target
     Stale mu    S remains the choice of mu; the teacher has scored no other word, so nothing can
                 correct it
@@ -324,8 +326,8 @@ def topk_policy_gradient(logp: Tensor, logq: Tensor, logmu: Tensor, r: Tensor,
                          dual: float) -> Tensor:
     """-sum_S p_S A r, where only r has a gradient; none past r = dual where A < 0.
 
-    All arguments but dual are [..., K]; returns [...]. Words outside mu's nucleus (logmu = -inf)
-    do not count, because mu never emits them.
+    All arguments but dual are [..., K]; returns [...]. Words outside mu's nucleus, which --top-p
+    cuts off (logmu = -inf), do not count, because mu never emits them.
     """
     advantage = (logp.log_softmax(-1).exp() * (logq - logp)).detach()
     advantage = advantage.masked_fill(logmu == -torch.inf, 0.0)
@@ -339,7 +341,7 @@ def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(q || p), the V - K other words counted as one
     Candidates  the teacher's top K at scoring
-    Gradient    -sum_K q dlogp - q_tail dlogp_tail: that of the target; K = V: that of KL(q || p)
+    Gradient    -sum_K q dlogp - q_tail dlogp_tail: the target's; K = V: the gradient of KL(q || p)
     Value       the target: never above KL(q || p)
     Stale mu    unaffected: support and weights are the teacher's
     Not covered how p divides its mass within the tail; the prefix
@@ -359,7 +361,7 @@ def forward_topk_no_tail(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      the terms of KL(q || p) that belong to the teacher's K best words
     Candidates  the teacher's top K at scoring
-    Gradient    -sum_K q dlogp: that of the target; K = V: that of KL(q || p)
+    Gradient    -sum_K q dlogp: the target's; K = V: the gradient of KL(q || p)
     Value       the target: it can be negative where p has more mass on the set than q
     Stale mu    unaffected: support and weights are the teacher's
     Not covered the words outside the set, which lose mass to it even at p = q; the prefix
@@ -375,7 +377,7 @@ def log_rest(logx: Tensor) -> Tensor:
     return torch.log(-torch.expm1(logx.logsumexp(-1).clamp(max=-1e-7)))
 
 
-# -- losses that do not look at logmu: drawn by the teacher, over all words, none ----------------
+# -- losses that ignore logmu: words drawn by the teacher, all words, no words at all ------------
 
 @in_float32
 def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
@@ -383,7 +385,7 @@ def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(q || p)
     Candidates  N drawn i.i.d. from q at scoring, duplicates kept
-    Gradient    -E_q[dlogp]: that of the target for every N >= 1
+    Gradient    -E_q[dlogp]: the target's, for every N >= 1
     Value       an unbiased estimate of KL(q || p)
     Stale mu    unaffected: the words are the teacher's
     Not covered the prefix
@@ -425,7 +427,7 @@ def jsd_dense(logp: Tensor, logq: Tensor, logmu: Tensor, *, beta: float = 0.5) -
 
     Target      beta KL(q || m) + (1 - beta) KL(p || m) with m = beta q + (1 - beta) p
     Candidates  none: all words
-    Gradient    that of the target
+    Gradient    the target's
     Value       the target; at beta = 0 KL(q || p), the limit of target / beta, and at beta = 1
                 KL(p || q), the limit of target / (1 - beta)
     Stale mu    exact: no word was drawn
@@ -509,7 +511,8 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0,
     the block that was hit. Only a softmax and one sum pass over V, whatever N is. The log-probs
     returned are those of the very weights that the words were drawn by.
     """
-    # The line, cut into blocks; words of weight 0 fill the last one. Padding by 0 would copy.
+    # The line, cut into blocks; words of weight 0 fill the last one. `pad` would copy the weights
+    # even where nothing is to be filled.
     weight = shaped(logits, temperature, top_p).softmax(-1)
     if weight.shape[1] % BLOCK:
         weight = pad(weight, (0, -weight.shape[1] % BLOCK))
@@ -542,9 +545,12 @@ def draw(logits: Tensor, u: Tensor, temperature: float = 1.0,
 
 @dataclass(frozen=True)
 class Estimator:
-    """One row of the table: a loss and what it needs. `support` is the sampling design:
+    """One row of the table: a loss and what it needs.
 
-    sampled       the emitted token
+    A slot (cache.py) stores the same number of words at every position, in columns. Column 0 is
+    the emitted token. `support` says which words the columns are:
+
+    sampled       the emitted token alone
     candidates    N words drawn by the student, of which the emitted token is the first
     student_topk  the emitted token, then the student's K best words at generation
     teacher_topk  the emitted token, then the teacher's K best words at scoring
@@ -558,18 +564,19 @@ class Estimator:
     """The KL that is logged."""
     support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
     unbiased: bool = False
-    """The expected gradient is that of the dense divergence, for every mu that covers p."""
+    """The expected gradient is that of the divergence over all words, for every mu with mu > 0
+    wherever p > 0."""
     knobs: tuple[str, ...] = ()
-    """Flags that fn takes by their names."""
+    """Arguments of fn that are set by the flags of the same names."""
     batch: Callable[..., dict[str, Tensor]] | None = None
-    """For a loss that depends on its whole train batch: (logp, logq, logmu) [M, C] of all its
-    positions, by the student before its first update, to further arguments of fn, [M, C] or
-    [1, 1]."""
+    """For a loss that depends on its whole train batch: computes further arguments of fn, [M, C]
+    or [1, 1], from (logp, logq, logmu) [M, C] of all M positions of the batch, before its first
+    update."""
     head: bool = True
-    """fn is a loss on log-probs, which passes through the LM head."""
+    """The gradient of fn passes through the LM head; False: fn has no gradient."""
 
     def columns(self, n: int, k: int) -> int:
-        """Word ids per position in a slot. Column 0 is the emitted token, for the logged KL."""
+        """The number of columns. The logged KL needs column 0, whatever the loss needs."""
         by_support = {"sampled": 1, "candidates": n, "student_topk": 1 + k, "teacher_topk": 1 + k,
                       "teacher_mc": 1 + n, "full": 1}
         return by_support[self.support]
@@ -583,7 +590,7 @@ class Estimator:
         return k if self.support == "student_topk" else 0
 
     def scored(self, x: Tensor) -> Tensor:
-        """The columns that `fn` receives, out of all columns [..., C] of a slot."""
+        """Of all columns [..., C] of a slot, those that `fn` receives: its candidates."""
         return x if self.support in ("sampled", "candidates") else x[..., 1:]
 
     def bytes(self, n: int, k: int, hidden: int) -> int:

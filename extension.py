@@ -1,11 +1,11 @@
 """
-The seam: what a further paper may add to a run, without a line of the core that knows it.
+Extensions: how another paper's method takes part in a run without a change to the core.
 
 An extension is one file, extensions/NAME.py or any Python file, that defines one subclass of
 `Extension`. It is switched on by `--extend NAME[,NAME]` (or by the path of the file) and has
 flags of its own, --NAME.FIELD. A hook that is not overridden does nothing. Every process that
-needs an extension makes its own instance; what the processes share lies in tensors that the
-parent allocates.
+needs an extension makes its own instance; the processes share nothing but tensors that the parent
+allocates.
 
     the parent            check, slot_tensors, shared_tensors, extra_gb, prepare
     a rollout worker      stored
@@ -13,8 +13,9 @@ parent allocates.
     a learner             attach, weight, loss, after_step, after_flush, published, state
 
 The core offers three services for it: slots that store the scores of some positions only
-(`sparse`, `stored`), additional tensors in every slot (`slot_tensors`), and a flush, which ends
-what is in flight when an extension has moved the weights (`Outcome.flush`, `after_flush`).
+(`sparse`, `stored`), additional tensors in every slot (`slot_tensors`), and a flush: when an
+extension has moved the weights, every running response is ended and scored, and the extension
+decides which of them to drop (`Outcome.flush`, `after_flush`).
 
 Shapes: B segments, M new tokens in all of them, m those that an extension looks at, d the width
 of a hidden state.
@@ -44,28 +45,28 @@ FOLDER = Path(__file__).resolve().parent / "extensions"
 
 @dataclass(frozen=True)
 class SlotTensor:
-    """A tensor that every slot has: `shape` without the slots' dimension; the first dimension
-    counts used rows."""
+    """A tensor in every slot. `shape` is that of one slot; its first dimension is rows, of which a
+    segment may use fewer."""
     shape: tuple[int, ...]
     dtype: torch.dtype = torch.float32
 
 
 @dataclass(frozen=True)
 class ModelPair:
-    """What the parent knows of the two models, before a weight is loaded: models.footprint.Shape
-    of each, and the transformers configuration of each."""
+    """What the parent knows of the two models before it loads any weights: of each, the sizes
+    (models.footprint.Shape) and the transformers configuration."""
     student: Any
     teacher: Any
     student_config: Any = None
     teacher_config: Any = None
-    slot_bytes: int = 0                          # of one slot, the extensions' tensors included
+    slot_bytes: int = 0                          # of one slot, with the extensions' tensors
 
 
 @dataclass(frozen=True)
 class Step:
     """A finished train batch, before its weights are published. Every learner sees all of it."""
     segments: list[Segment]
-    measured: list[dict[str, Tensor]]            # per learner: y, kl, loss, w .. [m], by position
+    measured: list[dict[str, Tensor]]            # per learner: Learner.measure of its positions
     version: int                                 # of the weights before the step
     link: Any = None                             # transport.link.Link; None outside of a run
 
@@ -75,7 +76,7 @@ class Outcome:
     """What an extension did after a step."""
     events: list[dict] = field(default_factory=list)     # {"what": ..}; the log adds the step
     metrics: dict[str, float] = field(default_factory=dict)        # all keys of METRICS
-    flush: bool = False                          # the weights have jumped: end what is in flight
+    flush: bool = False                          # the weights have moved: end what is running
 
 
 class Extension:
@@ -88,7 +89,7 @@ class Extension:
         limits a number."""
 
     METRICS: ClassVar[Mapping[str, str]] = {}    # keys that it adds to a step line: meaning, unit
-    fixed_on_resume: Sequence[str] = ()          # flags, its own or the core's, that stay
+    fixed_on_resume: Sequence[str] = ()          # flags, its own or the core's, fixed on --resume
     validation_rows: int = 0                     # training rows that the parent grades for it
     sparse: bool = False                         # `stored` may leave out positions
     teacher_layers: Sequence[int] = ()           # layers whose states `record` receives, 0-based
@@ -99,7 +100,7 @@ class Extension:
         self.name = name
         self.cfg = cfg
         self.flags = flags
-        self.validation_prompts: list[list[int]] = []    # of `validation_rows`, at the learners
+        self.validation_prompts: list[list[int]] = []    # in a learner: `validation_rows` of them
 
     # -- the parent, before a process starts
 
@@ -117,23 +118,23 @@ class Extension:
         return {}
 
     def extra_gb(self, models: ModelPair) -> dict[str, float]:
-        """Further memory, GB: "host" of the CPU's for all learners together, "learner" on the
-        device of each, "checkpoint" on the disk for each checkpoint."""
+        """Additional memory in GB: "host" in CPU memory, for all learners together; "learner" on
+        the device of each; "checkpoint" on disk, for each checkpoint."""
         return {}
 
     def prepare(self, prompts: list[list[int]], device: str,
                 dtype: torch.dtype) -> dict[str, Tensor] | None:
-        """Work that is done once, before the run and in a process of its own. The tensors are
-        kept in the run folder; `prepared` reads them in every process, also after a resumption.
-        None: there is nothing to do."""
+        """Work to do once, before the run, in a process of its own. The run folder keeps its
+        tensors, and `prepared` reads them in every process, in a resumed run too. None: there is
+        nothing to do."""
         return None
 
     # -- a rollout worker, as tokens are written to a slot
 
     def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int,
                first: int) -> Tensor | None:
-        """Which of these tokens [k] of response `uid`, from its token `first` on, keep their
-        scores: bool [k]."""
+        """Which of k tokens store their candidates and scores: bool [k]; None: all. They belong to
+        the response `uid`, in which the first of them has the index `first`."""
         return None
 
     # -- a teacher worker
@@ -149,29 +150,28 @@ class Extension:
         checkpoint from which the run continues; empty at the start of a run."""
 
     def weight(self, tokens: Tensor) -> Tensor | None:
-        """Factor [m] of the loss at positions that predict `tokens` [m]."""
+        """Factor [m] of the estimator's loss at the positions that predict `tokens` [m]."""
         return None
 
     def loss(self, states: list[Tensor], segments: list[Segment]) -> Tensor | None:
         """A loss of its own, one value per position [m], added to the estimator's. `states`: per
         layer of `student_layers` [M, d], with gradients. Its sum over the batch is divided by the
-        rows of `loss_over`."""
+        used rows of the slot tensor `loss_over`, or by the new tokens if that is ""."""
         return None
 
     def after_step(self, step: Step) -> Outcome:
-        """The updates of a train batch are made, its weights not yet published."""
+        """After the updates of a train batch, before the new weights are published."""
         return Outcome()
 
     def after_flush(self, segments: list[Segment], link: Any) -> set[int]:
-        """After a flush: of what was in flight and is scored now, the slots whose content is not
-        worth training."""
+        """The slots to drop untrained. `segments`: what was running at a flush, scored since."""
         return set()
 
     def published(self, shared: Mapping[str, Tensor]) -> None:
-        """Version 0 or a new one has been published; only the first learner calls it."""
+        """After every publish, that of the first version included; only rank 0 calls it."""
 
     def state(self) -> Iterator[tuple[str, Tensor]]:
-        """What a checkpoint must keep; it comes back through `attach`."""
+        """Tensors by name for a checkpoint; a resumed run passes them to `attach`."""
         return iter(())
 
     # -- for use by extensions
@@ -183,7 +183,7 @@ class Extension:
 
 
 def prepared_file(cfg: Config, name: str) -> Path:
-    """Where the tensors of `Extension.prepare` lie."""
+    """The file of the tensors of `Extension.prepare`."""
     return Path(cfg.out) / f"{name}.safetensors"
 
 
@@ -303,8 +303,8 @@ class Extensions(list[Extension]):
 
     def stored(self, shared: Mapping[str, Tensor], tokens: Tensor, uid: int,
                first: int) -> Tensor | None:
-        """Bool [k]: the positions that every extension stores; None where no extension leaves any
-        out."""
+        """Bool [k]: the positions that every extension stores; None, for all, if slots are not
+        sparse."""
         if not self.sparse:
             return None
         kept = torch.ones(len(tokens), dtype=torch.bool)
@@ -320,15 +320,15 @@ class Extensions(list[Extension]):
                 e.record([states[layer] for layer in e.teacher_layers], segments, slots)
 
     def weight(self, tokens: Tensor) -> Tensor | None:
-        """The product of their weights [m]; None where none of them has any."""
+        """The product of their weights [m]; None if no extension has any."""
         weights = [w for w in (e.weight(tokens) for e in self) if w is not None]
         if not weights:
             return None
         return torch.stack(weights).prod(0)
 
     def after_step(self, step: Step) -> Outcome:
-        """What all of them did, in their order. Raises ValueError for one that does not fill its
-        METRICS."""
+        """The outcomes of all extensions, in their order. Raises ValueError for one that does not
+        fill its METRICS."""
         total = Outcome()
         for e in self:
             outcome = e.after_step(step)
@@ -348,7 +348,7 @@ class Extensions(list[Extension]):
             e.published(shared)
 
     def attach(self, learner: Any, saved: Mapping[str, Tensor]) -> None:
-        """Each one receives what it has saved itself, by its own names."""
+        """Give each extension what it has saved, under the names it used."""
         for e in self:
             prefix = f"{e.name}/"
             own = {key.removeprefix(prefix): x for key, x in saved.items()

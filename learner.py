@@ -1,14 +1,21 @@
 """
-The learner: from cached scores to one update.
+The learner: from stored scores to an update.
 
-A step reads its slots in place, computes log p of the cached words under the current student, and
-back-propagates the loss of the estimator: its sum over all valid positions of the optimizer batch,
-divided by their number, whatever the micro-batches. Where the estimator sees the whole vocabulary,
-the slot holds the teacher's last hidden state and the teacher's head is here.
+A step reads its slots in place, computes log p of the stored words under the current student, and
+back-propagates the loss of the estimator. If the estimator needs the whole vocabulary, the slot
+holds the teacher's last hidden state, and the learner applies the teacher's head to it.
 
-With several learners each works on its share of a batch and on its shards of the model
-(models/sharding.py). What is left out: the model itself (models/student.py); the log (record/).
-Shapes: M new tokens of a micro-batch, m of them with cached scores; C columns of a slot, of which
+Three sizes
+    train batch      --batch responses: one step, after which one version is published
+    optimizer batch  the part of it (one of --minibatches) that one AdamW update uses. The loss is
+                     a sum over its positions, divided by the number of its new tokens
+    micro-batch      what passes through the model at once; its size does not change the loss
+
+Several learners are ranks: each works on its share of a batch and on its shards of the model, and
+rank 0 reports (models/sharding.py). Orders and reports pass through a link (rollout.py).
+
+What is left out: the model itself (models/student.py); the log (record/).
+Shapes: M new tokens of a micro-batch, m of them with stored scores; C columns of a slot, of which
 n were drawn by mu; V words. Tests: tests/test_learner.py
 """
 from __future__ import annotations
@@ -50,11 +57,11 @@ class Trained:
     metrics: dict[str, object]
     skipped: list[dict]                          # optimizer updates that were not made, and why
     events: list[dict] = field(default_factory=list)
-    flush: bool = False                          # an extension has moved the weights
+    flush: bool = False      # an extension has moved the weights: the parent ends what is running
 
 
 class Interrupted(Exception):
-    """The run ends, and the step is given up before its first update."""
+    """The run is to end: the step was given up before its first update."""
 
 
 # -- one step ------------------------------------------------------------------------------------
@@ -69,7 +76,7 @@ class Learner:
         self.ranks = ranks or Ranks()
         self.estimator = ESTIMATORS[cfg.estimator]
         self.loss = self.estimator.bind(cfg)
-        self.batch_context: dict[int, dict[str, Tensor]] = {}    # slot -> what `prepass` found
+        self.batch_context: dict[int, dict[str, Tensor]] = {}    # slot -> result of `prepass`
         self.teacher_head = None
         if self.estimator.support == "full":
             self.teacher_head = load_head(cfg.teacher, device, dtype)
@@ -79,7 +86,7 @@ class Learner:
             parameters, lr=cfg.lr, weight_decay=cfg.weight_decay,
             fused=True if self.student.device.type == "cuda" else None)
         self.updates = 0
-        self.continues = bool(checkpoint)        # a run that was there before
+        self.continues = bool(checkpoint)        # resumed from a checkpoint
         saved: dict[str, Tensor] = {}
         if checkpoint:
             self.updates, saved = read_training(Path(checkpoint), self.student.trained(),
@@ -91,8 +98,9 @@ class Learner:
     def step(self, segments: list[Segment], version: int, link: Link | None = None) -> Trained:
         """Train once on every new token of the segments, which are not changed.
 
-        `version` of the weights before the step. An update whose loss or gradient is not finite is
-        skipped. Raises Interrupted where the link asks for an end before the first update.
+        `version`: of the weights before the step. An update is skipped if its inputs are
+        `unusable` or its gradient is not finite. Raises Interrupted if the run is to end and no
+        update has been made yet.
         """
         self.check_lag(segments, version)
         self.batch_context = self.prepass(segments, link)
@@ -127,7 +135,7 @@ class Learner:
         count = max(1, sum(map(len, minibatch)))
         used = rows_in_use(minibatch)
         for group in self.ranks.groups(minibatch, self.cfg.micro_tokens):
-            if link and first and self.ranks.any(link.hurried):
+            if link and first and self.ranks.any(link.hurried):      # the parent wants to end
                 self.optimizer.zero_grad()
                 raise Interrupted
             measured.append(self.backward(group, count, used))
@@ -139,9 +147,9 @@ class Learner:
                  used: dict[str, int] | None = None) -> Measured:
         """Add the gradient of this micro-batch to that of the optimizer batch.
 
-        The estimator's loss is divided by `count`, the new tokens of the optimizer batch; that of
-        an extension by `used[name]`, the rows of its slot tensor. FSDP averages over the learners,
-        so each divides by its part.
+        The estimator's loss is divided by `count`, the new tokens of the optimizer batch, and the
+        loss of an extension by `used[name]`, the used rows of its slot tensor. FSDP averages over
+        the learners although a sum is wanted, so each denominator is multiplied by `part`.
         """
         part = 1 / self.ranks.size
         rows, states = self.student.rows_and_states(group, self.layers)
@@ -153,12 +161,12 @@ class Learner:
             return self.measure(logp, every, {name: x[at] for name, x in cached.items()},
                                 {name: x[at] for name, x in context.items()})
 
-        roots: list[tuple[Tensor, Tensor | None]] = []
+        roots: list[tuple[Tensor, Tensor | None]] = []           # for autograd: tensor, gradient
         if self.estimator.head:
             gradient, measured = self.student.head_backward(
                 rows, ids, loss, count=count * part, all_words=self.teacher_head is not None)
             roots.append((rows, gradient))
-        else:                    # not even a gradient of 0, by which AdamW would decay the head
+        else:       # the head gets no gradient at all: with one of 0, AdamW would still decay it
             measured = self.measure(self.student.logp(rows, ids), None, cached, context)
         for extension in self.extensions:
             own = extension.loss([states[layer] for layer in extension.student_layers], group)
@@ -172,8 +180,12 @@ class Learner:
 
     def measure(self, logp: Tensor, every: Tensor | None, cached: dict[str, Tensor],
                 context: dict[str, Tensor]) -> Measured:
-        """The loss [m] and what is logged, from logp [m, C] of the cached words; where the
-        estimator sees all words, from `every` [m, V]."""
+        """All [m]: the loss, the logged KL, w = p / mu of the emitted token, an estimate of p's
+        entropy, the share of drawn words that are repeats, and the emitted token y.
+
+        logp [m, C] are those of the stored words; `every` [m, V] those of all words, or None if
+        the estimator does not need them. `context`: the further arguments from `prepass`.
+        """
         ids = cached["ids"]
         logq = cached["logq"]
         logmu = cached["logmu"]
@@ -184,9 +196,9 @@ class Learner:
             kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
-                q = teacher_logq(self.teacher_head, cached["hidden"], every.shape[1])
-            loss = self.loss(every, q, q, **context)
-            kl = DENSE[self.cfg.kl](every.detach(), q, q)
+                every_q = teacher_logq(self.teacher_head, cached["hidden"], every.shape[1])
+            loss = self.loss(every, every_q, every_q, **context)     # these losses ignore logmu
+            kl = DENSE[self.cfg.kl](every.detach(), every_q, every_q)
         weight = self.extensions.weight(ids[:, 0])
         if weight is not None:
             loss = loss * weight
@@ -196,8 +208,8 @@ class Learner:
                 "duplicates": 1 - distinct / n, "y": ids[:, 0]}
 
     def update(self, lr: float) -> Tensor:
-        """One step of the optimizer, unless the gradient is not finite; its norm before
-        clipping."""
+        """One step of the optimizer, unless the gradient is not finite. Returns the norm of the
+        gradient before clipping."""
         parameters = self.student.model.parameters()
         norm = self.ranks.gather(torch.nn.utils.clip_grad_norm_(parameters, self.cfg.clip))
         for group in self.optimizer.param_groups:
@@ -209,7 +221,7 @@ class Learner:
         return norm
 
     def learning_rate(self) -> float:
-        """That of the next update."""
+        """The learning rate of the next update."""
         return self.cfg.lr * rate(self.updates, self.cfg)
 
     # -- what a step needs of its slots ----------------------------------------------------------
@@ -217,8 +229,8 @@ class Learner:
     @torch.no_grad()
     def prepass(self, segments: list[Segment],
                 link: Link | None = None) -> dict[int, dict[str, Tensor]]:
-        """By slot, per position: what the estimator wants to know of the whole train batch before
-        its first update (`Estimator.batch`)."""
+        """By slot, one row per position: the further arguments of a loss that depends on the whole
+        train batch (`Estimator.batch`), computed before the first update."""
         if self.estimator.batch is None:
             return {}
         mine = self.ranks.groups(segments, self.cfg.micro_tokens)
@@ -246,28 +258,28 @@ class Learner:
                 for i, s in enumerate(order)}
 
     def context_of(self, group: list[Segment]) -> dict[str, Tensor]:
-        """The same for the cached positions of a micro-batch [m, ..]."""
+        """What `prepass` found for the positions of a micro-batch, [m, ..] each."""
         names = self.batch_context[group[0].slot] if self.batch_context else ()
         return {name: torch.cat([self.batch_context[s.slot][name][:len(s.ids)] for s in group])
                 for name in names}
 
     def cached(self, group: list[Segment], name: str) -> Tensor:
-        """A field of these segments, [m, ..], on the device of the student."""
+        """One field of these segments, [m, ..], on the device of the student."""
         return torch.cat([getattr(s, name) for s in group]).to(self.student.device)
 
     def check_lag(self, segments: list[Segment], version: int) -> None:
-        """The promise of --max-lag, checked where it matters."""
+        """Raises RuntimeError if the scheduler has broken the promise of --max-lag."""
         bounded = self.cfg.schedule == "async" and self.cfg.overdue != "keep"
         lag = int(lags(segments, version).max())
         if bounded and lag > self.cfg.max_lag:
             raise RuntimeError(f"a token of lag {lag} was to be trained, --max-lag "
                                f"{self.cfg.max_lag} is broken")
 
-    # -- what a step says ------------------------------------------------------------------------
+    # -- what a step reports ---------------------------------------------------------------------
 
     def metrics(self, segments: list[Segment], measured: list[Measured],
                 version: int) -> dict[str, object]:
-        """The numbers of a step that are known here (record/metrics.py)."""
+        """The learner's numbers of a step; record/metrics.py explains each."""
         lag = lags(segments, version)
         tokens = sum(map(len, segments))
         found: dict[str, object] = dict(summarize(measured))
@@ -280,7 +292,7 @@ class Learner:
         return found
 
     def nothing_measured(self, minibatch: list[Segment]) -> Measured:
-        """Of an update that cannot be made: nan for each of its tokens, at the first learner."""
+        """For an update that is skipped: nan for each of its tokens, and only at rank 0."""
         tokens = max(1, sum(map(len, minibatch)))
         size = tokens if self.ranks.rank == 0 else 0
         return {name: torch.full((size,), torch.nan) for name in MEASURED}
@@ -290,8 +302,8 @@ class Learner:
     def publish(self, weights: WeightTransport, version: int) -> None:
         """Make the student readable as this version. All learners take part.
 
-        Rollout and teacher go on meanwhile. The learner waits: overlapping it would gain 1%
-        (benchmarks/step.py).
+        Rollout and teacher workers go on meanwhile. The learner waits until it is done: to train
+        at the same time would gain 1% (benchmarks/step.py).
         """
         student = self.student
         probe_logp = student.probe_logp(weights.probe)
@@ -302,7 +314,7 @@ class Learner:
             student.collect(parameters.items())
 
     def save(self, folder: Path) -> None:
-        """A Hugging Face folder, written next to its place and then renamed: whole or absent."""
+        """Write the student as a Hugging Face folder, under another name until it is complete."""
         partial = folder.with_name(f".{folder.name}-{os.getpid()}")
         shutil.rmtree(partial, ignore_errors=True)
         self.student.write(partial)
@@ -311,12 +323,13 @@ class Learner:
             replace(partial, folder)
 
     def checkpoint(self, folder: Path) -> None:
-        """The learner's part of a checkpoint."""
+        """Write the learner's part of a checkpoint: the student and the optimizer."""
         fault = None
         try:
             self.student.write(folder)
-        except UNWRITABLE as e:                  # the others do not know and go on gathering
+        except UNWRITABLE as e:      # raised below: the other ranks still gather with this one
             fault = e
+        # float32 weights are stored too where the folder does not hold them
         masters = self.student.dtype != torch.float32 or self.cfg.lora_rank > 0
         write_training(folder, self.student.trained(), self.optimizer, self.updates,
                        masters=masters, extra=self.extensions.state(),
@@ -333,8 +346,8 @@ def split(segments: list[Segment], minibatches: int) -> list[list[Segment]]:
 
 
 def rate(update: int, cfg: Config) -> float:
-    """Share of --lr at an optimizer update: a linear rise over --warmup, then constant, or half a
-    cosine down to 0."""
+    """The fraction of --lr at an optimizer update: a linear rise over --warmup, then constant, or
+    half a cosine down to 0."""
     if update < cfg.warmup:
         return (update + 1) / cfg.warmup
     if cfg.lr_schedule == "constant":
@@ -350,7 +363,7 @@ def lags(segments: list[Segment], version: int) -> Tensor:
 
 
 def rows_in_use(segments: Sequence[Segment]) -> dict[str, int]:
-    """By additional slot tensor, the rows that these segments use."""
+    """By name of an extension's slot tensor, the number of its rows that these segments use."""
     used: dict[str, int] = {}
     for s in segments:
         for name, rows in s.extra.items():
@@ -359,7 +372,7 @@ def rows_in_use(segments: Sequence[Segment]) -> dict[str, int]:
 
 
 def unusable(segments: list[Segment]) -> dict | None:
-    """The slots whose cached numbers allow no update, and why; None if there are none."""
+    """The slots whose stored numbers are nan or inf, and why; None if there are none."""
     reasons = dict(UNUSABLE)
     reasons |= {name: "what the teacher has recorded is nan" for s in segments for name in s.extra}
     for name, why in reasons.items():
@@ -374,7 +387,8 @@ def unusable(segments: list[Segment]) -> dict | None:
 
 
 def summarize(measured: list[Measured]) -> dict[str, float]:
-    """Measurements of all micro-batches -> the step's numbers (record/metrics.py)."""
+    """The step's numbers, from what was measured in all micro-batches. `ess`: the effective sample
+    size of the weights w, as a fraction of their number."""
     x = {}
     for name in [key for key in measured[0] if key != "y"]:
         values = torch.cat([m[name] for m in measured]).float()
@@ -391,7 +405,7 @@ def summarize(measured: list[Measured]) -> dict[str, float]:
 # -- the worker ----------------------------------------------------------------------------------
 
 class LearnerWorker:
-    """What a learner process does with the orders of the parent."""
+    """Carries out the parent's orders in a learner process."""
 
     def __init__(self, learner: Learner, link: Link, shared: SharedMemory, version: int):
         self.learner = learner
@@ -404,7 +418,7 @@ class LearnerWorker:
                        "validation": self.validation, "examine": self.examine}
 
     def publish(self) -> float:
-        """Write the weights where the engines read them; seconds."""
+        """Write the weights where the engines read them. Returns the seconds that it took."""
         start = time.monotonic()
         self.learner.publish(self.shared.weights, self.version)
         if self.leads:
@@ -418,7 +432,7 @@ class LearnerWorker:
         try:
             with self.link.span("step"):
                 trained = self.learner.step(segments, self.version, self.link)
-        except Interrupted:                      # what is saved now is the version before
+        except Interrupted:                      # the version does not change
             return
         self.version += 1
         with self.link.span("publish"):
@@ -428,7 +442,7 @@ class LearnerWorker:
             "step": self.version, "version": self.version, "publish_s": publish_s,
             "push_bytes": self.shared.weights.nbytes, "wait_s": start - self.idle_since,
             "train_tok_s": trained.metrics["tokens"] / seconds}
-        kind = "trained" if self.leads else "trained along"
+        kind = "trained" if self.leads else "trained along"      # the parent reads rank 0's report
         self.link.send(kind, metrics=metrics, skipped=trained.skipped, events=trained.events,
                        flush=trained.flush)
 
@@ -439,7 +453,7 @@ class LearnerWorker:
         self.write(self.learner.save, folder)
 
     def write(self, how, folder: str) -> None:
-        """A disk that is full is reported; it does not end the run."""
+        """Save by `how`. A full disk is reported, and does not end the run."""
         why = ""
         try:
             how(Path(folder))
@@ -449,12 +463,13 @@ class LearnerWorker:
             self.link.send("saved", folder=folder, version=self.version, why=why)
 
     def validation(self, prompts: list[list[int]]) -> None:
-        """Prompts whose answers the parent can grade, for an extension that wants them."""
+        """Pass on prompts whose answers the parent can grade, to the extensions that want some."""
         for extension in self.learner.extensions:
             extension.validation_prompts = prompts[:extension.validation_rows]
 
     def examine(self, slots: list[int]) -> None:
-        """After a flush: what of these slots is not worth training."""
+        """An extension has moved the weights, and what was running has been ended and scored.
+        Report which of these slots to drop untrained."""
         segments = [self.shared.slots.read(s) for s in slots]
         drop = self.learner.extensions.after_flush(segments, self.link)
         if self.leads:
@@ -463,7 +478,7 @@ class LearnerWorker:
 
 def learner_worker(cfg: Config, link: Link, shared: SharedMemory, start: LearnerStart, device: str,
                    dtype: torch.dtype) -> None:
-    """A learner process: publish the first version, then train until told to stop."""
+    """A learner process: publish the first version, then train until the order to stop."""
     ranks = Ranks(start.rank, cfg.learners, f"{cfg.out}/.learners")
     learner = Learner(cfg, device, dtype, start.checkpoint, ranks)
     worker = LearnerWorker(learner, link, shared, start.version)

@@ -1,9 +1,18 @@
 """
-The rollout worker: takes tickets, generates, hands slots over.
+The rollout worker: takes tickets (cache.py), generates, hands slots over.
 
 It loads newly published weights between two engine steps, without waiting for running responses:
-these are flushed to their slots, the weights are replaced, and the responses continue from their
-tokens so far, whose context is computed again. Every token carries the version that drew it.
+it writes these to their slots, replaces the weights, and continues the responses from the tokens
+that they have so far, whose hidden states are computed again. Every token carries the version of
+the weights that drew it.
+
+Terms
+    link     this end of the pipe to the parent: orders come in, reports go out. `link.span` times
+             the work for the trace (transport/link.py)
+    probe    a fixed sequence of tokens. The learner publishes its log-probs of them with every
+             version; an engine that computes the same ones has the right weights
+    overdue  a response whose oldest token would exceed --max-lag if it were not in the next batch
+    flush    to write a response that the engine holds into its slot
 
 What is left out: how tokens are drawn (engines/). Tests: tests/test_rollout.py, tests/test_lag.py
 """
@@ -26,7 +35,7 @@ from transport.shared import SharedMemory
 
 def rollout_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
                    dtype: torch.dtype) -> None:
-    """A rollout process: obey the orders of the parent, and between them generate."""
+    """A rollout process: carry out the parent's orders, and generate between them."""
     engine = engine_class(cfg.engine)(cfg, device, dtype)
     worker = Worker(cfg, link, shared, engine, probe_tolerance(dtype))
     link.send("ready")
@@ -38,16 +47,16 @@ def rollout_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
 
 
 class Worker:
-    """What a rollout worker does between two engine steps, and the promises that it keeps there:
+    """The state of a rollout worker, and three promises:
 
-    - no ticket is begun under weights older than the newest that are published;
-    - the version of a token is that of the weights that drew it;
-    - what is overdue is handed over at once, and only if it really is overdue.
+    - a ticket begins under the newest published weights, unless it asks for a version;
+    - every token is stored with the version of the weights that drew it;
+    - an overdue response is handed over at once, and only if it really is overdue.
     """
 
     def __init__(self, cfg: Config, link: Link, shared: SharedMemory, engine: Engine,
                  tolerance: float = 1e-3):
-        """`tolerance`: largest difference between engine and learner on the probe, nats."""
+        """`tolerance`: how far engine and learner may differ on the probe, in nats."""
         self.cfg = cfg
         self.link = link
         self.shared = shared
@@ -64,9 +73,9 @@ class Worker:
         self.tokens = 0                          # drawn so far, for the record
         self.stopped = False
         self.evaluation_wanted = False
+        # Tickets not begun yet: (version to draw under, slot); None stands for the newest version
         self.waiting: deque[tuple[int | None, int]] = deque()
-        # (version to draw under, slot); None: the newest
-        self.running: set[int] = set()           # slots
+        self.running: set[int] = set()           # slots whose responses are in the engine
 
     @property
     def idle(self) -> bool:
@@ -87,7 +96,7 @@ class Worker:
             self.link.send("generated", slots=finished, finished=True, tokens=self.tokens)
 
     def begin_waiting(self) -> None:
-        """Begin tickets, as long as none needs other weights than the responses that run."""
+        """Begin tickets in their order, up to one that needs other weights while responses run."""
         while self.waiting:
             version, s = self.waiting[0]
             if self.running and self.behind(self.available(version)):
@@ -97,14 +106,14 @@ class Worker:
             self.start(s)
 
     def available(self, version: int | None) -> int | None:
-        """That version if it can still be read. After a restart it may have been overwritten, and
-        the newest (None) takes its place."""
+        """`version` if it can still be read. After a restart of this worker it may have been
+        overwritten; then None, the newest."""
         if version is not None and not self.weights.holds(version):
             return None
         return version
 
     def behind(self, version: int | None) -> bool:
-        """Whether the engine has other weights than `version`, or than the newest for None."""
+        """Whether the engine has other weights than `version`; None: than the newest."""
         wanted = self.weights.version if version is None else version
         return self.version != wanted
 
@@ -115,10 +124,11 @@ class Worker:
         self.waiting += tickets
 
     def evaluate(self, body: None) -> None:
+        """An evaluation is wanted; `turn` makes it."""
         self.evaluation_wanted = True
 
     def cut(self, body: tuple[int, list[int]]) -> None:
-        """Hand over what these responses have so far."""
+        """Hand over what these responses have so far. The rest becomes a new ticket, later."""
         floor, slots = body
         self.link.send("generated", slots=self.overdue(floor, slots), finished=False,
                        tokens=self.tokens)
@@ -131,19 +141,19 @@ class Worker:
     def overdue(self, floor: int, slots: list[int]) -> list[int]:
         """Those of `slots` whose first token is of version `floor` or older, flushed.
 
-        The parent knows only `born`, and it may be out of date: a response may have had no token
-        when the weights were replaced, and have begun under the new ones since. A response that
-        has no token even now starts again, under the newest weights.
+        The parent chose them by `born` (cache.py), which may have changed since: a response that
+        had no token then may have begun under newer weights. One that still has no token is not
+        handed over; it starts again under the newest weights.
         """
         held = [s for s in slots if s in self.running and self.slots.born[s] <= floor]
         self.flush(held)
         self.waiting += [(None, s) for s in held if self.slots.length[s] == 0]
         for _, s in self.waiting:
-            self.slots.born[s] = self.weights.version    # at least: it begins under the newest
+            self.slots.born[s] = self.weights.version    # or newer: the newest when it begins
         return [s for s in held if self.slots.length[s] > 0]
 
     def stop(self, body: None) -> None:
-        """The last order: answer what was asked, hand in what runs."""
+        """The last order: flush what runs, and make the evaluation if one is still wanted."""
         self.flush(sorted(self.running))
         if self.evaluation_wanted:
             self.answer()
@@ -153,9 +163,10 @@ class Worker:
     # -- weights
 
     def load(self, version: int | None) -> None:
-        """Replace the weights of the engine by `version`, or by the newest for None.
+        """Replace the weights of the engine by those of `version`; None: by the newest.
 
         The engine proves that they have arrived: its log-probs of the probe must be the learner's.
+        Otherwise raises Incurable: a restart of this worker would not help.
         """
         if not self.behind(version):
             return
@@ -174,7 +185,7 @@ class Worker:
     def answer(self) -> None:
         """Answer the evaluation prompts under the newest weights.
 
-        Training responses wait meanwhile: a long evaluation is paid for in lag.
+        Meanwhile the training responses wait, so a long evaluation adds to their lag.
         """
         self.load(None)
         wanted = self.cfg.eval
@@ -188,12 +199,11 @@ class Worker:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Nothing is in the engine: what runs is flushed to its slots, and continues
-        afterwards."""
-        going_on = sorted(self.running)
-        self.flush(going_on)
+        """Empty the engine for a while: flush what runs, and let it continue afterwards."""
+        interrupted = sorted(self.running)
+        self.flush(interrupted)
         yield
-        for s in going_on:
+        for s in interrupted:
             self.start(s)
 
     def start(self, s: int) -> None:
@@ -211,9 +221,9 @@ class Worker:
     def flush(self, slots: list[int]) -> None:
         """Take responses out of the engine and write what they have into their slots."""
         for s, (tokens, ids, logmu) in self.engine.take(slots).items():
-            first = int(self.slots.start[s] + self.slots.length[s] - self.slots.prompt[s])
+            position = int(self.slots.start[s] + self.slots.length[s] - self.slots.prompt[s])
             kept = self.extensions.stored(self.shared.tensors, tokens, int(self.slots.uid[s]),
-                                          first)
+                                          position)
             self.slots.append(s, tokens, ids, logmu, self.version, kept)
             self.running.discard(s)
             self.tokens += len(tokens)

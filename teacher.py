@@ -1,13 +1,13 @@
 """
 The teacher worker: fills in the scores of the slots that it is given.
 
-The teacher is a plain transformers forward pass, exact, with its own full normaliser. What it
-writes besides logq (its best words, draws of its own, its last hidden state) is what the table
-entry of the running estimator asks for; what an extension wants of its other layers goes to slot
-tensors of the extension. Only token ids come in: nothing is ever tokenized twice.
+The teacher is a plain transformers forward pass, and its log-probs are normalised over all of its
+words. It always writes logq. Besides, it writes what the `support` of the estimator asks for (its
+best words, words that it draws, its last hidden state) and, in the slot tensors of an extension,
+what that one wants of its other layers. It reads token ids, so no text is tokenized twice.
 
-What is left out: the same two methods in vLLM (engines/vllm_teacher.py).
-Shapes: M new tokens of a group of segments, m of them with cached scores; C columns of a slot.
+What is left out: `score` and `complete` in vLLM (engines/vllm_teacher.py).
+Shapes: M new tokens of a group of segments, m of them with stored scores; C columns of a slot.
 Tests: tests/test_supports.py, tests/test_teacher.py
 """
 from __future__ import annotations
@@ -33,13 +33,13 @@ from transport.link import Link
 from transport.shared import SharedMemory
 
 TEACHERS = {"hf": "teacher:HFTeacher", "vllm": "engines.vllm_teacher:VLLMTeacher"}
-# By support, what vLLM does not give: refused with --teacher-engine vllm
+# The supports that --teacher-engine vllm refuses, and what vLLM does not return for them
 VLLM_LACKS = {"teacher_mc": "the teacher's draws", "full": "the teacher's hidden states"}
 
 
 def teacher_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
                    dtype: torch.dtype) -> None:
-    """A teacher process: score slots, and answer the evaluation prompts once if it is asked to."""
+    """A teacher process: score slots, and answer the evaluation prompts if ordered to."""
     teacher = teacher_class(cfg.teacher_engine)(cfg, device, dtype)
     check = TeacherCheck(cfg)
     link.send("ready")
@@ -65,7 +65,7 @@ def teacher_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
 
 
 def teacher_class(name: str) -> type:
-    """The class behind --teacher-engine, imported now: only who asks for vLLM imports it."""
+    """The class behind --teacher-engine, imported only now, so that hf works without vLLM."""
     module, _, kind = TEACHERS[name].partition(":")
     return getattr(import_module(module), kind)
 
@@ -73,7 +73,7 @@ def teacher_class(name: str) -> type:
 # -- the teacher in transformers -----------------------------------------------------------------
 
 class HFTeacher:
-    """Serves every support, and is the reference for `engines.vllm_teacher.VLLMTeacher`."""
+    """Serves every support. `engines.vllm_teacher.VLLMTeacher` is tested against it."""
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.model = load_model(cfg.teacher, device, dtype)
@@ -83,7 +83,7 @@ class HFTeacher:
         self.extensions = Extensions.load(cfg)
 
     def score(self, segments: list[Segment], slots: Slots) -> None:
-        """Write the teacher's log-probs, and what else is wanted, into the slots of `segments`."""
+        """Write the teacher's log-probs, and what else is wanted, to the slots of `segments`."""
         score(self.model, segments, slots, self.support, self.vocab, seed=self.seed,
               extensions=self.extensions)
 
@@ -105,17 +105,18 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     out = model.base_model(input_ids=tokens, attention_mask=mask,
                            output_hidden_states=bool(layers))
     if layers:
+        # hidden_states[0] is the embedding
         states = {layer: response_rows(out.hidden_states[1 + layer], segments) for layer in layers}
         extensions.record(states, segments, slots)
     rows = response_rows(out.last_hidden_state, segments).to(head.weight.device)
-    rows = kept_rows(rows, segments)
+    rows = kept_rows(rows, segments)                             # [m, H]
     ids = torch.cat([s.ids for s in segments]).long().to(rows.device)
     if support == "teacher_mc":
         u = uniforms(segments, slots, seed, ids.shape[1] - 1).to(rows.device)
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
         part = slice(i, i + chunk)
-        every = teacher_logq(head, rows[part], vocab)
+        every = teacher_logq(head, rows[part], vocab)            # [chunk, vocab]
         if support == "teacher_topk":
             ids[part, 1:] = every.topk(ids.shape[1] - 1).indices
         if support == "teacher_mc":
@@ -138,7 +139,10 @@ def write(segments: list[Segment], slots: Slots, ids: Tensor, logq: Tensor,
 
 
 def uniforms(segments: list[Segment], slots: Slots, seed: int, n: int) -> Tensor:
-    """The teacher's own random numbers [m, n] on [0, 1), float64, for the stored positions."""
+    """Random numbers [m, n] on [0, 1), float64: the teacher's draws at the stored positions.
+
+    They come from a stream of their own, TEACHER, and do not depend on the order of the slots.
+    """
     parts = []
     for s in segments:
         random = np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, TEACHER])
@@ -149,7 +153,7 @@ def uniforms(segments: list[Segment], slots: Slots, seed: int, n: int) -> Tensor
 @torch.no_grad()
 def complete(model, prompts: list[list[int]], max_new: int, stop: list[int],
              each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
-    """Greedy answers through transformers' own generate; used once, for the teacher's accuracy."""
+    """Greedy answers by transformers' own `generate`, for --eval.teacher."""
     from transformers import GenerationConfig
     streamer = SimpleNamespace(put=lambda _: each_step(), end=lambda: None)
     longest = max(map(len, prompts))
@@ -185,13 +189,13 @@ def answers(teacher, cfg: Config, prompts: list[list[int]],
 # -- is the teacher there? -----------------------------------------------------------------------
 
 class TeacherCheck:
-    """Notices a teacher that knows nothing: weights that never arrived give every word -ln V, and
-    no error.
+    """Notices a teacher that knows nothing: if its weights were never loaded, it gives all words
+    the log-prob -ln V, and raises no error.
 
-    The teacher's mean entropy over at least a batch of responses, in nats, is
-    sum w (-logq) / sum w with w = q / mu at the drawn columns: it follows from the slots alone,
-    whichever engine scored them. The two sums share their noise, so that equal log-probs give
-    exactly their -logq, whatever mu drew.
+    Its mean entropy over at least a batch of responses is estimated in nats by
+    sum w (-logq) / sum w with w = q / mu, over the words that mu drew. That needs only what the
+    slots hold, whichever engine scored them. If all words have the same logq, the estimate is
+    exactly -logq, whatever mu drew, because w cancels.
     """
 
     def __init__(self, cfg: Config):

@@ -8,8 +8,10 @@ scores them, the loss is the reverse KL per token, and one update follows. async
 same with these steps in processes of their own, none of which waits for the others; with
 `--schedule sync` it ends with the same weights, to the bit (tests/test_one_step.py).
 
+Words      a word is an entry of the vocabulary, a token is a word at its place in a sequence;
+           candidates are N words drawn at one place, of which the first becomes the token there
 Names      p student now, mu student that generated, q teacher; logp, logmu, logq their log-probs
-Shapes     M new tokens in all responses; N candidates; H width of a hidden state; V words
+Shapes     M new tokens (those of the responses); N candidates; H width of a hidden state; V words
 """
 from __future__ import annotations
 
@@ -46,9 +48,11 @@ def generate(cfg: Config) -> list[Segment]:
     first of them is emitted. In an asynchronous run these weights, mu, would be older than p."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
     rows = toy_task(cfg.eval.n).train
-    order = [prompt_number(i, len(rows), cfg.seed) for i in range(cfg.batch)]
+    order = [prompt_number(i, len(rows), cfg.seed) for i in range(cfg.batch)]    # shuffled
     prompts = encode([rows[i] for i in order], tokenizer)
 
+    # The engine is given responses to generate. Each step draws one token for all of them and
+    # returns the keys i of those that have finished. uid and position seed the random numbers.
     engine = HFEngine(cfg, "cpu", torch.float32)
     for i, prompt in enumerate(prompts):
         engine.add(i, prompt, cfg.max_response, uid=i, position=0)
@@ -56,6 +60,8 @@ def generate(cfg: Config) -> list[Segment]:
     while len(drawn) < cfg.batch:
         drawn |= engine.take(engine.step())
 
+    # One response as the pipeline would store it (cache.py): prompt and response in one sequence,
+    # of which the first `start` tokens are given and the rest is new. The teacher fills in logq.
     segments = []
     for i, (y, candidates, logmu) in drawn.items():
         segments.append(Segment(
@@ -75,10 +81,11 @@ def score(cfg: Config, segments: list[Segment]) -> None:
     position, would be too large to move between processes; N numbers are not."""
     teacher = load_model(cfg.teacher, "cpu", torch.float32)
     head = teacher.get_output_embeddings()
-    for group in by_length(segments, cfg.micro_tokens):
+    for group in by_length(segments, cfg.micro_tokens):           # micro-batches
         tokens, mask = pad(group, "cpu")
         hidden = teacher.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
-        every = teacher_logq(head, response_rows(hidden, group), len(head.weight))       # [M, V]
+        states = response_rows(hidden, group)      # [M, H]: the state that predicts each new token
+        every = teacher_logq(head, states, len(head.weight))                             # [M, V]
         logq = every.gather(-1, torch.cat([s.ids for s in group]))                       # [M, N]
         for s, scores in zip(group, logq.split([len(s) for s in group])):
             s.logq.copy_(scores)
@@ -86,28 +93,30 @@ def score(cfg: Config, segments: list[Segment]) -> None:
 
 def update(cfg: Config, segments: list[Segment]) -> dict[str, torch.Tensor]:
     """The loss is the reverse KL, KL(p || q), at every position, from N words that mu drew. Its
-    gradient is E_mu[w (logp - logq) dlogp] with w = p / mu; w and the advantage are constants.
-    Here p is mu and w is 1. With answers that are older than the student it is not: that is all
-    that asynchrony changes."""
+    gradient is E_mu[w (logp - logq) dlogp], where w = p / mu and dlogp is the gradient of logp.
+    Here p is mu, so w is 1. With answers older than the student it is not: that is all that
+    asynchrony changes."""
     student = load_model(cfg.student, "cpu", torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     count = sum(map(len, segments))                              # the mean is over all new tokens
     kl = 0.0
     for group in by_length(sorted(segments, key=lambda s: s.slot), cfg.micro_tokens):
-        tokens, _ = pad(group, "cpu")
+        tokens, _ = pad(group, "cpu")     # padded on the right, where a causal model never looks
         hidden = student.base_model(input_ids=tokens, use_cache=False).last_hidden_state
-        states = response_rows(hidden, group)                    # [M, H]; the one shift
-        ids = torch.cat([s.ids for s in group])                  # [M, N], as the next two
+        states = response_rows(hidden, group)                    # [M, H], as for the teacher
+        ids = torch.cat([s.ids for s in group])                  # [M, N], like the next two
         logmu = torch.cat([s.logmu for s in group])
         logq = torch.cat([s.logq for s in group])
 
+        # `at`: a slice of the M positions. `every`: all V words, for other losses; unused here
         def loss(at, logp, every, logmu=logmu, logq=logq):
             w = (logp - logmu[at]).detach().clamp(-20, 20).exp()
             advantage = (logq[at] - logp).detach()
-            return {"loss": -(w * advantage * logp).mean(-1),    # a surrogate: its value is no KL
-                    "kl": (w * -advantage).mean(-1)}             # unbiased
+            return {"loss": -(w * advantage * logp).mean(-1),    # only its gradient has a meaning
+                    "kl": (w * -advantage).mean(-1)}             # unbiased, for the log
 
-        # The head in chunks: autograd never holds the logits of all positions at once
+        # The LM head in chunks, so that the logits of all positions never exist at once. Hence a
+        # backward pass in two parts: through the head to `states`, then through the model
         gradient, measured = head_backward(student.get_output_embeddings(), states.detach(), ids,
                                            loss, count=count, all_words=False, chunk=10_000,
                                            dtype=torch.float32)
