@@ -145,7 +145,7 @@ def test_an_interrupt_waits_for_its_checkpoint(flags):
     os.kill(first["learner"], signal.SIGCONT)
     err = finished(process, flags, code=130)
     said, last = (line for line in err.splitlines() if "interrupted" in line)
-    assert "a second time" in said and "step-" in last
+    assert "a second interrupt" in said and "step-" in last
     assert len(list((Path(flags["out"]) / "checkpoints").iterdir())) == 1
 
 
