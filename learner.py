@@ -102,7 +102,8 @@ class Learner:
         `unusable` or its gradient is not finite. Raises Interrupted if the run is to end and no
         update has been made yet.
         """
-        self.check_lag(segments, version)
+        lag = lags(segments, version)
+        self.check_lag(lag)
         self.batch_context = self.prepass(segments, link)
         measured: list[Measured] = []
         skipped: list[dict] = []
@@ -124,7 +125,7 @@ class Learner:
         everywhere = self.ranks.all(concatenated(measured))
         step = Step(segments=segments, measured=everywhere, version=version, link=link)
         outcome = self.extensions.after_step(step)
-        metrics = self.metrics(segments, everywhere, version) | outcome.metrics
+        metrics = self.metrics(segments, everywhere, lag) | outcome.metrics
         metrics |= {"grad_norm": norm.item(), "lr": lr}
         return Trained(metrics, skipped, outcome.events, outcome.flush)
 
@@ -267,20 +268,19 @@ class Learner:
         """One field of these segments, [m, ..], on the device of the student."""
         return torch.cat([getattr(s, name) for s in group]).to(self.student.device)
 
-    def check_lag(self, segments: list[Segment], version: int) -> None:
-        """Raises RuntimeError if the scheduler has broken the promise of --max-lag."""
+    def check_lag(self, lag: Tensor) -> None:
+        """Raises RuntimeError if the scheduler has broken the promise of --max-lag; lag [M]."""
         bounded = self.cfg.schedule == "async" and self.cfg.overdue != "keep"
-        lag = int(lags(segments, version).max())
-        if bounded and lag > self.cfg.max_lag:
-            raise RuntimeError(f"a token of lag {lag} was to be trained, --max-lag "
+        oldest = int(lag.max())
+        if bounded and oldest > self.cfg.max_lag:
+            raise RuntimeError(f"a token of lag {oldest} was to be trained, --max-lag "
                                f"{self.cfg.max_lag} is broken")
 
     # -- what a step reports ---------------------------------------------------------------------
 
     def metrics(self, segments: list[Segment], measured: list[Measured],
-                version: int) -> dict[str, object]:
-        """The learner's numbers of a step; record/metrics.py explains each."""
-        lag = lags(segments, version)
+                lag: Tensor) -> dict[str, object]:
+        """The learner's numbers of a step; record/metrics.py explains each. lag [M], versions."""
         tokens = sum(map(len, segments))
         found: dict[str, object] = dict(summarize(measured))
         stored = sum(len(s.ids) for s in segments) / tokens

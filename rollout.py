@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 from config import Config
 from engines.base import Engine, probe_tolerance
@@ -221,9 +222,13 @@ class Worker:
     def flush(self, slots: list[int]) -> None:
         """Take responses out of the engine and write what they have into their slots."""
         for s, (tokens, ids, logmu) in self.engine.take(slots).items():
-            position = int(self.slots.start[s] + self.slots.length[s] - self.slots.prompt[s])
-            kept = self.extensions.stored(self.shared.tensors, tokens, int(self.slots.uid[s]),
-                                          position)
+            kept = self.kept(s, tokens) if self.slots.sparse else None
             self.slots.append(s, tokens, ids, logmu, self.version, kept)
             self.running.discard(s)
             self.tokens += len(tokens)
+
+    def kept(self, s: int, tokens: Tensor) -> Tensor | None:
+        """Which of these new tokens of slot s keep their scores, bool [k]; None: all of them."""
+        position = int(self.slots.start[s] + self.slots.length[s] - self.slots.prompt[s])
+        return self.extensions.stored(self.shared.tensors, tokens, int(self.slots.uid[s]),
+                                      position)
