@@ -8,8 +8,9 @@ PY := .venv/bin/python
 demo: .venv/installed
 	$(PY) asyncopd.py --task toy $(FLAGS)
 
+# Two tests at a time: most of them wait for processes of their own
 test: lint
-	$(PY) -m pytest -q --durations=5
+	$(PY) -m pytest -q -n 2 --dist worksteal --durations=5
 
 # The second line holds every import to the contract in pyproject.toml
 lint: .venv/installed

@@ -29,6 +29,7 @@ from control.preflight_models import fetch
 from control.resolve import configure
 from control.signals import SIGNALS
 from record.run_folder import check_out, empty
+from transport.process import start_server
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,6 +52,7 @@ def command(argv: Sequence[str]) -> int:
             dryrun.show(cfg)
             return 0
         resume = check_out(cfg)
+        start_server()
         cfg, job = prepare(cfg)
         fetch(cfg)
         prepared = {}

@@ -5,7 +5,7 @@ Kills: runs whose processes are killed at random moments, resumed, and compared 
     python benchmarks/kills.py --async          # asynchronous runs: every prompt trained once
 
 The shipped command and its real processes; only their start is quicker, forked from this process, which has imported
-everything, instead of spawned. Two thirds of the victims are parents and learners, which end the run: it is resumed.
+everything. Two thirds of the victims are parents and learners, which end the run: it is resumed.
 The others are rollout and teacher workers, which are restarted. It goes on until --cycles
 runs were resumed. Raw rows: kills.jsonl. Last line: one JSON object with `kills`, `resumed`, `restarted`, `runs`, and
 `identical` (runs whose final weights equal those of an undisturbed run) or `lost`, `twice` (prompts and tokens).
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import random
 import signal
@@ -55,9 +55,10 @@ def tiny_models(root: Path) -> dict[str, str]:
 
 
 def fork_workers() -> None:
-    """From now on this process forks what it would spawn: imports and patches are there already."""
+    """From now on this process forks its workers itself: imports and patches are there already."""
     fork = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
     multiprocessing.get_context = torch.multiprocessing.get_context = fork
+    multiprocessing.forkserver.ensure_running = lambda: None
 
 
 def launch(flags: dict, resume: bool) -> int:

@@ -143,7 +143,7 @@ def learner(cfg, link, shared, start, device, dtype):
             link.send("trained", metrics=metrics, skipped=[], events=[], flush=False)
 
 
-ENGINES["stand-in"] = f"{__name__}:StandIn"              # in every process: a spawned one imports this file again
+ENGINES["stand-in"] = f"{__name__}:StandIn"              # in every process: a new one imports this file again
 controller.WORKERS |= {"teacher": teacher, "learner": learner}
 
 

@@ -85,7 +85,7 @@ def extension_flags(config: Config) -> dict[str, Any]:
 
 def read(argv: Sequence[str], extend: str) -> Config:
     """Parse flags; those of the extensions in `extend` are known."""
-    import tyro  # here, since a spawned worker imports this file too
+    import tyro  # here, since every worker imports this file too
     check_words(argv, extend)
     found = tyro.cli(flags_class(extend), args=list(argv), prog="asyncopd.py",
                      description=DESCRIPTION, use_underscores=False)

@@ -31,10 +31,24 @@ def shared_memory() -> set[str]:
     return set(os.listdir("/dev/shm"))
 
 
+def left_in_shared_memory(before: set[str]) -> set[str]:
+    """What is new since `before` and stays. What another test's run makes at the same time goes with that run."""
+    new = shared_memory() - before
+    limit = time.monotonic() + 60
+    while new and time.monotonic() < limit:
+        time.sleep(0.1)
+        new &= shared_memory()
+    return new
+
+
 def alive(pids) -> list[int]:
     def state(p):
         return Path(f"/proc/{p}/stat").read_text().split()[2]
     return [p for p in pids if Path(f"/proc/{p}").exists() and state(p) != "Z"]
+
+
+def children_of(pid: int) -> list[int]:
+    return [int(x) for x in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
 
 
 def start_and_wait_for(flags, step: int) -> tuple[subprocess.Popen, dict]:

@@ -75,9 +75,10 @@ m.main()
 
 # Python imports a module of this name at its start. Workers that are forked need not import torch again.
 SITECUSTOMIZE = """
-import multiprocessing.context
+import multiprocessing.context, multiprocessing.forkserver
 fork = multiprocessing.context._concrete_contexts["fork"]
 multiprocessing.get_context = lambda method=None: fork
+multiprocessing.forkserver.ensure_running = lambda: None
 """
 
 

@@ -362,7 +362,7 @@ def test_a_response_is_weighed_by_its_emitted_tokens(learner):
 # -- real runs -------------------------------------------------------------------------------------
 
 FORKED = """
-import multiprocessing, os, sys
+import multiprocessing.forkserver, os, sys
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, {root!r})
 import torch, transformers
@@ -372,6 +372,7 @@ from control import controller as run
 from control.scheduler import Scheduler
 from extensions import effopd
 torch.multiprocessing.get_context = lambda method=None: multiprocessing.context._concrete_contexts["fork"]
+multiprocessing.forkserver.ensure_running = lambda: None
 {patch}
 sys.exit(asyncopd.main(sys.argv[1:]))
 """

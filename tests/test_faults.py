@@ -15,7 +15,7 @@ from control.watchdog import Watchdog
 from data.prompts import prompt_number
 from record.account import Account
 from tests.conftest import ROOT
-from tests.runs import alive, command, lines, shared_memory, start_and_wait_for, steps
+from tests.runs import alive, command, left_in_shared_memory, lines, shared_memory, start_and_wait_for, steps
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kills  # noqa: E402
@@ -71,7 +71,7 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(flags, victim):
     last = lines(flags)[-1]
     assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
     assert max(s["lag_max"] for s in steps(flags)) <= 2
-    assert not alive(kills.processes(flags).values()) and shared_memory() <= before
+    assert not alive(kills.processes(flags).values()) and not left_in_shared_memory(before)
 
 
 @pytest.mark.parametrize("how", [["--cycles", "10"], ["--cycles", "8", "--async"]])
@@ -104,7 +104,7 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
     assert kills.trained_once(flags)[1:] == (0, 0) and events(flags, "resumed")[0]["step"] % 4 == 0
     assert sorted(p.name for p in (Path(flags["out"]) / "checkpoints").iterdir()) == sorted(
         [f"step-{last - 4}", f"step-{last}"]), "--faults.keep 2"
-    assert shared_memory() <= before
+    assert not left_in_shared_memory(before)
 
 
 def test_a_run_that_goes_on_evaluates_no_version_twice(flags):

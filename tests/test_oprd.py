@@ -29,7 +29,7 @@ from models.loading import load_model, text_config
 from models.sharding import Ranks
 from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
-from tests.runs import alive, command, run, start_and_wait_for, steps
+from tests.runs import alive, children_of, command, run, start_and_wait_for, steps
 from transport.process import alone
 
 LAYERS, WIDTH, T = 3, 64, 12
@@ -534,7 +534,7 @@ def test_what_ends_the_command_ends_the_fit(flags, how):
     limit, children = time.monotonic() + 60, []
     while not children and time.monotonic() < limit:             # until there is one that has begun
         time.sleep(0.05)
-        children = [int(x) for x in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        children = [x for server in children_of(process.pid) for x in children_of(server)
                     if os.readlink(f"/proc/{x}/fd/2") == os.devnull]
     assert alive(children)
     process.send_signal(how)

@@ -1,4 +1,4 @@
-"""The real pipeline: spawned processes, shared memory, tiny random models. What the log must say, and what must be gone
+"""The real pipeline: processes, shared memory, tiny random models. What the log must say, and what must be gone
 afterwards."""
 import json
 import os
@@ -12,7 +12,7 @@ import pytest
 
 from record.metrics import DONE, EVAL, METRICS
 from tests.conftest import ROOT
-from tests.runs import alive, command, lines, run, shared_memory, start_and_wait_for, steps
+from tests.runs import alive, command, left_in_shared_memory, lines, run, shared_memory, start_and_wait_for, steps
 
 
 def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
@@ -30,7 +30,7 @@ def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
     assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "every push arrived, to float32 rounding"
     assert {e["step"] for e in log if e["type"] == "eval"} >= {0, 20}
     assert set(log[0]["pids"]) == {"rollout0", "rollout1", "teacher0", "learner"}
-    assert not alive(log[0]["pids"].values()) and shared_memory() <= before
+    assert not alive(log[0]["pids"].values()) and not left_in_shared_memory(before)
     trace = json.loads((Path(flags["out"]) / "trace.json").read_text())["traceEvents"]
     assert {e["name"] for e in trace if e["ph"] == "X"} >= {"generate", "push", "score", "step", "publish"}
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -106,7 +106,7 @@ def test_an_interrupt_saves_and_leaves_nothing(flags, how):
     process.send_signal(how)
     _, err = process.communicate(timeout=20)
     assert process.returncode == 130 and "interrupted" in err, err
-    assert not alive(pids.values()) and shared_memory() <= before
+    assert not alive(pids.values()) and not left_in_shared_memory(before)
     saved = list((Path(flags["out"]) / "checkpoints").iterdir())
     assert len(saved) == 1 and (saved[0] / "model.safetensors").exists() and saved[0].name in err
 
@@ -155,7 +155,7 @@ def test_fifty_steps_with_vllm(flags):
     assert last["tokens_generated"] == last["tokens_trained"] + last["tokens_in_flight"] > 0
     assert all(s["lag_min"] <= s["lag_mean"] <= s["lag_max"] for s in steps(flags))
     assert all(s["engine_gap_max"] <= 1e-4 for s in steps(flags)), "after every push"
-    assert not alive(lines(flags)[0]["pids"].values()) and shared_memory() <= before
+    assert not alive(lines(flags)[0]["pids"].values()) and not left_in_shared_memory(before)
 
 
 # -- several learners ------------------------------------------------------------------------------

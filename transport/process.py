@@ -2,7 +2,8 @@
 Worker processes: how one starts, which cores or GPUs it uses, and how its end reaches the parent.
 
 A worker is any function (cfg, link, *args, device, dtype) that can be pickled. Processes are
-started by the spawn method of torch.multiprocessing.
+started by the forkserver method of torch.multiprocessing: one process imports the large libraries
+and every worker is a copy of it, so that they are imported once and not by each.
 
 What is left out: what a worker does, and what is done about its death (control/).
 Tests: tests/test_pipeline.py, tests/test_faults.py
@@ -10,17 +11,18 @@ Tests: tests/test_pipeline.py, tests/test_faults.py
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import os
 import select
 import signal
 import socket
 import struct
-import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from multiprocessing.connection import Connection
+from multiprocessing import forkserver
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -30,8 +32,24 @@ from torch import Tensor
 from config import Config
 from transport.link import Incurable, Link, ParentGone
 
-PR_SET_PDEATHSIG = 1
 Worker = Callable[..., None]
+
+# What the server imports before it makes the first copy: libraries, none of which uses a GPU when
+# it is imported. A copy of a process that has used one could not.
+PRELOADED = ["torch", "transformers.models.auto.modeling_auto", "transformers.generation"]
+
+
+def processes() -> BaseContext:
+    """How processes and their pipes are made."""
+    context = torch.multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    return context
+
+
+def start_server() -> None:
+    """Let the server import its libraries now, while the parent has other things to do."""
+    processes()
+    forkserver.ensure_running()
 
 
 # -- in the new process --------------------------------------------------------------------------
@@ -58,10 +76,7 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
     It ends with its parent, leaves signals and the terminal to it, and sees only its own GPUs.
     Returns its device, by the name that is valid in this process, and the dtype to compute in.
     """
-    if sys.platform == "linux":                      # it ends with its parent even when it is busy
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != torch.multiprocessing.parent_process().pid:
-            os._exit(1)                              # the parent was killed before that line
+    threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # for the parent, which stops its workers
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
@@ -72,6 +87,12 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
     visible, device = visible_gpus(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
     return device, torch.bfloat16
+
+
+def end_with_parent() -> None:
+    """Wait for the parent's death and die of it, whatever this process is doing."""
+    wait([torch.multiprocessing.parent_process().sentinel])
+    os._exit(1)
 
 
 def use_cores(role: str, index: int) -> None:
@@ -126,10 +147,10 @@ class WorkerHandle:
         self.stopped = False                 # its last order is done
         self.why = ""                        # why it died or was killed, where that is known
         self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
-        spawn = torch.multiprocessing.get_context("spawn")
-        self.pipe, theirs = spawn.Pipe()
+        context = processes()
+        self.pipe, theirs = context.Pipe()
         limit_receive(self.pipe, cfg.faults.stall_s)
-        self.process = spawn.Process(
+        self.process = context.Process(
             target=worker_main, name=self.name, daemon=True,
             args=(role, index, worker, theirs, self.pulse, f"{cfg.out}/{self.name}.log", cfg,
                   device, args))
@@ -226,9 +247,9 @@ def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
 
     Raises the ValueError that fn raises; RuntimeError if it ends in any other way.
     """
-    spawn = torch.multiprocessing.get_context("spawn")
-    ours, theirs = spawn.Pipe(duplex=False)
-    process = spawn.Process(target=alone_main, args=(theirs, fn, cfg, data, device), daemon=True)
+    context = processes()
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=alone_main, args=(theirs, fn, cfg, data, device), daemon=True)
     process.start()
     theirs.close()
     try:
