@@ -32,7 +32,7 @@ WIDE_SHARE = 0.02       # ... and the share of all lines that may be wider
 ROOT_FILES = 9
 FLAT_FLAGS = 48
 IMPORTER = re.compile(r"(import_module|__import__)$")
-PROCESSES = re.compile(r"multiprocessing(?!\.connection\b)|concurrent\.futures\.Process")
+PROCESSES = re.compile(r"multiprocessing(?!\.(?:connection|forkserver)\b)|concurrent\.futures\.Process")
 PAPERS = re.compile("oprd|effopd|rock", re.IGNORECASE)
 
 
@@ -223,7 +223,7 @@ def papers(tree: Tree) -> list[Offence]:
 
 
 def processes(tree: Tree) -> list[Offence]:
-    """Processes and pipes come from `torch.multiprocessing`, which has no `connection`."""
+    """Processes and pipes come from `torch.multiprocessing`, which has no `connection` and no `forkserver`."""
     offences = []
     for module in tree.values():
         for node in ast.walk(module.tree):

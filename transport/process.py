@@ -22,7 +22,6 @@ import traceback
 from collections.abc import Callable, Iterator
 from multiprocessing import forkserver
 from multiprocessing.connection import Connection, wait
-from multiprocessing.context import BaseContext
 from typing import Any
 
 import torch
@@ -39,7 +38,7 @@ Worker = Callable[..., None]
 PRELOADED = ["torch", "transformers.models.auto.modeling_auto", "transformers.generation"]
 
 
-def processes() -> BaseContext:
+def processes() -> Any:
     """How processes and their pipes are made."""
     context = torch.multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
