@@ -60,7 +60,7 @@ def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Loss, 
     weight = head.weight.to(dtype)
     back = torch.empty_like(rows)
     buffer = logit_buffer(rows, weight, chunk)
-    total = float32_gradient(head.weight)
+    sums = {name: float32_sum(p) for name, p in head.named_parameters() if p.requires_grad}
     parts = []
     for i in range(0, max(1, len(rows)), chunk):
         at = slice(i, i + chunk)
@@ -70,14 +70,14 @@ def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Loss, 
         else:
             found, d = differentiate_columns(logits, ids[at], loss, at, count)
         parts.append(found)
-        if head.bias is not None and head.bias.requires_grad:
-            float32_gradient(head.bias).add_(d.sum(0))
+        if "bias" in sums:
+            sums["bias"].add_(d.sum(0))
         d = d.to(dtype)
         back[at] = d @ weight
-        if total is not None:
-            add_product(total, d, rows[at].to(dtype))
-    if total is not None and total is not head.weight.grad:
-        head.weight.grad = total.to(head.weight.dtype)
+        if "weight" in sums:
+            add_product(sums["weight"], d, rows[at].to(dtype))
+    for name, total in sums.items():
+        add_gradient(head.get_parameter(name), total)
     return back, {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
 
 
@@ -148,16 +148,22 @@ def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
     return peak + mass.log(), mass
 
 
-def float32_gradient(parameter: Tensor) -> Tensor | None:
-    """Where a gradient is summed: that of the parameter, or float32 if the parameter is
-    shorter."""
-    if not parameter.requires_grad:
-        return None
+def float32_sum(parameter: Tensor) -> Tensor:
+    """Where the gradient of one call is summed: in the parameter's own, or, where that is shorter
+    than float32, in zeros that `add_gradient` adds to it."""
     if parameter.dtype.itemsize < 4:
         return torch.zeros_like(parameter, dtype=torch.float32)
     if parameter.grad is None:
         parameter.grad = torch.zeros_like(parameter)
     return parameter.grad
+
+
+def add_gradient(parameter: Tensor, total: Tensor) -> None:
+    """Add `total` to the gradient of the parameter, unless it is that gradient."""
+    if parameter.grad is None:
+        parameter.grad = total.to(parameter.dtype)
+    elif parameter.grad is not total:
+        parameter.grad.add_(total)
 
 
 # -- log-probs of whole models -------------------------------------------------------------------

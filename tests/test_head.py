@@ -66,6 +66,23 @@ def test_gradients_add_up_and_a_frozen_head_gets_none():
     assert head.weight.grad is None and back.abs().max() > 0
 
 
+def test_a_head_in_bf16_gets_the_gradients_of_both_calls_bias_included():
+    """The head's numbers are the same in both dtypes: what differs is how the gradients are kept."""
+    head, rows, ids, loss, whole = problem("reverse_mc", bias=True, dtype=torch.float32)
+    short = torch.nn.Linear(H, V, dtype=torch.bfloat16)
+    for p, q in zip(short.parameters(), head.parameters()):
+        p.data.copy_(q.data)
+        q.data.copy_(p.data)
+    for part in (slice(0, 4), slice(4, M)):
+        for x in (head, short):
+            head_backward(x, rows[part], ids[part], lambda at, logp, every, part=part: loss(
+                slice(part.start + at.start, min(part.start + at.stop, part.stop)), logp, every),
+                all_words=whole, count=1, chunk=3, dtype=torch.float32)
+    for p, q in zip(short.parameters(), head.parameters()):
+        assert p.grad.dtype == torch.bfloat16 and q.grad.abs().max() > 0.1
+        assert (p.grad - q.grad).abs().max() <= 2 ** -7 * q.grad.abs().max(), "two roundings, of 8 bits each"
+
+
 @pytest.mark.parametrize("name", ["reverse_mc", "jsd_dense"])
 def test_no_positions_are_a_loss_of_nothing(name):
     head, rows, ids, loss, whole = problem(name, tokens=0)
