@@ -28,8 +28,11 @@ from control.preflight import Job, prepare, prepare_extensions
 from control.preflight_models import fetch
 from control.resolve import configure
 from control.signals import SIGNALS
+from record.report import shortened
 from record.run_folder import check_out, empty
 from transport.process import start_server
+
+ONE_LINE = 480               # characters of a message that refuses bad input, at most
 
 
 def main(argv: Sequence[str]) -> int:
@@ -59,7 +62,7 @@ def command(argv: Sequence[str]) -> int:
         if resume is None:
             prepared = prepare_extensions(cfg, job)
     except (ValueError, OSError) as e:
-        complain(" ".join(str(e).split()))       # one line
+        complain(shortened(str(e), ONE_LINE))
         return 2
     return train(cfg, job, resume, prepared)
 

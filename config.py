@@ -28,30 +28,34 @@ def require(condition: object, message: str) -> None:
 
 @dataclass(frozen=True)
 class Bound:
-    """The values that a number may take; they include `least` and `most` and exclude `above`."""
+    """The values that a number may take: finite ones, `least` and `most` among them, `above` not.
+    """
     least: float = -math.inf
     above: float = -math.inf
     most: float = math.inf
 
-    def allows(self, value: float) -> bool:
-        return self.least <= value <= self.most and value > self.above
+    def allows(self, value: float) -> bool:      # an int may be too large for math.isfinite
+        return self.above < value < math.inf and self.least <= value <= self.most
 
     def __str__(self) -> str:
         if self.above > -math.inf:
-            low = f"above {self.above:g}"
-        elif self.least == 0 and self.most == math.inf:
-            return "must not be negative"
+            low = f"must be above {self.above:,}"
+        elif self.least == 0:
+            low = "must not be negative"
         else:
-            low = f"at least {self.least:g}"
+            low = f"must be at least {self.least:,}"
         if self.most == math.inf:
-            return f"must be {low}"
-        return f"must be {low} and at most {self.most:g}"
+            return f"{low}, and finite"
+        return f"{low}, and at most {self.most:,}"
 
 
-Count = Annotated[int, Bound(above=0)]           # how many, at least one
-CountOrZero = Annotated[int, Bound(least=0)]     # 0 is special, see the text under the field
+LARGEST = 2**31 - 1                              # slots count in int32
+
+Count = Annotated[int, Bound(above=0, most=LARGEST)]         # how many, at least one
+CountOrZero = Annotated[int, Bound(least=0, most=LARGEST)]   # 0: see the text under the field
 Positive = Annotated[float, Bound(above=0)]
 NotNegative = Annotated[float, Bound(least=0)]
+Workers = Annotated[int, Bound(least=0, most=1024)]          # of one role; 0 chooses by --gpus
 
 KL = Literal[tuple(DEFAULT)]
 EstimatorName = Literal["auto", *ESTIMATORS]
@@ -117,25 +121,25 @@ class Training:
     """responses per train batch"""
     minibatches: Count = 1
     """optimizer updates per train batch"""
-    lr: Positive = 3e-6
+    lr: Annotated[float, Bound(above=0, most=1)] = 3e-6
     """learning rate of AdamW"""
     lr_schedule: Literal["constant", "cosine"] = "constant"
     """shape of the learning rate after the warm-up"""
     warmup: CountOrZero = 0
     """optimizer updates over which the learning rate rises to --lr"""
-    weight_decay: NotNegative = 0.01
+    weight_decay: Annotated[float, Bound(least=0, most=100)] = 0.01
     """weight decay of AdamW"""
     clip: Positive = 1.0
     """largest norm of the gradient"""
     lora_rank: CountOrZero = 0
     """train only LoRA adapters of this rank, on every linear layer; 0 trains all weights"""
-    seed: CountOrZero = 0
+    seed: Annotated[int, Bound(least=0, most=2**32 - 1)] = 0
     """seed of the order of prompts and of every draw"""
     max_prompt: Count = 2048
     """longest prompt, in tokens"""
     max_response: Count = 16384
     """longest response, in tokens"""
-    temperature: Positive = 1.0
+    temperature: Annotated[float, Bound(least=0.01, most=100)] = 1.0
     """temperature at which the student samples"""
     top_p: Annotated[float, Bound(above=0, most=1)] = 1.0
     """nucleus from which the student samples"""
@@ -148,21 +152,21 @@ class Training:
 @dataclass(frozen=True, kw_only=True)
 class Machines:
     """GPUs, and how many workers of each role share them."""
-    gpus: int = -1
+    gpus: Annotated[int, Bound(least=-1, most=1024)] = -1
     """GPUs to use; 0 runs everything on the CPU, -1 uses all that this machine has"""
-    rollouts: CountOrZero = 0
+    rollouts: Workers = 0
     """rollout workers, which generate; 0 chooses by --gpus"""
-    teachers: CountOrZero = 0
+    teachers: Workers = 0
     """teacher workers, which score; 0 chooses by --gpus"""
-    teacher_gpus: Count = 1
+    teacher_gpus: Annotated[int, Bound(least=1, most=1024)] = 1
     """GPUs of each teacher, over which its layers are spread; for a teacher larger than a GPU"""
-    learners: CountOrZero = 0
+    learners: Workers = 0
     """learner workers, over which the one student is sharded; 0 chooses by --gpus"""
     engine: str = "auto"
     """what generates: vllm or hf (transformers); auto is vllm where it is installed"""
     teacher_engine: str = "hf"
     """what scores: hf or vllm; vllm serves only estimators that need log-probs or top-k of it"""
-    max_running: Count = 256
+    max_running: Annotated[int, Bound(least=1, most=65_536)] = 256
     """responses that an engine generates at the same time"""
 
 
@@ -213,11 +217,11 @@ class Eval:
     """Evaluation of the student on rows that are not trained on."""
     every: CountOrZero = 0
     """steps between evaluations; 0 evaluates at the start and at the end only"""
-    n: CountOrZero = 200
+    n: Annotated[int, Bound(least=0, most=100_000)] = 200
     """rows to evaluate on"""
-    k: Count = 1
+    k: Annotated[int, Bound(least=1, most=4096)] = 1
     """answers per row, for avg@k and pass@k"""
-    temperature: NotNegative = 0.0
+    temperature: Annotated[float, Bound(least=0, most=100)] = 0.0
     """temperature of these answers; 0 is greedy"""
     teacher: bool = False
     """evaluate the teacher too, with one greedy answer per row"""
@@ -230,7 +234,7 @@ class Faults:
     """newest checkpoints to keep; 0 keeps all"""
     restarts: CountOrZero = 3
     """restarts of rollout and teacher workers, in all, before the run gives up"""
-    stall_s: Positive = 900.0
+    stall_s: Annotated[float, Bound(above=0, most=366 * 86_400)] = 900.0
     """seconds without a sign of life after which a worker counts as dead"""
     skips: Count = 3
     """successive updates that may be skipped as not finite before the run gives up"""
@@ -273,14 +277,32 @@ def each_flag(flags: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{f.name}", value
 
 
-def check_bounds(flags: Any, prefix: str = "") -> None:
-    """Raise ValueError for a number outside the bound in its field's type. `flags`: any dataclass
-    of flags."""
+def check_values(flags: Any, prefix: str = "") -> None:
+    """Raise ValueError for a number outside the bound in its field's type, and for a text that no
+    file could hold. `flags`: any dataclass of flags."""
     hints = get_type_hints(type(flags), include_extras=True)
     for f in fields(flags):
         value = getattr(flags, f.name)
+        flag = flag_of(prefix + f.name)
         if is_dataclass(value):
-            check_bounds(value, f"{prefix}{f.name}.")
-        for bound in getattr(hints[f.name], "__metadata__", ()):
-            if isinstance(bound, Bound):
-                require(bound.allows(value), f"{flag_of(prefix + f.name)} {value}: {bound}")
+            check_values(value, f"{prefix}{f.name}.")
+        elif isinstance(value, str):
+            check_text(flag, value)
+        else:
+            check_bound(flag, value, hints[f.name])
+
+
+def check_bound(flag: str, value: Any, hint: Any) -> None:
+    """`hint`: the type of a field, which may hold a `Bound`."""
+    for bound in getattr(hint, "__metadata__", ()):
+        if isinstance(bound, Bound):
+            require(bound.allows(value), f"{flag} {value}: {bound}")
+
+
+def check_text(flag: str, text: str) -> None:
+    """Refuse what no path, no log and no terminal takes: a null byte, bytes that are no UTF-8."""
+    require("\0" not in text, f"{flag} {text!r}: holds a null byte")
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{flag} {text!r}: is not UTF-8") from None

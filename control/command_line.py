@@ -21,7 +21,7 @@ import torch
 import yaml
 
 import extension
-from config import GROUPS, NESTED, Config, check_bounds, each_flag, flag_of, require
+from config import GROUPS, NESTED, Config, check_values, each_flag, flag_of, require
 from record.run_folder import recorded_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -49,9 +49,9 @@ def parse(argv: Sequence[str]) -> Config:
     config = read([*as_flags(written, f"--config {file}", extend), *argv], extend)
     if config.resume:
         config = resumed(config, argv, file, written)
-    check_bounds(config)
+    check_values(config)
     for name, flags in extension_flags(config).items():
-        check_bounds(flags, f"{name}.")
+        check_values(flags, f"{name}.")
     return config
 
 

@@ -97,6 +97,9 @@ def check_evaluation(cfg: Config) -> None:
     require(cfg.eval.k == 1 or cfg.eval.temperature > 0,
             f"--eval.k {cfg.eval.k}: greedy answers to a row are all the same "
             "(--eval.temperature 1 draws them)")
+    require(cfg.eval.temperature == 0 or cfg.eval.temperature >= 0.01,
+            f"--eval.temperature {cfg.eval.temperature}: must be 0, which is greedy, or at least "
+            "0.01")
 
 
 def resolve_staleness(cfg: Config) -> Config:

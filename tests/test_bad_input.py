@@ -35,6 +35,21 @@ CASES = [      # (flags, what the line must name). {w} is a folder with the file
     ("--max-ahead=9 --max-lag=4", "--max-lag 4"), ("--overdue=forget", "forget"), ("--schedule=later", "later"),
     ("--clip=0", "--clip 0"), ("--faults.keep=-1", "--faults.keep -1"), ("--faults.stall-s=0", "--faults.stall-s 0"),
     ("--faults.skips=0", "--faults.skips 0"), ("--faults.restarts=-2", "--faults.restarts -2"),
+    # numbers
+    ("--lr=inf", "--lr inf: must be above 0, and at most 1"), ("--lr=nan", "--lr nan"), ("--clip=inf", "and finite"),
+    ("--temperature=inf", "--temperature inf"), ("--weight-decay=inf", "--weight-decay inf"),
+    ("--temperature=1e-300", "--temperature 1e-300: must be at least 0.01"), ("--gpus=-7", "--gpus -7: must be at"),
+    ("--eval.temperature=1e-300", "--eval.temperature 1e-300"), ("--faults.stall-s=1e300", "at most 31,622,400"),
+    ("--rollouts=100000000000000000000", "--rollouts 1000"), ("--teachers=1025", "at most 1,024"),
+    ("--learners=2147483647", "at most 1,024"), ("--seed=4294967296", "at most 4,294,967,295"),
+    ("--steps=2147483648", "at most 2,147,483,647"), ("--batch=" + "9" * 2000, "and at most 2,147,483,647"),
+    ("--eval.n=1000000", "at most 100,000"), ("--eval.k=1000000 --eval.temperature=1", "at most 4,096"),
+    ("--extend=oprd --estimator=none --oprd.weight=inf", "--oprd.weight inf"),
+    # texts
+    ("--out=a\0b", "--out 'a\\x00b': holds a null byte"), ("--task=a\0b", "--task 'a\\x00b': holds a null byte"),
+    ("--data.suffix=\udcff", "--data.suffix '\\udcff': is not UTF-8"),
+    ("--extend=a\0.py", "cannot be the prefix of flags"), ("--config=a\0.yaml", "null byte"),
+    ("--resume --out=a\0b", "null byte"),
     ("--overwrite=maybe", "maybe"), ("--teacher-engine=oracle", "oracle"), ("--log=carrier-pigeon", "carrier-pigeon"),
     # extensions
     ("--extend=unknown", "--extend unknown: no such extension (there are: effopd, oprd, rock"),
