@@ -336,7 +336,8 @@ def topk_policy_gradient(logp: Tensor, logq: Tensor, logmu: Tensor, r: Tensor,
 
 
 @in_float32
-def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor, *,
+                 log_tail: Tensor | None = None) -> Tensor:
     """Forward KL on the teacher's K best words and the tail: all other words as one outcome.
 
     Target      KL(q || p), the V - K other words counted as one
@@ -346,13 +347,16 @@ def forward_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     Stale mu    unaffected: support and weights are the teacher's
     Not covered how p divides its mass within the tail; the prefix
 
-    In float32 the gradient of the tail is inexact where the student's tail is small: off by 3 to
-    4% at a mass of 1e-5, and absent below 1e-7, where `log_rest` clamps.
+    log_tail: [...], the log of the student's mass outside the K words. models/head.py takes it
+    from the logits, exactly, however small it is; without it log(1 - sum_K p) has to do, which
+    float32 cannot resolve below 1e-5. q_tail is 1 - sum_K q of stored float32 numbers: an error of
+    1e-6 at most, and as much of the gradient.
     """
     best = (logq.exp() * (logq - logp)).sum(-1)
-    log_tail_p = log_rest(logp)
-    log_tail_q = log_rest(logq)
-    return best + log_tail_q.exp() * (log_tail_q - log_tail_p)
+    if log_tail is None:
+        log_tail = log_rest(logp)
+    q_tail = -torch.expm1(logq.logsumexp(-1).clamp(max=0.0))
+    return best + torch.xlogy(q_tail, q_tail) - q_tail * log_tail
 
 
 @in_float32
@@ -372,9 +376,11 @@ def forward_topk_no_tail(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 def log_rest(logx: Tensor) -> Tensor:
     """log(1 - sum exp(logx)) over the last dimension: [..., K] -> [...].
 
-    The sum is clamped to e^-1e-7, so that the result stays finite where rounding leaves no rest.
+    The rest is at least the precision of the dtype, so that the result stays finite where rounding
+    leaves none.
     """
-    return torch.log(-torch.expm1(logx.logsumexp(-1).clamp(max=-1e-7)))
+    smallest = torch.finfo(logx.dtype).eps
+    return torch.log(-torch.expm1(logx.logsumexp(-1).clamp(max=-smallest)))
 
 
 # -- losses that ignore logmu: words drawn by the teacher, all words, no words at all ------------
@@ -572,6 +578,9 @@ class Estimator:
     """For a loss that depends on its whole train batch: computes further arguments of fn, [M, C]
     or [1, 1], from (logp, logq, logmu) [M, C] of all M positions of the batch, before its first
     update."""
+    tail: bool = False
+    """fn has an argument log_tail [...]: the log of the mass that p has outside the words whose
+    log-probs fn receives. models/head.py computes it."""
     head: bool = True
     """The gradient of fn passes through the LM head; False: fn has no gradient."""
 
@@ -626,7 +635,7 @@ ESTIMATORS = {      # the choices of --estimator: the loss, the logged KL, the s
     "reverse_topk": Estimator(reverse_topk, "reverse", "student_topk"),
     "reverse_topk_pg": Estimator(reverse_topk_pg, "reverse", "student_topk"),
     "reverse_topk_pg_no_is": Estimator(reverse_topk_pg_no_is, "reverse", "student_topk"),
-    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk"),
+    "forward_topk": Estimator(forward_topk, "forward", "teacher_topk", tail=True),
     "forward_topk_no_tail": Estimator(forward_topk_no_tail, "forward", "teacher_topk"),
     "forward_mc": Estimator(forward_mc, "forward", "teacher_mc", unbiased=True),
     "forward_dense": Estimator(forward_dense, "forward", "full", unbiased=True),

@@ -158,14 +158,15 @@ class Learner:
         context = self.context_of(group)
         ids = cached["ids"].long()
 
-        def loss(at: slice, logp: Tensor, every: Tensor | None) -> Measured:
+        def loss(at: slice, logp: Tensor, every: Tensor | None, **tail: Tensor) -> Measured:
             return self.measure(logp, every, {name: x[at] for name, x in cached.items()},
-                                {name: x[at] for name, x in context.items()})
+                                {name: x[at] for name, x in context.items()} | tail)
 
         roots: list[tuple[Tensor, Tensor | None]] = []           # for autograd: tensor, gradient
         if self.estimator.head:
             gradient, measured = self.student.head_backward(
-                rows, ids, loss, count=count * part, all_words=self.teacher_head is not None)
+                rows, ids, loss, count=count * part, all_words=self.teacher_head is not None,
+                best=self.estimator.scored(ids) if self.estimator.tail else None)
             roots.append((rows, gradient))
         else:       # the head gets no gradient at all: with one of 0, AdamW would still decay it
             measured = self.measure(self.student.logp(rows, ids), None, cached, context)
@@ -185,7 +186,8 @@ class Learner:
         entropy, the share of drawn words that are repeats, and the emitted token y.
 
         logp [m, C] are those of the stored words; `every` [m, V] those of all words, or None if
-        the estimator does not need them. `context`: the further arguments from `prepass`.
+        the estimator does not need them. `context`: further arguments of the loss, from `prepass`
+        and, if the estimator has a tail, from the head.
         """
         ids = cached["ids"]
         logq = cached["logq"]

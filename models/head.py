@@ -11,7 +11,9 @@ to the weight of the head, and the buffer is used again. [positions, V] never ex
 
 where g = d loss / d logp [M, C] comes from autograd, which differentiates the estimator as it is
 written, on C columns instead of V. An estimator that sees the whole vocabulary has C = V; then its
-own temporaries exist as well, for one chunk.
+own temporaries exist as well, for one chunk. An estimator that counts all other words as one
+outcome, the tail, gets their log-prob from the logits: as log(1 - sum of the others) it would be
+lost in float32 where it is small.
 
 The products run in the dtype of compute, everything else in float32.
 What is left out: a fused kernel; soft-capped logits.
@@ -26,7 +28,7 @@ from torch import Tensor
 
 from models.alignment import as_response, response_rows
 
-Loss = Callable[[slice, Tensor, Tensor | None], dict[str, Tensor]]
+Loss = Callable[..., dict[str, Tensor]]          # of `head_backward`
 
 
 @torch.no_grad()
@@ -49,13 +51,15 @@ def head_logp(head: torch.nn.Linear, rows: Tensor, ids: Tensor, *, chunk: int,
 
 @torch.no_grad()
 def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Loss, *, all_words: bool,
-                  count: float, chunk: int,
-                  dtype: torch.dtype) -> tuple[Tensor, dict[str, Tensor]]:
+                  count: float, chunk: int, dtype: torch.dtype,
+                  best: Tensor | None = None) -> tuple[Tensor, dict[str, Tensor]]:
     """d loss / d rows [M, H], and everything that `loss` has measured [M].
 
     The gradient of the head is added to that of its parameters. `loss(at, logp, every)` is called
-    for the positions `at`, with logp [m, C] at `ids` and, with `all_words`, every [m, V]. It
-    returns a dict of [m]. What is differentiated is the sum of its "loss", divided by `count`.
+    for the positions `at`, with logp [m, C] at `ids` and, with `all_words`, every [m, V]. With
+    `best` [M, K], distinct words and fewer than V, it gets log_tail [m] as well: the log-prob of
+    all other words together. It returns a dict of [m]. What is differentiated is the sum of its
+    "loss", divided by `count`.
     """
     weight = head.weight.to(dtype)
     back = torch.empty_like(rows)
@@ -67,6 +71,8 @@ def head_backward(head: torch.nn.Linear, rows: Tensor, ids: Tensor, loss: Loss, 
         logits = project(head, weight, rows[at], buffer)
         if all_words:
             found, d = differentiate_all_words(logits, ids[at], loss, at, count)
+        elif best is not None and best.shape[1] < len(weight):
+            found, d = differentiate_tail(logits, ids[at], best[at], loss, at, count)
         else:
             found, d = differentiate_columns(logits, ids[at], loss, at, count)
         parts.append(found)
@@ -87,8 +93,30 @@ def differentiate_columns(logits: Tensor, ids: Tensor, loss: Loss, at: slice,
     seen = logits.gather(-1, ids)
     log_norm, mass = exponentiate(logits)
     logp = (seen - log_norm).requires_grad_()
-    found, g = ask(loss, at, logp, None, logp, count)
+    found, (g,) = ask(lambda: loss(at, logp, None), [logp], count)
     d = logits.mul_(-g.sum(-1, keepdim=True) / mass)     # logits hold p, up to its sum, the mass
+    return found, d.scatter_add_(-1, ids, g)
+
+
+def differentiate_tail(logits: Tensor, ids: Tensor, best: Tensor, loss: Loss, at: slice,
+                       count: float) -> tuple[dict[str, Tensor], Tensor]:
+    """The same where the loss also sees log_tail, the log-prob of all words but `best` [m, K].
+
+    It is the logsumexp of their logits less that of all. Its derivative is p / tail - p at those
+    words and -p at `best`.
+    """
+    seen = logits.gather(-1, ids)
+    seen_best = logits.gather(-1, best)
+    logits.scatter_(-1, best, -torch.inf)
+    log_others, mass = exponentiate(logits)              # logits hold p of the others, up to mass
+    log_norm = torch.logaddexp(log_others, seen_best.logsumexp(-1, keepdim=True))
+    logp = (seen - log_norm).requires_grad_()
+    log_tail = (log_others - log_norm).requires_grad_()
+    found, (g, g_tail) = ask(lambda: loss(at, logp, None, log_tail=log_tail.squeeze(-1)),
+                             [logp, log_tail], count)
+    total = g.sum(-1, keepdim=True) + g_tail
+    d = logits.mul_((g_tail - total * log_tail.exp()) / mass)
+    d.scatter_add_(-1, best, -total * (seen_best - log_norm).exp())
     return found, d.scatter_add_(-1, ids, g)
 
 
@@ -96,18 +124,18 @@ def differentiate_all_words(logits: Tensor, ids: Tensor, loss: Loss, at: slice,
                             count: float) -> tuple[dict[str, Tensor], Tensor]:
     """The same where the loss sees every word."""
     every = logits.sub_(logits.logsumexp(-1, keepdim=True)).requires_grad_()
-    found, g = ask(loss, at, every.gather(-1, ids), every, every, count)
+    found, (g,) = ask(lambda: loss(at, every.gather(-1, ids), every), [every], count)
     p = every.detach().exp_()
     return found, p.mul_(-g.sum(-1, keepdim=True)).add_(g)
 
 
-def ask(loss: Loss, at: slice, logp: Tensor, every: Tensor | None, leaf: Tensor,
-        count: float) -> tuple[dict[str, Tensor], Tensor]:
-    """What `loss` measures, detached, and the gradient of its sum / count by `leaf`."""
+def ask(measure: Callable[[], dict[str, Tensor]], leaves: list[Tensor],
+        count: float) -> tuple[dict[str, Tensor], tuple[Tensor, ...]]:
+    """What the loss measures, detached, and the gradients of its sum / count by the leaves."""
     with torch.enable_grad():
-        found = loss(at, logp, every)
-        g, = torch.autograd.grad(found["loss"].sum() / count, leaf)
-    return {name: x.detach() for name, x in found.items()}, g
+        found = measure()
+        gradients = torch.autograd.grad(found["loss"].sum() / count, leaves)
+    return {name: x.detach() for name, x in found.items()}, gradients
 
 
 def add_product(total: Tensor, d: Tensor, x: Tensor) -> None:

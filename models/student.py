@@ -86,9 +86,9 @@ class Student:
         return head_logp(self.head, rows, ids, chunk=self.chunk, dtype=self.dtype)
 
     def head_backward(self, rows: Tensor, ids: Tensor, loss: Loss, *, count: float,
-                      all_words: bool) -> tuple[Tensor, dict[str, Tensor]]:
+                      all_words: bool, best: Tensor | None) -> tuple[Tensor, dict[str, Tensor]]:
         """d loss / d rows [m, H] and what `loss` has measured; see models/head.py."""
-        return head_backward(self.head, rows.detach(), ids, loss, count=count,
+        return head_backward(self.head, rows.detach(), ids, loss, count=count, best=best,
                              all_words=all_words, chunk=self.chunk, dtype=self.dtype)
 
     def compute(self):

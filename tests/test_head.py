@@ -1,10 +1,13 @@
 """The head by hand against plain autograd, for every row of the table; nothing of size [positions, V] is ever made."""
+import copy
+import math
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
-from estimators import ESTIMATORS
+from estimators import ESTIMATORS, forward_topk
 from models.head import head_backward, head_logp
 
 M, H, V, C = 11, 6, 40, 5
@@ -25,8 +28,8 @@ def problem(name, *, bias=False, dtype=torch.float64, tokens=M):
         known = row.batch(head(rows).log_softmax(-1).gather(-1, ids) + 0.05, logq, logmu) if row.batch else {}
     fn = row.bind(Config())
 
-    def loss(at, logp, every):
-        here = {k: x[at] if len(x) == tokens else x for k, x in known.items()}
+    def loss(at, logp, every, **tail):
+        here = {k: x[at] if len(x) == tokens else x for k, x in known.items()} | tail
         return {"loss": fn(logp if every is None else every, logq[at], logmu[at], **here), "logp": logp[:, 0]}
     return head, rows, ids, loss, row.support == "full"
 
@@ -83,6 +86,67 @@ def test_a_head_in_bf16_gets_the_gradients_of_both_calls_bias_included():
         assert (p.grad - q.grad).abs().max() <= 2 ** -7 * q.grad.abs().max(), "two roundings, of 8 bits each"
 
 
+def tail_problem(mass, dtype):
+    """A student that gives the words outside the teacher's four best about this mass, a teacher that gives them 0.2."""
+    g = torch.Generator().manual_seed(5)
+    head, rows = torch.nn.Linear(H, V, dtype=dtype), 0.3 * torch.randn(M, H, generator=g).to(dtype)
+    best = torch.randperm(V, generator=g)[:4].expand(M, -1)
+    ids = torch.cat([torch.randint(0, V, (M, 1), generator=g), best], 1)     # the emitted token first
+    head.weight.data.copy_(torch.randn(V, H, generator=g))
+    head.bias.data.fill_(math.log(mass) - math.log(V / 4))
+    head.bias.data[ids[0, 1:]] = 0.0
+    logq = (0.8 * torch.rand(M, 4, generator=g).softmax(-1)).log()
+    return head, rows, ids, logq
+
+
+def exact_forward_topk(head, rows, ids, logq):
+    """In float64 by autograd: log-probs of the tail [M], and the gradients of rows, weight and bias."""
+    head, leaf = copy.deepcopy(head).double(), rows.double().requires_grad_()
+    logp, logq = head(leaf).log_softmax(-1), logq.double()
+    inside = torch.zeros(M, V, dtype=torch.bool).scatter_(-1, ids[:, 1:], True)
+    log_tail, q_tail = logp.masked_fill(inside, -torch.inf).logsumexp(-1), 1 - logq.exp().sum(-1)
+    loss = (logq.exp() * (logq - logp.gather(-1, ids[:, 1:]))).sum(-1) + q_tail * (q_tail.log() - log_tail)
+    loss.sum().backward()
+    return log_tail.detach(), [leaf.grad, head.weight.grad, head.bias.grad]
+
+
+@pytest.mark.parametrize("chunk", [4, 100])
+@pytest.mark.parametrize("mass", [0.3, 1e-5, 1e-8, 1e-20, 1e-60])
+def test_the_tail_keeps_its_gradient_however_little_mass_the_student_leaves_it(mass, chunk):
+    head, rows, ids, logq = tail_problem(mass, torch.float32)
+    log_tail, want = exact_forward_topk(head, rows, ids, logq)
+    worst = {}
+    for best in (ids[:, 1:], None):
+        head.zero_grad()
+        back, found = head_backward(
+            head, rows, ids, lambda at, logp, every, **tail: {"loss": forward_topk(
+                logp[:, 1:], logq[at], logq[at], **tail), **tail}, all_words=False, count=1, chunk=chunk,
+            dtype=torch.float32, best=best)
+        got = [back, head.weight.grad, head.bias.grad]
+        worst[best is None] = max(((a - b).abs().max() / b.abs().max()).item() for a, b in zip(got, want))
+        if best is not None:
+            torch.testing.assert_close(found["log_tail"].double(), log_tail, rtol=1e-6, atol=1e-6)
+    assert worst[False] < 1e-5 and (worst[True] > 0.05 or mass > 1e-6), worst
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_where_nothing_is_outside_there_is_no_tail(chunk):
+    """K = V: the gradient of the whole KL(q || p)."""
+    head, rows, _, loss, _ = problem("forward_dense", bias=True)
+    every, seen = torch.arange(V).expand(M, -1), []
+    want, _, parameters = plainly(head, rows, every, loss, True, 1)
+    head.zero_grad()
+
+    def whole(at, logp, every, **tail):
+        seen.append(tail)
+        return {"loss": loss(at, logp, logp)["loss"]}
+    back, _ = head_backward(head, rows, every, whole, all_words=False, count=1, chunk=chunk, dtype=torch.float64,
+                            best=every)
+    assert not any(seen)
+    for got, wanted in zip([back, *(p.grad for p in head.parameters())], [want, *parameters]):
+        torch.testing.assert_close(got, wanted, rtol=1e-9, atol=1e-11)
+
+
 @pytest.mark.parametrize("name", ["reverse_mc", "jsd_dense"])
 def test_no_positions_are_a_loss_of_nothing(name):
     head, rows, ids, loss, whole = problem(name, tokens=0)
@@ -126,7 +190,8 @@ class Largest(TorchDispatchMode):
 def test_nothing_larger_than_a_chunk_of_logits_is_made(name):
     head, rows, ids, loss, whole = problem(name, tokens=200)
     with Largest() as seen:
-        head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=8, dtype=torch.float64)
+        head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=8, dtype=torch.float64,
+                      best=ids[:, [0, 1, 3, 4]] if ESTIMATORS[name].tail else None)
     assert seen.elements <= max(8 * V, 200 * H) and 8 * V < 200 * V / 10
 
 
