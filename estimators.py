@@ -239,31 +239,33 @@ def m2po_margins(logp: Tensor, logq: Tensor, logmu: Tensor, budget: float = 0.01
     is at most the budget, and infinite if the mean of (log w)^2 itself is. Then
     low = max(1 - e^-tau, floor_low) and high = max(e^tau - 1, floor_high).
     """
-    log_w = (logp - logmu).detach()
+    log_w = (logp - logmu).detach().double()
     advantage = logq - logmu
     squares = log_w[log_w * advantage > 0].square().sort().values
     if squares.numel() == 0 or squares.mean() <= budget:
-        tau = logp.new_tensor(torch.inf)
+        tau = squares.new_tensor(torch.inf)
     else:
         tau = largest_tau(squares, budget)
     low = (-torch.expm1(-tau)).clamp(min=floor_low)
     high = torch.expm1(tau).clamp(min=floor_high)
-    return {"low": low.view(1, 1), "high": high.view(1, 1)}
+    return {"low": low.to(logp.dtype).view(1, 1), "high": high.to(logp.dtype).view(1, 1)}
 
 
 def largest_tau(squares: Tensor, budget: float) -> Tensor:
     """tau for which the mean of min(squares, tau^2) is the budget.
 
-    squares: [n] in ascending order, with a mean above the budget. If the i smallest of them lie
-    below tau^2, then (their sum) + (n - i) tau^2 = n budget, which gives one level tau^2 for each
-    i. The right i is the first whose level does not exceed the next square.
+    squares: [n], float64, in ascending order, with a mean above the budget. If the i smallest of
+    them lie below tau^2, then (their sum) + (n - i) tau^2 = n budget, which gives one level tau^2
+    for each i. The right i is the first whose level does not exceed the next square. Where the
+    budget is all but the mean, rounding may leave none: then only the largest is above.
     """
     n = len(squares)
-    sum_below = squares.cumsum(0) - squares
+    sum_below = pad(squares[:-1].cumsum(0), (1, 0))
     remaining = torch.arange(n, 0, -1, device=squares.device)
     level = (n * budget - sum_below) / remaining
-    right = (level <= squares).nonzero()[0, 0]
-    return level[right].sqrt()
+    fits = level <= squares
+    fits[-1] = True
+    return level[fits.nonzero()[0, 0]].sqrt()
 
 
 # -- a set of top words --------------------------------------------------------------------------

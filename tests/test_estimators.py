@@ -312,6 +312,33 @@ def test_m2po_keeps_the_harmful_tokens_within_budget_and_its_floors():
     assert 0.31 < rare["low"].item() < 0.99 and 0.51 < rare["high"].item() < 20
 
 
+def hard_batches(n):
+    """Batches [m, 1] of log w, all harmful, and their budgets: the budget is any, or as near the mean as numbers go."""
+    g = torch.Generator().manual_seed(7)
+    for i in range(n):
+        d = torch.randn(1 + i % 23, 1, generator=g, dtype=torch.float64 if i % 2 else torch.float32)
+        if i % 3 == 0:
+            d = torch.full_like(d, d[0, 0].item())                        # all equal
+        d = d.abs() * 10.0 ** (i % 36 - 18 if i % 5 == 0 else 0)          # tiny and huge
+        mean = d.double().square().mean().item()
+        yield d, (math.nextafter(mean, 0.0), mean, mean * (1 - 1e-7), 0.3 * mean, 0.01)[i % 5 if i % 7 else 0]
+
+
+def test_m2po_margins_of_ten_thousand_hard_batches_spend_the_budget_and_no_more():
+    one = {dtype: torch.ones(23, 1, dtype=dtype) for dtype in (torch.float32, torch.float64)}
+    for i, (d, budget) in enumerate(hard_batches(10_000)):
+        ones = one[d.dtype][:len(d)]
+        high = m2po_margins(d, ones, 0 * ones, budget=budget, floor_low=0.0, floor_high=0.0)["high"]
+        assert high.dtype == d.dtype
+        if i % 4 == 0:
+            squares = d.double().square()
+            mean, tau2 = squares.mean().item(), math.log1p(min(high.item(), 1e300)) ** 2
+            if mean * (1 + 1e-12) < budget:
+                assert high.item() == math.inf
+            elif mean > budget * (1 + 1e-12) and 1e-3 < budget < 100:    # others are margins of 0, or too large to see
+                assert squares.clamp(max=tau2).mean().item() == pytest.approx(budget, rel=1e-4)
+
+
 @pytest.mark.parametrize("seed", SEEDS)
 def test_m2po_is_ppo_with_these_margins(seed):
     one = torch.ones(1, 1, dtype=torch.float64)
