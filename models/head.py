@@ -15,7 +15,7 @@ own temporaries exist as well, for one chunk. An estimator that counts all other
 outcome, the tail, gets their log-prob from the logits: as log(1 - sum of the others) it would be
 lost in float32 where it is small.
 
-The products run in the dtype of compute, everything else in float32.
+The products take numbers in the dtype of compute; logits and everything else are float32.
 What is left out: a fused kernel; soft-capped logits.
 Shapes: M positions, H width, V words, C columns of a slot. Tests: tests/test_head.py
 """
@@ -153,17 +153,24 @@ def logit_buffer(rows: Tensor, weight: Tensor, chunk: int) -> Tensor:
 
 
 def project(head: torch.nn.Linear, weight: Tensor, rows: Tensor, buffer: Tensor) -> Tensor:
-    """The logits of `rows`, in the first rows of the buffer. The product has the dtype of
-    weight."""
+    """The logits of `rows`, in the first rows of the buffer. `weight`: the head's, in the dtype of
+    compute."""
     out = buffer[:len(rows)]
-    x = rows.to(weight.dtype)
-    if out.dtype == x.dtype:
-        torch.mm(x, weight.T, out=out)
-    else:
-        out.copy_(x @ weight.T)
+    product(rows.to(weight.dtype), weight.T, out)
     if head.bias is None:
         return out
     return out.add_(head.bias)
+
+
+def product(a: Tensor, b: Tensor, out: Tensor) -> None:
+    """out = a @ b. Where a and b are shorter than float32, their product is not: rounded to bf16,
+    a logit of 20 would be off by up to 0.06."""
+    if a.dtype == out.dtype:
+        torch.mm(a, b, out=out)
+    elif a.is_cuda:
+        torch.mm(a, b, out_dtype=out.dtype, out=out)
+    else:                            # a CPU has no such product: the operands are made longer
+        torch.mm(a.to(out.dtype), b.to(out.dtype), out=out)
 
 
 def exponentiate(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -196,16 +203,18 @@ def add_gradient(parameter: Tensor, total: Tensor) -> None:
 
 # -- log-probs of whole models -------------------------------------------------------------------
 
+@torch.no_grad()
 def sequence_logp(model, tokens: list[int]) -> Tensor:
     """Log-prob, float32, of each token of a sequence but the first, given those before: [len -
     1]."""
     segment = as_response(tokens)
     ids = segment.tokens[None].to(model.device)
     rows = response_rows(model.base_model(input_ids=ids).last_hidden_state, [segment])
-    logp = model.get_output_embeddings()(rows).float().log_softmax(-1)
+    logp = float32_logits(model.get_output_embeddings(), rows).log_softmax(-1)
     return logp.gather(-1, segment.new_tokens[:, None].to(logp.device)).squeeze(-1)
 
 
+@torch.no_grad()
 def teacher_logq(head: torch.nn.Linear, rows: Tensor, vocab: int) -> Tensor:
     """Log-probs [M, vocab], float32, of the student's words after the teacher's last states [M,
     H].
@@ -214,5 +223,13 @@ def teacher_logq(head: torch.nn.Linear, rows: Tensor, vocab: int) -> Tensor:
     rows, padded to a round number: rows that only the teacher has are cut off, and words that only
     the student has are impossible to the teacher.
     """
-    logq = head(rows).float().log_softmax(-1)[:, :vocab]
+    logq = float32_logits(head, rows).log_softmax(-1)[:, :vocab]
     return torch.nn.functional.pad(logq, (0, vocab - logq.shape[1]), value=-torch.inf)
+
+
+def float32_logits(head: torch.nn.Linear, rows: Tensor) -> Tensor:
+    """The logits [M, V] of a head in its own dtype, float32, from rows [M, H]."""
+    if head.weight.dtype.itemsize >= 4:
+        return head(rows).float()
+    buffer = logit_buffer(rows, head.weight, max(1, len(rows)))
+    return project(head, head.weight, rows, buffer)

@@ -8,7 +8,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from config import Config
 from estimators import ESTIMATORS, forward_topk
-from models.head import head_backward, head_logp
+from models.head import head_backward, head_logp, sequence_logp, teacher_logq
+from models.loading import load_model
 
 M, H, V, C = 11, 6, 40, 5
 
@@ -172,6 +173,38 @@ def test_bf16_products_stay_near_float32_and_log_probs_are_float32():
     back, found = head_backward(head, rows, ids, loss, all_words=whole, count=1, chunk=4, dtype=torch.bfloat16)
     assert found["logp"].dtype == head.weight.grad.dtype == torch.float32
     assert ((back - want).norm() / want.norm()) < 0.02
+
+
+def test_products_of_bf16_numbers_are_not_rounded_on_the_way_to_log_probs(models):
+    """Log-probs of student, teacher and engine against float64 products of the same bf16 numbers."""
+    g = torch.Generator().manual_seed(0)
+    head, rows = torch.nn.Linear(64, 500, dtype=torch.bfloat16), torch.randn(30, 64, generator=g).bfloat16()
+    head.weight.data.copy_(torch.randn(500, 64, generator=g) / 2)
+    truth = (rows.double() @ head.weight.double().T + head.bias.double()).log_softmax(-1)
+    every = torch.arange(500).expand(30, -1)
+    for got in (head_logp(head, rows, every, chunk=7, dtype=torch.bfloat16), teacher_logq(head, rows, 500)):
+        assert got.dtype == torch.float32
+        torch.testing.assert_close(got.double(), truth, rtol=0, atol=2e-5)
+    model, tokens = load_model(models["teacher"], "cpu", torch.bfloat16), [3, 7, 12, 5, 9]
+    with torch.no_grad():
+        states = model.base_model(input_ids=torch.tensor([tokens])).last_hidden_state[0, :-1]
+    truth = (states.double() @ model.lm_head.weight.double().T).log_softmax(-1)
+    truth = truth[torch.arange(4), torch.tensor(tokens[1:])]
+    torch.testing.assert_close(sequence_logp(model, tokens).double(), truth, rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("mass", [0.3, 1e-8])
+def test_in_bf16_the_tail_is_worked_on_in_float32(mass):
+    head, rows, ids, logq = tail_problem(mass, torch.bfloat16)
+    log_tail, want = exact_forward_topk(head, rows, ids, logq)
+    head.float()
+    back, found = head_backward(
+        head, rows.float(), ids, lambda at, logp, every, log_tail: {"loss": forward_topk(
+            logp[:, 1:], logq[at], logq[at], log_tail=log_tail), "tail": log_tail},
+        all_words=False, count=1, chunk=4, dtype=torch.bfloat16, best=ids[:, 1:])
+    torch.testing.assert_close(found["tail"].double(), log_tail, rtol=1e-6, atol=1e-5)
+    for got, wanted in zip((back, head.weight.grad, head.bias.grad), want):
+        assert (got - wanted).norm() < 2 ** -7 * wanted.norm()
 
 
 class Largest(TorchDispatchMode):
