@@ -7,7 +7,7 @@ at the same time.
 
 This file is the command: flags, checks, the run, and the exit code.
 
-    0    done                       2    bad input, nothing was created
+    0    done                       2    bad input, nothing is left
     1    the run failed             130  interrupted
 
 Reading order: README.md; the folders: docs/architecture.md. What is left out: several machines.
@@ -29,7 +29,7 @@ from control.preflight_models import fetch
 from control.resolve import configure
 from control.signals import SIGNALS
 from record.report import shortened
-from record.run_folder import check_out, empty
+from record.run_folder import check_out, claim_folder, empty
 from transport.process import start_server
 
 ONE_LINE = 480               # characters of a message that refuses bad input, at most
@@ -48,12 +48,22 @@ def main(argv: Sequence[str]) -> int:
 
 
 def command(argv: Sequence[str]) -> int:
-    """Check everything, then train. What the checks yield is a `Job`: models, prompts, grader."""
+    """Claim the run folder before anything is prepared, and keep it to the end."""
     try:
         cfg = configure(argv)
         if cfg.dry_run:
             dryrun.show(cfg)
             return 0
+        cfg, claim = claim_folder(cfg)
+    except (ValueError, OSError) as e:
+        return refuse(e)
+    with claim:
+        return check_and_train(cfg)
+
+
+def check_and_train(cfg: Config) -> int:
+    """Check everything, then train. What the checks yield is a `Job`: models, prompts, grader."""
+    try:
         resume = check_out(cfg)
         start_server()
         cfg, job = prepare(cfg)
@@ -62,8 +72,7 @@ def command(argv: Sequence[str]) -> int:
         if resume is None:
             prepared = prepare_extensions(cfg, job)
     except (ValueError, OSError) as e:
-        complain(shortened(str(e), ONE_LINE))
-        return 2
+        return refuse(e)
     return train(cfg, job, resume, prepared)
 
 
@@ -105,6 +114,12 @@ def save_interrupted(run: Controller) -> str:
     if folder:
         return f"--resume continues from {folder}"
     return "nothing is saved"
+
+
+def refuse(e: Exception) -> int:
+    """Bad input, in one line. Returns the exit code."""
+    complain(shortened(str(e), ONE_LINE))
+    return 2
 
 
 def complain(message: str) -> None:

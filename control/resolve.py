@@ -11,10 +11,8 @@ Tests: tests/test_cli.py, tests/test_bad_input.py
 from __future__ import annotations
 
 import importlib.util
-import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
@@ -59,7 +57,7 @@ def resolve(cfg: Config) -> Config:
     cfg = resolve_engines(cfg)
     check_packages(cfg)
     check_task(cfg)
-    return replace(cfg, out=cfg.out or default_folder(cfg.task))
+    return cfg
 
 
 # -- objective and training ----------------------------------------------------------------------
@@ -200,8 +198,3 @@ def check_task(cfg: Config) -> None:
         return
     require(cfg.student and cfg.teacher,
             "--student and --teacher are missing: each a folder or a hub name")
-
-
-def default_folder(task: str) -> str:
-    """The run folder where --out is not given."""
-    return f"runs/{Path(task).stem.replace(':', '-')}-{time.strftime('%Y%m%d-%H%M%S')}"

@@ -8,7 +8,6 @@ same numbers (trackers.py). Tests: tests/test_report.py
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import math
 import sys
@@ -21,16 +20,12 @@ TRACKED = ("step", "eval", "done")             # types of lines whose numbers go
 
 
 class Log:
-    """The log and the bar. Each line is flushed as it is written.
-
-    The file is locked as long as it is open; the kernel ends the lock with the process.
-    """
+    """The log and the bar. Each line is flushed as it is written."""
 
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         """`steps`: of the whole run; `done`: of them, before this start; `quiet`: no bar."""
         from tqdm import tqdm
         self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         self.samples = folder / "samples.txt"
         self.tracker: Tracker | None = None
         interval = 0.2 if sys.stderr.isatty() else 10.0
@@ -82,16 +77,6 @@ class Log:
         self.file.close()
         if self.tracker is not None:
             self.tracker.close()
-
-
-def in_use(path: Path) -> bool:
-    """Is a run writing the log at this path?"""
-    with open(path, encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def rewind(path: Path, step: int) -> list[dict]:

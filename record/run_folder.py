@@ -2,19 +2,26 @@
 The run folder: who may write to it, what a resumed run continues from, and what it may not change.
 
 What is left out: the files in it (log.py, checkpoint.py, report.py).
-Tests: tests/test_cli.py, tests/test_bad_input.py
+Tests: tests/test_run_folder.py, tests/test_cli.py, tests/test_bad_input.py
 """
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import os
 import shutil
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from config import Config, each_flag, flag_of, require
-from record import checkpoint, log
+from record import checkpoint
+
+CLAIM = ".claim"               # the file in a run folder that its run holds locked
+ATTEMPTS = 100                 # at a claim, while others give up the same folder
 
 # What a resumed run may not change: the order of prompts, the slots and the model depend on these
 FIXED = ("student", "task", "data.prompt_key", "data.filter", "data.template", "data.suffix",
@@ -63,21 +70,149 @@ def check_same(cfg: Config, before: Mapping[str, object], further: Sequence[str]
                 f"run in {cfg.out}")
 
 
+# -- whose folder it is ---------------------------------------------------------------------------
+
+class Claim:
+    """The right to write to a run folder, until `release` or the end of the process.
+
+    It is a lock on the file .claim in the folder, which the kernel ends with the process.
+    """
+
+    def __init__(self, folder: Path, file, made: int = 0):
+        """`made`: how many folders were made for the claim, `folder` itself and those above."""
+        self.folder = folder
+        self.file = file
+        self.made = made
+        # A copy of this process must not hold the lock as well
+        os.register_at_fork(after_in_child=file.close)
+
+    def release(self) -> None:
+        """Remove the file, and the folders that were made for it, as far as they are empty."""
+        with contextlib.suppress(OSError):       # a person may have removed the folder
+            self.remove()
+        self.file.close()
+
+    def remove(self) -> None:
+        if not self.made or os.listdir(self.folder) != [CLAIM]:
+            (self.folder / CLAIM).unlink()
+            return
+        aside = partial_name(self.folder)        # first out of the way of others, then removed
+        self.folder.rename(aside)
+        (aside / CLAIM).unlink()
+        aside.rmdir()
+        for above in self.folder.parents[:self.made - 1]:
+            above.rmdir()
+
+    def __enter__(self) -> Claim:
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.release()
+
+
+def claim_folder(cfg: Config) -> tuple[Config, Claim]:
+    """Claim --out, or a new folder with a name of its own where --out is not given.
+
+    Returns the flags with the folder's name. Raises ValueError where another run holds the folder.
+    """
+    if not cfg.out:
+        task = Path(cfg.task).stem.replace(":", "-")
+        claim = claim_unused(f"runs/{task}-{time.strftime('%Y%m%d-%H%M%S')}")
+        return replace(cfg, out=str(claim.folder)), claim
+    check_writable(cfg.out)
+    try:
+        claim = claim_path(Path(cfg.out))
+    except OSError as e:
+        raise ValueError(f"--out {cfg.out}: cannot be written to ({e.strerror})") from None
+    require(claim, f"--out {cfg.out}: a run is writing to it (choose another folder, or stop it)")
+    return cfg, claim
+
+
+def claim_unused(name: str) -> Claim:
+    """Claim a folder that is not there: `name`, or NAME-2, NAME-3, .. while it is taken."""
+    number = 1
+    while True:
+        folder = Path(name if number == 1 else f"{name}-{number}")
+        claim = None
+        if not folder.exists():
+            claim = claim_new(folder)
+        if claim is not None:
+            return claim
+        if folder.exists():
+            number += 1
+
+
+def claim_path(folder: Path) -> Claim | None:
+    """Claim a folder, which is made if it is not there; None if another process holds it."""
+    for attempt in range(ATTEMPTS):
+        try:
+            if folder.is_dir():
+                return claim_old(folder)
+            claim = claim_new(folder)
+        except FileNotFoundError:                # another process has just removed it
+            if attempt == ATTEMPTS - 1:
+                raise
+            continue
+        if claim is not None:
+            return claim
+    return None
+
+
+def claim_old(folder: Path) -> Claim | None:
+    """Claim a folder that is there; None if another process holds it. FileNotFoundError if that
+    one has released it meanwhile: then the locked file is not the one in the folder."""
+    file = open(folder / CLAIM, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(file.fileno()), os.stat(folder / CLAIM)):
+            raise FileNotFoundError
+    except BlockingIOError:
+        file.close()
+        return None
+    except FileNotFoundError:
+        file.close()
+        raise
+    return Claim(folder, file)
+
+
+def claim_new(folder: Path) -> Claim | None:
+    """Make a folder, and those above it, that appear with the claim in them; None if another
+    process has made them meanwhile."""
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    if not missing:
+        return None
+    top = missing[-1]
+    partial = partial_name(top)
+    inside = partial / folder.relative_to(top)
+    try:
+        inside.mkdir(parents=True)
+        file = open(inside / CLAIM, "a")
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        partial.rename(top)
+    except OSError:
+        shutil.rmtree(partial, ignore_errors=True)
+        if top.exists():
+            return None
+        raise
+    return Claim(folder, file, made=len(missing))
+
+
+def partial_name(folder: Path) -> Path:
+    """A name that no other process uses."""
+    return folder.with_name(f".{folder.name}-{os.getpid()}")
+
+
 # -- before a run ---------------------------------------------------------------------------------
 
 def check_out(cfg: Config) -> Path | None:
     """The checkpoint to continue from with --resume, else None.
 
-    Raises ValueError for a folder that this run may not write to.
+    Raises ValueError for a folder that this run may not write to. Of a killed command only the
+    file of its claim may be left: such a folder counts as empty.
     """
-    out = Path(cfg.out)
-    check_writable(cfg.out)
-    if (out / "log.jsonl").exists():
-        require(not log.in_use(out / "log.jsonl"),
-                f"--out {cfg.out}: a run is writing to it (choose another folder, or stop it)")
     if cfg.resume:
         return resume_point(cfg)
-    if out.exists() and any(out.iterdir()):
+    if any(entry.name != CLAIM for entry in Path(cfg.out).iterdir()):
         check_overwrite(cfg)
     return None
 
@@ -121,9 +256,11 @@ def check_overwrite(cfg: Config) -> None:
 
 
 def empty(folder: Path) -> None:
-    """Make a folder, or empty it. The folder itself may be a link or a mount, so it stays."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Empty a folder, all but its claim. The folder itself may be a link or a mount, so it
+    stays."""
     for entry in folder.iterdir():
+        if entry.name == CLAIM:
+            continue
         if entry.is_dir() and not entry.is_symlink():
             shutil.rmtree(entry)
         else:

@@ -50,7 +50,7 @@ def test_the_plan_names_every_worker_once():
 
 @pytest.mark.parametrize("what", ["file", "not a run"])
 def test_a_folder_that_is_no_run_is_not_overwritten(what, tmp_path):
-    from record.run_folder import check_out
+    from record.run_folder import check_out, claim_folder
     out = tmp_path / "out"
     if what == "file":
         out.write_text("mine")
@@ -58,7 +58,10 @@ def test_a_folder_that_is_no_run_is_not_overwritten(what, tmp_path):
         out.mkdir()
         (out / "thesis.tex").write_text("mine")
     with pytest.raises(ValueError, match="out"):
-        check_out(cli(f"--out={out}", "--overwrite"))
+        cfg, claim = claim_folder(cli(f"--out={out}", "--overwrite"))
+        with claim:
+            check_out(cfg)
+    assert what == "file" or [p.name for p in out.iterdir()] == ["thesis.tex"]
 
 
 def test_an_unknown_key_in_a_file_is_refused(tmp_path):
