@@ -28,6 +28,7 @@ from control.preflight import Job, prepare, prepare_extensions
 from control.preflight_models import fetch
 from control.resolve import configure
 from control.signals import SIGNALS
+from data.printable import printable
 from record.report import shortened
 from record.run_folder import check_out, claim_folder, empty
 from transport.process import start_server
@@ -123,7 +124,7 @@ def refuse(e: Exception) -> int:
 
 
 def complain(message: str) -> None:
-    print(f"asyncopd: {message}", file=sys.stderr)
+    print(printable(f"asyncopd: {message}"), file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -26,6 +26,7 @@ from estimators import ESTIMATORS
 from extension import Extensions, ModelPair
 from models import footprint
 from models.footprint import Shape
+from record import report
 from record.report import table
 
 # An H100 SXM: memory, peak in bf16, peak of its memory; and guesses: the share of these peaks that
@@ -58,21 +59,21 @@ def show(cfg: Config) -> None:
 
     free, gpu_gb, owner = gpu_memory(cfg)
     needs = plan.memory(cfg, student.shape, teacher.shape, gpu_gb, added)
-    print("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
-    print(table(model_rows(cfg, student, teacher)))
+    report.show("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
+    report.show(table(model_rows(cfg, student, teacher)))
     for note in notes:
-        print(f"  {note}")
+        report.show(f"  {note}")
     size = f"; {owner} {gpu_gb:g} GB" if cfg.gpus > 0 else ""
-    print(f"\nwho runs where, and what it takes at most{size}")
-    print(f"  {plan.why(cfg)}")
-    print(table(plan.rows(needs, free)))
-    print("\npipeline")
-    print(table(pipeline_rows(cfg, teacher.shape, added, needs)))
+    report.show(f"\nwho runs where, and what it takes at most{size}")
+    report.show(f"  {plan.why(cfg)}")
+    report.show(table(plan.rows(needs, free)))
+    report.show("\npipeline")
+    report.show(table(pipeline_rows(cfg, teacher.shape, added, needs)))
     if cfg.gpus > 0:
         seconds, running = estimate(cfg, student.shape, teacher, needs)
-        print("\n" + bottleneck(cfg, seconds, running), flush=True)
+        report.show("\n" + bottleneck(cfg, seconds, running))
     else:
-        print("\nno estimate of the bottleneck on a CPU", flush=True)
+        report.show("\nno estimate of the bottleneck on a CPU")
     plan.check(needs, free)
 
 

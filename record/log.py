@@ -13,6 +13,7 @@ import math
 import sys
 from pathlib import Path
 
+from data.printable import printable
 from record.report import evaluation_text, progress_text, sample_texts
 from record.trackers import Tracker, numbers
 
@@ -52,7 +53,7 @@ class Log:
 
     def say(self, text: str) -> None:
         """A message to a person, above the bar."""
-        self.bar.write(f"asyncopd: {text}", file=sys.stderr)
+        self.bar.write(printable(f"asyncopd: {text}"), file=sys.stderr)
 
     def step(self, metrics: dict) -> None:
         """A step line (steps.step_record), and the bar's next step."""

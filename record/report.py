@@ -11,6 +11,7 @@ import json
 import shlex
 from pathlib import Path
 
+from data.printable import one_line, printable
 from record.timeline import WORK
 
 SAMPLES = 8                    # answers of an evaluation that are kept: those to the first prompts
@@ -34,44 +35,49 @@ def show_start(why: str, plan: list[list[str]], memory: list[list[str]],
                changed: dict[str, object]) -> None:
     """`why` the roles are placed as in `plan`, the shared memory, the flags that differ from their
     defaults."""
-    flags = [f"  --{name.replace('_', '-')} {value}" for name, value in changed.items()]
-    print(f"\nwho runs where, and what it takes at most\n  {why}")
-    print(table(plan))
-    print("\nshared memory")
-    print(table(memory))
-    print("\nwhat differs from the defaults")
-    print("\n".join(flags) + "\n", flush=True)
+    flags = [one_line(f"  --{name.replace('_', '-')} {value}") for name, value in changed.items()]
+    show(f"\nwho runs where, and what it takes at most\n  {why}")
+    show(table(plan))
+    show("\nshared memory")
+    show(table(memory))
+    show("\nwhat differs from the defaults")
+    show("\n".join(flags) + "\n")
 
 
 def show_prompt(notes: tuple[str, ...], first_prompt: str) -> None:
     """Notes on the run, and the first prompt as the models read it."""
     for note in notes:
-        print(f"  {note}")
-    lines = [f"  | {line}" for line in first_prompt.splitlines()]
+        show(f"  {note}")
+    lines = [f"  | {line}" for line in printable(first_prompt).split("\n")]
     if len(lines) > PROMPT_LINES:
         lines = [*lines[:PROMPT_LINES], "  | ..."]
-    print("\nthe first prompt, as the models read it")
-    print("\n".join(lines) + "\n", flush=True)
+    show("\nthe first prompt, as the models read it")
+    show("\n".join(lines) + "\n")
 
 
 def show_end(done: dict, out: str) -> None:
     """The last line of the log as two tables, and where everything lies."""
     accuracy = [percent(done[f"accuracy_{when}"]) for when in ("before", "after", "teacher")]
     busy = [percent(done["busy"].get(role, 0)) for role in WORK]
-    print("\n" + table([
+    show("\n" + table([
         ["", "student before", "student after", "teacher"],
         ["accuracy", *accuracy],
         ["KL per token, nats", f"{done['kl_before']:.4f}", f"{done['kl_after']:.4f}", "0"]]))
-    print("\n" + table([
+    show("\n" + table([
         ["", *WORK],
         ["busy, share of the time", *busy],
         ["tokens per second", thousands(done["gen_tok_s"]),
          thousands(done["score_tok_s"]) + " (busy)", thousands(done["train_tok_s"])]]))
-    print(f"\n  overlap {done['overlap']:.2f} of 3   "
-          f"lag mean {done['lag_mean']:.2f}, max {done['lag_max']} versions   "
-          f"{done['tokens_trained']:,} tokens trained of {done['tokens_generated']:,} generated   "
-          f"{done['wall_s']:.1f} s")
-    print(f"  student: {out}/student   log: {out}/log.jsonl   trace: {out}/trace.json", flush=True)
+    show(f"\n  overlap {done['overlap']:.2f} of 3   "
+         f"lag mean {done['lag_mean']:.2f}, max {done['lag_max']} versions   "
+         f"{done['tokens_trained']:,} tokens trained of {done['tokens_generated']:,} generated   "
+         f"{done['wall_s']:.1f} s")
+    show(f"  student: {out}/student   log: {out}/log.jsonl   trace: {out}/trace.json")
+
+
+def show(text: str) -> None:
+    """Print a text that may hold a model's or a file's words."""
+    print(printable(text), flush=True)
 
 
 def percent(share: float | None) -> str:
@@ -118,7 +124,7 @@ def sample_texts(step: int, who: str, answered: list[tuple]) -> str:
         lines.append(f"==== step {step}, {who}, sample {i}: {verdict(right[0])}, "
                      f"expected: {row.answer}")
         lines += [row.prompt, "----", texts[0], ""]
-    return "\n".join(lines) + "\n"
+    return printable("\n".join(lines) + "\n")
 
 
 def verdict(right: bool) -> str:
@@ -127,7 +133,7 @@ def verdict(right: bool) -> str:
 
 def shortened(text: str, width: int) -> str:
     """One line: the beginning of a text and, since answers stand there, its end."""
-    text = " ".join(text.split())
+    text = printable(" ".join(text.split()))
     if len(text) <= width:
         return text
     return f"{text[:width // 3]} ... {text[-(2 * width // 3 - 5):]}"
@@ -144,21 +150,34 @@ def model_card(log: Path) -> str:
     config = runs[0]["config"]
     return "\n".join([
         *card_header(config["student"]),
-        f"# {log.parent.name}", "",
+        f"# {one_line(log.parent.name)}", "",
         "A language model distilled on-policy from a teacher. Every number below was measured in "
         "its run.", "",
         "| | |", "|---|---|",
-        *(f"| {name} | {fact} |" for name, fact in card_facts(runs[0], done).items()), "",
+        *(f"| {name} | {one_line(fact)} |" for name, fact in card_facts(runs[0], done).items()), "",
         *card_evaluations(config, evaluations),
         card_divergence(config, done), "",
-        *(f"    python {shlex.join(run['argv'])}" for run in runs), ""])
+        *(f"    python {command_line(run['argv'])}" for run in runs), ""])
+
+
+def command_line(words: list[str]) -> str:
+    """One line for bash. A word with a line break or another control character is written as
+    $'..', in which bash reads escapes."""
+    quoted = []
+    for word in words:
+        if one_line(word) == word:
+            quoted.append(shlex.quote(word))
+        else:
+            inside = word.replace("\\", "\\\\").replace("'", "\\'")
+            quoted.append(f"$'{one_line(inside)}'")
+    return " ".join(quoted)
 
 
 def card_header(student: str) -> list[str]:
     """The hub's metadata; a folder of this machine is no base model there."""
     lines = ["---"]
     if not Path(student).exists():
-        lines.append(f"base_model: {student}")
+        lines.append(f"base_model: {one_line(student)}")
     lines += ["library_name: transformers", "tags: [on-policy-distillation, asyncopd]", "---"]
     return lines
 
@@ -190,7 +209,7 @@ def card_evaluations(config: dict, evaluations: list[dict]) -> list[str]:
         return ["It was not evaluated on a task.", ""]
     where, how = "rows of the task that were held out", "greedy"
     if config["data"]["eval_task"]:
-        where = f"`{config['data']['eval_task']}`"
+        where = f"`{one_line(config['data']['eval_task'])}`"
     if config["eval"]["temperature"]:
         how = f"temperature {config['eval']['temperature']:g}"
     rows = []

@@ -18,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from config import Config, each_flag, flag_of, require
+from data.printable import printable
 from record import checkpoint
 
 CLAIM = ".claim"               # the file in a run folder that its run holds locked
@@ -232,7 +233,7 @@ def resume_point(cfg: Config) -> Path:
     found = "; ".join(faults) or "none at all"
     require(folder is not None, f"--resume: no complete checkpoint in {out}/checkpoints ({found})")
     for fault in faults:
-        print(f"asyncopd: {fault}: continuing from {folder.name}", file=sys.stderr)
+        print(printable(f"asyncopd: {fault}: continuing from {folder.name}"), file=sys.stderr)
     require(checkpoint.step_of(folder) <= cfg.steps,
             f"--steps {cfg.steps}: the run in {out} is already at {folder.name}")
     return folder

@@ -16,6 +16,7 @@ import select
 import signal
 import socket
 import struct
+import sys
 import threading
 import time
 import traceback
@@ -29,6 +30,7 @@ import torch.multiprocessing
 from torch import Tensor
 
 from config import Config
+from data.printable import PrintableFile
 from transport.link import Incurable, Link, ParentGone
 
 Worker = Callable[..., None]
@@ -81,6 +83,8 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
     sink = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(sink, 1)
     os.dup2(sink, 2)
+    sys.stdout = PrintableFile(1)                    # a traceback may hold text of a model
+    sys.stderr = PrintableFile(2)
     if device == "cpu":
         return device, torch.float32
     visible, device = visible_gpus(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
