@@ -15,13 +15,17 @@ not. The moments of Adam stay.
     gate accuracy   the share of right answers, one sampled for each of 50 training prompts: the
                     paper's
 
+No rollout judges a direction that it has made: with the gate `kl` there is no jump after step 1,
+W_ref is W_1 instead, and what a later batch continues of the kept rollouts is given up.
+
 The measure of the first gate is the forward KL, whatever is trained: the mean of
 (q / mu)(log q - log p), whose weights no candidate can move. The reverse KL, the mean of
 w (log p - log q), likes best a student that never says any of the set's words again: all w are 0.
 
 A jump makes old what is in flight: it is cut (with --overdue drop: dropped) and scored, and
 dropped where the effective sample size of its weights is below MIN_ESS.
-What is left out: LoRA; --schedule step-off; a set that is renewed.
+What is left out: LoRA; --schedule step-off; a set that is renewed. A later epoch trains other
+answers to the set's prompts.
 Shapes: M new tokens; C columns of a slot. Tests: tests/test_effopd.py
 """
 from __future__ import annotations
@@ -136,8 +140,8 @@ class EffOPD(Extension):
     @torch.no_grad()
     def after_step(self, step: Step) -> Outcome:
         """After the updates of a step: a jump, if it is time for one."""
-        if not self.set and self.flags.gate == "kl":
-            self.set = kept_copies(step.segments)
+        if self.flags.gate == "kl" and not self.holds_out(step.segments):
+            return Outcome()
         if not is_trigger(step.version + 1):
             return Outcome()
         start = time.monotonic()
@@ -171,6 +175,18 @@ class EffOPD(Extension):
             shard_of(p.detach()).copy_(w)
 
     # -- the gates
+
+    def holds_out(self, segments: list[Segment]) -> bool:
+        """Whether there is a set that had no part in D, after a step on these segments.
+
+        Where there is none, the set is made of them, and D begins behind them.
+        """
+        self.set = [kept for kept in self.set if not is_continued(kept, segments)]
+        if self.set:
+            return True
+        self.set = kept_copies(segments)
+        self.ref = self.copies()
+        return False
 
     def value_of(self, now: dict[str, Tensor], k: int) -> float:
         """The gate's value of candidate k; nan where the run is told to end: then the best so far
@@ -313,6 +329,12 @@ def kept_copies(segments: list[Segment]) -> list[Segment]:
               if not any(x.isnan().any() for x in (s.logmu, s.logq, s.hidden))]
     return [replace(s, slot=i, extra={}, **{name: x.clone() for name, x in tensors_of(s).items()})
             for i, s in enumerate(usable[:KEPT])]
+
+
+def is_continued(kept: Segment, segments: list[Segment]) -> bool:
+    """Whether one of the segments goes on where this response was cut."""
+    n = len(kept.tokens)
+    return any(s.start > s.prompt and torch.equal(s.tokens[:n], kept.tokens) for s in segments)
 
 
 def tensors_of(s: Segment) -> dict[str, Tensor]:

@@ -49,10 +49,16 @@ def jumps_of(learner) -> EffOPD:
 
 @pytest.fixture
 def learner(folders):       # noqa: F811
-    """learner(estimator, **flags) -> a learner with the gate `kl`, and rollouts scored by its teacher."""
+    """learner(estimator, **flags) -> a learner with the gate `kl`, and rollouts scored by its teacher.
+
+    The gate holds them already, so that the first step is a trigger. What a run holds is a test of its own.
+    """
     def make(estimator="reverse_mc", **flags):
         cfg = with_effopd(folders, estimator, **dict(lr=1e-3) | flags)
-        return Learner(cfg, "cpu", torch.float32), filled(cfg, folders)[1]
+        made, segments = Learner(cfg, "cpu", torch.float32), filled(cfg, folders)[1]
+        for jumps in made.extensions:
+            jumps.set = kept_copies(segments)
+        return made, segments
     return make
 
 
@@ -225,11 +231,51 @@ def test_nan_is_never_accepted_and_what_is_nan_is_not_kept(learner):
 
 def test_the_set_is_that_of_the_first_batch_and_a_copy(learner):
     made, segments = learner()
-    made.step(segments[:2], 0)
+    jumps_of(made).set = []
+    assert not made.step(segments[:2], 0).events, "these rollouts are the set, and no judges of this step"
     first = [s.logq.clone() for s in jumps_of(made).set]
     made.step(segments[2:], 1)
     segments[0].logq.zero_()
     assert len(first) == 2 and all(torch.equal(a, s.logq) for a, s in zip(first, jumps_of(made).set))
+
+
+def pieces(s, n):
+    """A response that is cut after n tokens: its beginning, and its rest."""
+    def part(rows, start, stop):
+        return dataclasses.replace(s, tokens=s.tokens[:stop], start=start, **{
+            name: getattr(s, name)[rows] for name in ("version", "ids", "logmu", "logq", "hidden")})
+    return part(slice(0, n), s.start, s.start + n), part(slice(n, None), s.start + n, len(s.tokens))
+
+
+@pytest.mark.parametrize("cut", [(), (0,), (0, 1)])
+def test_no_response_judges_a_direction_that_it_has_made(folders, monkeypatch, cut):       # noqa: F811
+    """Nine batches. At every trigger: the uids that judge, and those of the steps from W_ref to W_t. The responses
+    `cut` begin in the first batch and end in the third."""
+    cfg = with_effopd(folders, "reverse_mc", lr=1e-3, max_prompt=30)
+    segments = filled(cfg, folders, responses=18)[1]
+    uids = {tuple(s.tokens[:s.prompt].tolist()): uid for uid, s in enumerate(segments)}
+    batches = [segments[i:i + 2] for i in range(0, 18, 2)]
+    for uid in cut:
+        batches[0][uid], rest = pieces(segments[uid], 2)
+        batches[2] = [*batches[2], rest]
+    made = Learner(cfg, "cpu", torch.float32)
+    jumps, judged = jumps_of(made), {}
+
+    def uids_of(of):
+        return {uids[tuple(s.tokens[:s.prompt].tolist())] for s in of}
+
+    def judge():
+        began, = [i for i, w in enumerate(after) if same(w, jumps.ref)]
+        judged[len(after)] = uids_of(jumps.set), uids_of(s for batch in batches[began:len(after)] for s in batch)
+        return 0.0
+    monkeypatch.setattr(jumps, "kl", judge)
+    after = [jumps.copies()]
+    for version, batch in enumerate(batches):
+        made.step(batch, version)
+        after.append(jumps.copies())
+    assert list(judged) == [2, 4, 8] and all(judges and not judges & makers for judges, makers in judged.values())
+    assert judged[2] == ({0, 1}, {2, 3})
+    assert judged[8][0] == ({0, 1} - set(cut) or {4, 5, *cut})
 
 
 @pytest.mark.parametrize("estimator", ["reverse_mc", "forward_dense"])
@@ -255,6 +301,7 @@ def test_a_checkpoint_remembers_where_it_jumps_from_and_by_which_rollouts(learne
 def jump(cfg, segments, ranks, folder):
     """A step and its jump, and from its checkpoint another."""
     learner = Learner(cfg, "cpu", torch.float32, ranks=ranks)
+    jumps_of(learner).set = kept_copies(segments)
     first = learner.step(segments, 0).events
     learner.checkpoint(folder)
     ranks.all("learner 0 has written it")
@@ -411,15 +458,15 @@ def test_after_every_jump_the_pipeline_empties_and_all_tokens_are_accounted_for(
     log = ran(flags | jumping(2) | dict(steps=9, batch=4, max_ahead=4, max_lag=6, overdue=rule, rollouts=2),
               f"{ALWAYS}; effopd.MIN_ESS = {light}")
     jumps, flushes, last = events(log, "effopd"), events(log, "flush"), log[-1]
-    assert [e["step"] for e in jumps] == [1, 2, 4, 8] and all(e["k"] == 2 and len(e["values"]) == 3 for e in jumps)
-    assert [e["step"] for e in flushes] == [1, 2, 4, 8]
+    assert [e["step"] for e in jumps] == [2, 4, 8] and all(e["k"] == 2 and len(e["values"]) == 3 for e in jumps)
+    assert [e["step"] for e in flushes] == [2, 4, 8]
     assert last["tokens_generated"] == sum(last[f"tokens_{x}"] for x in ("trained", "in_flight", "dropped", "lost"))
     assert last["tokens_dropped"] == sum(e["dropped_tokens"] for e in flushes) or rule == "drop"
     assert (light == 2.0) <= all(e["dropped"] >= e["examined"] > 0 for e in flushes)
     assert light > 0.0 or last["tokens_dropped"] == 0 < sum(e["cut_tokens"] for e in flushes)
     assert rule != "drop" or sum(e["cut"] for e in flushes) == 0
     assert max(s["lag_max"] for s in steps(flags)) <= 6
-    assert light < 2.0 or all(s["lag_max"] <= s["step"] - 1 - max(t for t in (0, 1, 2, 4, 8) if t < s["step"])
+    assert light < 2.0 or all(s["lag_max"] <= s["step"] - 1 - max(t for t in (0, 2, 4, 8) if t < s["step"])
                               for s in steps(flags)), "where all is dropped, nothing is older than the last jump"
 
 
@@ -427,7 +474,7 @@ def test_a_gate_that_accepts_nothing_changes_nothing(flags, tmp_path):
     """Its generation has random numbers of its own; the weights come back bit for bit."""
     runs = [flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b", "c")]
     logs = [ran(runs[0]), ran(runs[1] | jumping(gate="accuracy"), NEVER), ran(runs[2] | jumping(), NEVER)]
-    assert [e["k"] for log in logs[1:] for e in events(log, "effopd")] == [0] * 6 and not events(logs[1], "flush")
+    assert [e["k"] for log in logs[1:] for e in events(log, "effopd")] == [0] * (3 + 2) and not events(logs[1], "flush")
     assert all(e["values"] == [0.0, 0.0] and e["tokens"] > 100 for e in events(logs[1], "effopd")), "of random models"
     a, b, c = (load_file(Path(run["out"]) / "student" / "model.safetensors") for run in runs)
     assert same(a, b) and same(a, c)
@@ -451,7 +498,7 @@ def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path, vi
     process.stderr.close()
     again = ran({"out": halved["out"]}, ALWAYS, "--resume")
     assert events(again, "resumed")[0]["step"] in (3, 6, 9, 12, 15), "it was killed in its middle"
-    assert {e["step"] for e in events(again, "effopd")} >= {1, 2, 4, 8, 16}
+    assert {e["step"] for e in events(again, "effopd")} >= {2, 4, 8, 16}
     a, b = (load_file(Path(run["out"]) / "student" / "model.safetensors") for run in (whole, halved))
     assert same(a, b) and [s["loss"] for s in steps(whole)] == [s["loss"] for s in steps(halved)]
 
@@ -473,7 +520,7 @@ run.Controller.start = lambda self, resume=None: (RUN.append(self), start(self, 
 """
     log = ran(flags | jumping(1) | dict(steps=9, batch=4, max_ahead=4), patch)
     assert [e["worker"] for e in events(log, "restarted")] == [victim]
-    assert [e["step"] for e in events(log, "flush")] == [1, 2, 4, 8]
+    assert [e["step"] for e in events(log, "flush")] == [2, 4, 8]
     assert log[-1]["tokens_generated"] == sum(log[-1][f"tokens_{x}"] for x in
                                               ("trained", "in_flight", "dropped", "lost"))
 
