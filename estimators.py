@@ -34,6 +34,9 @@ Rules for every estimator
     3. The docstring answers the six QUESTIONS: what is minimised, which candidates it needs, its
        gradient, what its value means, what a stale mu does to it, what it does not correct.
     4. "Exact" and "unbiased" hold up to two clamps: |log w| <= LOG_RATIO_MAX and logq >= LOG_MIN.
+       A word with p > e^20 mu counts as one with p = e^20 mu.
+    5. --top-p < 1 makes mu 0 outside its nucleus. The rows whose words mu draws then sum over the
+       nucleus where their gradient says sum_V.
 
 Two traps. The mean of logp - logq at tokens drawn from p is the KL, but its gradient is 0 in
 expectation. A reverse KL summed over a top-k set without renormalising pushes mass out of the set
@@ -96,7 +99,7 @@ def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 
     Target      KL(p || q)
     Candidates  N drawn i.i.d. from mu, duplicates kept
-    Gradient    E_mu[ w (logp - logq) dlogp ]: the target's, for every N >= 1
+    Gradient    E_mu[ w (logp - logq) dlogp ] = -sum_V p A dlogp: the target's, for every N >= 1
     Value       not the KL: this is a surrogate, `reverse_value` is the estimate to log
     Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20; variance grows with
                 E_mu[w^2]
@@ -274,7 +277,7 @@ def largest_tau(squares: Tensor, budget: float) -> Tensor:
 def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     """Reverse KL between p and q, both renormalised on mu's K best words, differentiated directly.
 
-    Target      KL(p_S || q_S) on S = the top K of mu
+    Target      KL(p_S || q_S) on S = the top K of mu; of its nucleus, if top_p leaves fewer
     Candidates  mu's top K at generation
     Gradient    the target's; it lacks the KL between the masses inside and outside S and all
                 of the outside; K = V: the gradient of KL(p || q)
@@ -283,10 +286,12 @@ def reverse_topk(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
                 correct it
     Not covered how much mass lies in S (p may move all of it out at no cost); the prefix
 
-    If top_p < 1 leaves fewer than K words to mu, words that mu never emits fill S and count.
+    logp, logq, logmu: [..., K]; logmu is -inf at words that only fill up the K columns.
     """
-    logp_S = logp.log_softmax(-1)
-    logq_S = logq.log_softmax(-1)
+    filler = logmu == -torch.inf
+    lowest = torch.finfo(logp.dtype).min          # not -inf: 0 times -inf would be nan
+    logp_S = logp.masked_fill(filler, lowest).log_softmax(-1)
+    logq_S = logq.masked_fill(filler, lowest).log_softmax(-1)
     return (logp_S.exp() * (logp_S - logq_S)).sum(-1)
 
 
@@ -474,7 +479,8 @@ def no_divergence(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     """Estimate of KL(p || q) from candidates drawn i.i.d. from mu: mean of w (logp - logq).
 
-    Unbiased if mu > 0 wherever p > 0. With top_p < 1 that is false outside the nucleus.
+    Unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20. With top_p < 1 it estimates
+    the sum of p (logp - logq) over mu's nucleus alone.
     """
     return (importance_weight(logp, logmu) * (logp - logq)).detach().mean(-1)
 
@@ -483,7 +489,8 @@ def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
 def forward_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     """Estimate of KL(q || p) from candidates drawn i.i.d. from mu: mean of q / mu (logq - logp).
 
-    Unbiased if mu > 0 wherever q > 0. With top_p < 1 that is false outside the nucleus.
+    Unbiased if mu > 0 wherever q > 0, up to the clamp at q / mu = e^20. With top_p < 1 it
+    estimates the sum of q (logq - logp) over mu's nucleus alone.
     """
     return (importance_weight(logq, logmu) * (logq - logp)).detach().mean(-1)
 
@@ -573,7 +580,7 @@ class Estimator:
     support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
     unbiased: bool = False
     """The expected gradient is that of the divergence over all words, for every mu with mu > 0
-    wherever p > 0."""
+    wherever p > 0, up to the clamps of rule 4."""
     knobs: tuple[str, ...] = ()
     """Arguments of fn that are set by the flags of the same names."""
     batch: Callable[..., dict[str, Tensor]] | None = None

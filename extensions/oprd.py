@@ -65,7 +65,8 @@ class OPRD(Extension):
         layers: Literal["all", "even", "odd", "last"] = "all"
         """layers of the student that are compared"""
         positions: Literal["last", "first", "all"] = "last"
-        """positions of a response that are compared: the last or first --oprd.tokens, or all"""
+        """positions of a response that are compared: the last or first --oprd.tokens, or all; the
+        last ones of each piece, if it was cut"""
         tokens: Count = 2000
         """how many, see --oprd.positions"""
         bridge: bool = False
@@ -208,7 +209,8 @@ class OPRD(Extension):
 
     def compared(self, s: Segment) -> slice:
         """Which of a segment's new tokens. After a cut "first" counts from the beginning of the
-        response."""
+        response, and "last" from the end of each piece: when a piece is scored and trained, nobody
+        knows yet where the response ends."""
         n = len(s)
         if self.flags.positions == "last":
             return slice(max(0, n - self.flags.tokens), n)

@@ -16,9 +16,10 @@ BY_LEARNER = {                 # filled by learner.py, while it trains and publi
     "loss": "the estimator's surrogate: sum over positions / number of positions, nats (its value "
             "is not the KL)",
     "kl": "unbiased estimate of the per-token KL that --kl selects, current student, prefixes as "
-          "visited, nats (exact where the estimator sees the whole vocabulary)",
+          "visited, nats (exact where the estimator sees the whole vocabulary; otherwise, with "
+          "--top-p below 1, the KL's terms in the nucleus alone, which is not the KL)",
     "entropy": "entropy of the student, mean over positions: -mean of w log p over the drawn "
-               "tokens, nats",
+               "tokens, nats (with --top-p below 1 of the nucleus alone)",
     "lag_min": "lag of the freshest token of the batch: learner version before the step - version "
                "that drew the token",
     "lag_mean": "the same, mean over tokens",
