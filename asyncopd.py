@@ -95,7 +95,7 @@ def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes
         return 0
     except (RuntimeError, OSError) as e:
         run.close()                              # first, so that this is the last line
-        complain(str(e))
+        complain(with_remedy(str(e), run))
         return 1
     except KeyboardInterrupt:
         saved = save_interrupted(run)
@@ -104,6 +104,19 @@ def train(cfg: Config, job: Job, resume: Path | None, prepared: dict[Path, bytes
         return 130
     finally:
         run.close()
+
+
+def with_remedy(why: str, run: Controller) -> str:
+    """Why a run has failed, and whether it can go on; nothing is added before the first step."""
+    if run.saved:
+        remedy = f"--resume --out {run.cfg.out} continues from {run.saved}"
+    elif run.scheduler.version > 0:
+        remedy = "no checkpoint is saved that --resume could continue from (--save-every)"
+    else:
+        return why
+    if "\n" in why:                              # a traceback
+        return f"{why.rstrip()}\nasyncopd: {remedy}"
+    return f"{why}; {remedy}"
 
 
 def save_interrupted(run: Controller) -> str:

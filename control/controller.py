@@ -31,6 +31,7 @@ from control.signals import SIGNALS
 from control.watchdog import Watchdog
 from learner import learner_worker
 from record import report
+from record.disk import write_text
 from record.provenance import provenance
 from record.recorder import Recorder
 from rollout import rollout_worker
@@ -241,7 +242,7 @@ class Controller:
         in_flight = sum(int(self.slots.length[s]) for s in self.scheduler.tickets)
         totals = self.recorder.done(in_flight)
         card = report.model_card(self.out / "log.jsonl")
-        (self.out / "student" / "README.md").write_text(card, encoding="utf-8")
+        write_text(self.out / "student" / "README.md", card)
         self.close()
         if not self.quiet:
             report.show_end(totals, self.cfg.out)

@@ -142,6 +142,8 @@ class Checkpoints:
                 raise RuntimeError(f"the student could not be saved in {partial}: {why}")
             return
         try:
+            if self.recorder.waiting and not why:
+                why = "the log waits for room on the disk"       # and may not end before it
             if version == state.version and not why:     # else the learner was a step ahead
                 self.saved = str(checkpoint.seal(partial, state, self.cfg.faults.keep))
         except checkpoint.UNWRITABLE as e:

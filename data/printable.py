@@ -6,6 +6,7 @@ Tests: tests/test_printable.py
 """
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 import unicodedata
@@ -45,12 +46,14 @@ def shown(x: str, keep: str) -> str:
 
 
 class PrintableFile(io.TextIOWrapper):
-    """A text file in which everything is `printable`, in lines: for what other libraries print."""
+    """A text file in which everything is `printable`, in lines: for what other libraries print.
+    What a full disk does not take is lost."""
 
     def __init__(self, fd: int):
         super().__init__(os.fdopen(fd, "wb", buffering=0, closefd=False), encoding="utf-8",
                          write_through=True)
 
     def write(self, text: str) -> int:
-        super().write(printable(text.replace("\r", "\n")))       # of progress bars
+        with contextlib.suppress(OSError):
+            super().write(printable(text.replace("\r", "\n")))   # of progress bars
         return len(text)

@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from data.printable import printable
+from record.disk import Disk
 from record.report import evaluation_text, progress_text, sample_texts
 from record.trackers import Tracker, numbers
 
@@ -21,13 +22,14 @@ TRACKED = ("step", "eval", "done")             # types of lines whose numbers go
 
 
 class Log:
-    """The log and the bar. Each line is flushed as it is written."""
+    """The log and the bar. Each line is written at once, or as soon as the disk has room."""
 
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         """`steps`: of the whole run; `done`: of them, before this start; `quiet`: no bar."""
         from tqdm import tqdm
-        self.file = open(folder / "log.jsonl", "a", encoding="utf-8")
-        self.samples = folder / "samples.txt"
+        self.disk = Disk(self.say)
+        self.file = self.disk.open(folder / "log.jsonl", "a")
+        self.samples = self.disk.open(folder / "samples.txt", "a")
         self.tracker: Tracker | None = None
         interval = 0.2 if sys.stderr.isatty() else 10.0
         self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1,
@@ -40,8 +42,8 @@ class Log:
         for key, value in values.items():
             infinite = isinstance(value, float) and not math.isfinite(value)
             line[key] = None if infinite else value
+        self.disk.try_again()
         self.file.write(json.dumps(line) + "\n")
-        self.file.flush()
         if self.tracker is not None and kind in TRACKED:
             step = line["steps"] if kind == "done" else line["step"]
             self.tracker.write(step, numbers(line))
@@ -68,14 +70,20 @@ class Log:
         each is right.
         """
         self.write("eval", step=step, who=who, **summary)
-        with open(self.samples, "a", encoding="utf-8") as file:
-            file.write(sample_texts(step, who, answered))
+        self.samples.write(sample_texts(step, who, answered))
         if not self.bar.disable:
             self.bar.write(evaluation_text(step, who, summary, answered))
 
+    def check_written(self) -> None:
+        """Raise the OSError, with the file's name, for which lines are still waiting."""
+        self.disk.try_again()
+        fault = self.file.fault
+        if fault is not None:
+            raise OSError(fault.errno, fault.strerror, str(self.file.path))
+
     def close(self) -> None:
+        self.disk.close()
         self.bar.close()
-        self.file.close()
         if self.tracker is not None:
             self.tracker.close()
 

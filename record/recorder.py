@@ -9,13 +9,14 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Collection, Mapping
+from functools import partial
 from pathlib import Path
 
 from record.account import Account
 from record.log import Log
 from record.steps import done_record, step_record
 from record.timeline import Trace
-from record.trackers import TRACKERS
+from record.trackers import TRACKERS, Patient
 
 Trained = list[tuple[int, int, int]]     # of every segment: uid, first response token, tokens
 
@@ -42,8 +43,8 @@ class Recorder:
         """
         self.log = Log(self.out, steps, quiet, done=done)
         if tracker != "none":
-            self.log.tracker = TRACKERS[tracker](self.out, config)
-        self.trace = Trace(self.out / "trace.json", self.roles)
+            self.log.tracker = Patient(partial(TRACKERS[tracker], self.out, config), self.log.disk)
+        self.trace = Trace(self.out / "trace.json", self.roles, self.log.disk)
 
     def spans(self, worker: str, spans: list[tuple[str, float, float]]) -> None:
         for what, begin, end in spans:
@@ -81,11 +82,18 @@ class Recorder:
         self.log.evaluation(step, who, summary, answered)
 
     def done(self, in_flight: int) -> dict:
-        """The last line. `in_flight`: tokens drawn and not trained."""
+        """The last line. `in_flight`: tokens drawn and not trained. OSError if the log could not
+        be written to its end."""
         busy = self.trace.busy(self.account.began, self.account.last_step)
         totals = done_record(self.account, in_flight, busy)
         self.log.write("done", **totals)
+        self.log.check_written()
         return totals
+
+    @property
+    def waiting(self) -> bool:
+        """Are there lines of the log that a full disk has not taken?"""
+        return self.log is not None and self.log.file.fault is not None
 
     def close(self) -> None:
         for file in (self.trace, self.log):

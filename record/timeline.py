@@ -10,7 +10,12 @@ import math
 import time
 from pathlib import Path
 
+from record.disk import Disk
+
 WORK = {"rollout": ("generate", "push"), "teacher": ("score",), "learner": ("step", "publish")}
+
+HELD = 2**13                   # bytes of small events that are written together
+MOST_WAITING = 2**26           # bytes that may wait for a full disk
 
 Span = tuple[str, str, float, float]           # worker, what it did, from, to: time.monotonic()
 
@@ -22,11 +27,12 @@ class Trace:
     killed run leaves it without its closing brackets, which Perfetto accepts.
     """
 
-    def __init__(self, path: Path, roles: dict[str, str]):
-        """`roles`: the role of every worker, by its name."""
+    def __init__(self, path: Path, roles: dict[str, str], disk: Disk | None = None):
+        """`roles`: the role of every worker, by its name. `disk`: that of the run's other files.
+        """
         self.roles = roles
         self.rows = {name: i for i, name in enumerate(roles)}
-        self.file = open(path, "w", encoding="utf-8")
+        self.file = (disk or Disk()).open(path, "w", hold=HELD)
         self.zero = time.monotonic()
         self.seconds = dict.fromkeys(roles, 0.0)                   # of work, up to the last fold
         self.recent: list[Span] = []                               # since then
@@ -44,6 +50,9 @@ class Trace:
         self.write(ph="C", name=name, ts=round((now - self.zero) * 1e6), args=values)
 
     def write(self, **event) -> None:
+        """Add an event, unless too many wait for a full disk: then the trace has a gap."""
+        if len(self.file.text) > MOST_WAITING:
+            return
         self.file.write(",\n" + json.dumps(event | {"pid": 0}))
 
     def fold(self, began: float) -> None:
@@ -72,4 +81,4 @@ class Trace:
 
     def close(self) -> None:
         self.file.write("]}")
-        self.file.close()
+        self.file.flush()

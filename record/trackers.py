@@ -15,6 +15,8 @@ from functools import partial
 from pathlib import Path
 from typing import Protocol
 
+from record.disk import FULL, Disk
+
 
 class Tracker(Protocol):
     def write(self, step: int, values: dict[str, float]) -> None: ...
@@ -55,6 +57,41 @@ class Service:
 
     def close(self) -> None:
         self.module.finish()
+
+
+class Patient:
+    """A tracker that survives a full disk: what it did not take waits, and goes to a new one of
+    its kind when there is room."""
+
+    def __init__(self, make: Callable[[], Tracker], disk: Disk):
+        """`disk`: that of the log, which is written first and so knows whether there is room."""
+        self.make = make
+        self.disk = disk
+        self.tracker: Tracker | None = make()
+        self.waiting: list[tuple[int, dict[str, float]]] = []
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        self.waiting.append((step, values))
+        if not self.disk.full:
+            self.flush()
+
+    def flush(self) -> None:
+        try:
+            if self.tracker is None:
+                self.tracker = self.make()
+            while self.waiting:
+                self.tracker.write(*self.waiting[0])
+                del self.waiting[0]
+        except OSError as e:
+            if e.errno not in FULL:
+                raise
+            self.tracker = None
+
+    def close(self) -> None:
+        if self.waiting:
+            self.flush()
+        if self.tracker is not None:
+            self.tracker.close()
 
 
 # --log NAME -> (run folder, configuration of the run) -> its tracker, ready to write to
