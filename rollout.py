@@ -30,21 +30,46 @@ from config import Config
 from engines.base import Engine, probe_tolerance
 from engines.table import engine_class
 from extension import Extensions
-from transport.link import Incurable, Link
+from transport.link import Incurable, Link, ParentGone
 from transport.shared import SharedMemory
 
 
 def rollout_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
                    dtype: torch.dtype) -> None:
-    """A rollout process: carry out the parent's orders, and generate between them."""
-    engine = engine_class(cfg.engine)(cfg, device, dtype)
+    """A rollout process: carry out the parent's orders, and generate between them.
+
+    An engine that fails before its first token would fail again in a new process: Incurable.
+    """
+    try:
+        engine = engine_class(cfg.engine)(cfg, device, dtype)
+    except Exception as e:                       # whatever an engine raises
+        raise RuntimeError(engine_fault(cfg.engine, "has not started", e)) from e
     worker = Worker(cfg, link, shared, engine, probe_tolerance(dtype))
     link.send("ready")
+    try:
+        work(worker, link)
+    except (ParentGone, Incurable):
+        raise
+    except Exception as e:
+        if worker.has_generated:
+            raise
+        raise Incurable(engine_fault(cfg.engine, "has failed before its first token", e)) from e
+
+
+def work(worker: Worker, link: Link) -> None:
+    """Until the order to stop."""
     while not worker.stopped:
         for order, body in link.orders(wait=worker.idle):
             worker.orders[order](body)
         if not worker.stopped:
             worker.turn()
+
+
+def engine_fault(name: str, what: str, e: Exception) -> str:
+    """One line: what the engine has done, why, and what to do."""
+    why = (str(e).strip().splitlines() or [""])[0]
+    remedy = "" if name == "hf" else " (--engine hf runs without it)"
+    return f"--engine {name} {what}: {type(e).__name__}: {why}{remedy}"
 
 
 class Worker:
@@ -72,6 +97,7 @@ class Worker:
                        "evaluate": self.evaluate, "stop": self.stop}
         self.version = -1                        # of the weights in the engine
         self.tokens = 0                          # drawn so far, for the record
+        self.has_generated = False               # the engine has made a step
         self.stopped = False
         self.evaluation_wanted = False
         # Tickets not begun yet: (version to draw under, slot); None stands for the newest version
@@ -92,6 +118,7 @@ class Worker:
         self.begin_waiting()
         with self.link.span("generate"):
             finished = self.engine.step()
+        self.has_generated = True
         if finished:
             self.flush(finished)
             self.link.send("generated", slots=finished, finished=True, tokens=self.tokens)

@@ -24,7 +24,13 @@ from torch import Tensor
 from config import Config, require
 from control import plan
 from control.preflight_memory import check_disk, check_memory
-from control.preflight_models import check_lengths, check_models, check_slow_teacher, shape_of
+from control.preflight_models import (
+    check_head_size,
+    check_lengths,
+    check_models,
+    check_slow_teacher,
+    shape_of,
+)
 from control.preflight_prompts import grader, load_task, read_texts, validation_pairs
 from data import toy
 from data.prompts import Row, prompt_number
@@ -71,6 +77,7 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     texts = read_texts(cfg, tokenizer, task)
     check_lengths(cfg)
     check_slow_teacher(cfg)
+    check_head_size(cfg)
     extensions = Extensions.load(cfg)
     models = ModelPair(student=shape_of(cfg.student), teacher=shape_of(cfg.teacher),
                        student_config=text_config(cfg.student),

@@ -10,6 +10,7 @@ from typing import Any
 
 from config import Config, require
 from data.prompts import check_same_vocabulary, check_special_tokens
+from engines.table import CPU_HEAD_SIZES
 from estimators import ESTIMATORS
 from models.footprint import Shape
 from models.loading import stop_ids, text_config, vocab_size
@@ -99,6 +100,27 @@ def check_slow_teacher(cfg: Config) -> None:
     require(words <= SLOW_WORDS,
             f"--teacher-engine vllm: on a CPU {cfg.estimator} moves all {words:,} words of every "
             "position, a few tokens per second (--teacher-engine hf)")
+
+
+def check_head_size(cfg: Config) -> None:
+    """On a CPU vLLM computes attention for some widths of a head only, and would say so at the
+    first token."""
+    if cfg.gpus > 0:
+        return
+    for flag, engine, role, name in (("--engine", cfg.engine, "--student", cfg.student),
+                                     ("--teacher-engine", cfg.teacher_engine, "--teacher",
+                                      cfg.teacher)):
+        width = head_size(name)
+        require(engine != "vllm" or width in CPU_HEAD_SIZES,
+                f"{flag} vllm: on a CPU it needs attention heads of a width among "
+                f"{', '.join(map(str, CPU_HEAD_SIZES))}, and those of {role} {name} are {width} "
+                f"wide ({flag} hf)")
+
+
+def head_size(name: str) -> int:
+    """Width of an attention head."""
+    config = text_config(name)
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
 
 
 def shape_of(name: str) -> Shape:

@@ -10,6 +10,9 @@ from importlib import import_module
 
 ENGINES = {"hf": "engines.hf:HFEngine", "vllm": "engines.vllm:VLLMEngine"}
 PACKAGES = {"vllm": "vllm"}                      # what an engine needs to have installed
+# The widths of an attention head that vLLM's kernels for the CPU are built for
+# (CPUAttentionBackend.get_supported_head_sizes)
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
 
 
 def engine_class(name: str) -> type:
