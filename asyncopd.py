@@ -22,11 +22,12 @@ from pathlib import Path
 
 from config import Config
 from control import dryrun
+from control.command_line import Given
 from control.controller import Controller
 from control.plan import plan
 from control.preflight import Job, prepare, prepare_extensions
 from control.preflight_models import fetch
-from control.resolve import configure
+from control.resolve import configure_given
 from control.signals import SIGNALS
 from data.printable import printable
 from record.report import shortened
@@ -51,23 +52,23 @@ def main(argv: Sequence[str]) -> int:
 def command(argv: Sequence[str]) -> int:
     """Claim the run folder before anything is prepared, and keep it to the end."""
     try:
-        cfg = configure(argv)
+        cfg, given = configure_given(argv)
         if cfg.dry_run:
-            dryrun.show(cfg)
+            dryrun.show(cfg, given)
             return 0
         cfg, claim = claim_folder(cfg)
     except (ValueError, OSError) as e:
         return refuse(e)
     with claim:
-        return check_and_train(cfg)
+        return check_and_train(cfg, given)
 
 
-def check_and_train(cfg: Config) -> int:
+def check_and_train(cfg: Config, given: Given) -> int:
     """Check everything, then train. What the checks yield is a `Job`: models, prompts, grader."""
     try:
         resume = check_out(cfg)
         start_server()
-        cfg, job = prepare(cfg)
+        cfg, job = prepare(cfg, given)
         fetch(cfg)
         prepared = {}
         if resume is None:

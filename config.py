@@ -136,9 +136,9 @@ class Training:
     seed: Annotated[int, Bound(least=0, most=2**32 - 1)] = 0
     """seed of the order of prompts and of every draw"""
     max_prompt: Count = 2048
-    """longest prompt, in tokens"""
+    """longest prompt, in tokens; where the default does not fit, it follows from the models"""
     max_response: Count = 16384
-    """longest response, in tokens"""
+    """longest response, in tokens; where the default does not fit, it follows from the models"""
     temperature: Annotated[float, Bound(least=0.01, most=100)] = 1.0
     """temperature at which the student samples"""
     top_p: Annotated[float, Bound(above=0, most=1)] = 1.0
@@ -195,13 +195,15 @@ class Run:
 class Data:
     """How the rows of --task become prompts, and on which rows to evaluate."""
     prompt_key: str = "prompt"
-    """key of a row's prompt; a.b looks inside a record, a,b takes the first that is there"""
+    """key of a row's prompt, a text or a list of messages; a.b looks inside a record, a,b takes
+    the first that is there"""
     answer_key: str = "answer"
-    """key of a row's answer; a row without one is trained on, but not graded"""
+    """key of a row's answer; a row without one is trained on, but not graded; a key that is given
+    must be there in some row"""
     filter: str = ""
     """rows to train on: KEY OP VALUE [and ...]; example: difficulty>=6"""
     template: str = "{prompt}"
-    """text around every prompt, which stands in the place of {prompt}"""
+    """text around every prompt, which stands in the place of {prompt}, the only place there is"""
     suffix: str = ""
     """text after every prompt"""
     thinking: bool = False
@@ -275,6 +277,16 @@ def each_flag(flags: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
                     yield f"{extension}.{name}", x
         else:
             yield f"{prefix}{f.name}", value
+
+
+def each_type(kind: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name with dots, type) of every flag of a dataclass of flags and of those inside it; a type
+    is an Annotated one where the flag has a `Bound`."""
+    for name, hint in get_type_hints(kind, include_extras=True).items():
+        if is_dataclass(hint):
+            yield from each_type(hint, f"{prefix}{name}.")
+        elif name != "extensions":
+            yield f"{prefix}{name}", hint
 
 
 def check_values(flags: Any, prefix: str = "") -> None:

@@ -2,26 +2,26 @@
 From the command line and a YAML file to a `Config`: default < file < flag.
 
 tyro reads the dataclasses of config.py and, for every extension that --extend names, its `Flags`.
-A YAML file is a list of flags written down: `lr: 1e-4`, and `eval: {n: 50}` or `eval.n: 50`. Its
-key `config` names another file beside it, whose flags it changes. With --resume the flags of the
-run that continues come first.
+With --resume the flags of the run that continues come first. `Given` keeps who wrote what, for
+messages and for what follows where nobody wrote anything.
 
-What is left out: what the flags mean together (control/resolve.py).
+What is left out: files (control/flag_files.py); what the flags mean together (control/resolve.py).
 Tests: tests/test_cli.py, tests/test_bad_input.py
 """
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
-import yaml
 
 import extension
-from config import GROUPS, NESTED, Config, check_values, each_flag, flag_of, require
+from config import GROUPS, NESTED, Config, check_values, each_flag, each_type, flag_of, require
+from control.flag_files import Written, read_file, typed
 from record.run_folder import recorded_flags
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,8 +35,38 @@ there is no GPU, Qwen2.5-0.5B on GSM8K with a few GPUs, and the setting of the p
     asyncopd.py --extend NAME --help          with the flags of an extension"""
 
 
-def parse(argv: Sequence[str]) -> Config:
-    """The flags, not yet resolved.
+@dataclass(frozen=True)
+class Given:
+    """The flags that somebody wrote, by their names with dots: values as they stand there.
+
+    `below`: what a file is based on, and the file that runs where none is named; what stands there
+    is meant as a default, to be overridden.
+    """
+    line: dict[str, Any] = field(default_factory=dict)
+    file: dict[str, Any] = field(default_factory=dict)
+    below: dict[str, Any] = field(default_factory=dict)
+    path: str = ""
+
+    @property
+    def meant(self) -> dict[str, Any]:
+        """Flags of the command line and of the file that it names."""
+        return self.file | self.line
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.line or name in self.file or name in self.below
+
+    def shown(self, name: str) -> str:
+        """Examples: --beta 0.2, or: beta 0.2 in toy.yaml."""
+        if name in self.line:
+            return as_flag(name, self.line[name]).replace("=", " ", 1)
+        return f"{name} {self.file[name]} in {self.path}"
+
+
+NOTHING = Given()
+
+
+def parse(argv: Sequence[str]) -> tuple[Config, Given]:
+    """The flags, not yet resolved, and which of them were given.
 
     Raises ValueError for bad input. Raises SystemExit after --help (0), and where tyro has drawn a
     box that says what is wrong with a flag (2).
@@ -44,34 +74,77 @@ def parse(argv: Sequence[str]) -> Config:
     file = scan(argv, "--config")
     written = read_file(file)
     extend = switched_on(argv, written)
+    check_words(argv, extend)
+    line = on_the_line(argv, extend)
+    check_line(line, extend)
     if not file:
-        written = read_file(default_file(read(argv, extend)))
-    config = read([*as_flags(written, f"--config {file}", extend), *argv], extend)
+        written = read_file(default_file(line))
+    config = read([*as_flags(written, extend), *argv], extend)
     if config.resume:
         config = resumed(config, argv, file, written)
     check_values(config)
     for name, flags in extension_flags(config).items():
         check_values(flags, f"{name}.")
-    return config
+    return config, given(line, file, written)
 
 
-def switched_on(argv: Sequence[str], written: dict[str, Any]) -> str:
+def given(line: dict[str, Any], path: str, written: Mapping[str, Written]) -> Given:
+    """Who wrote what. `path`: the value of --config."""
+    own, below = {}, {}
+    for name, w in written.items():
+        if path and w.where == f"--config {path}":
+            own[name] = w.text
+        else:
+            below[name] = w.text
+    return Given(line, own, below, path)
+
+
+def on_the_line(argv: Sequence[str], extend: str) -> dict[str, Any]:
+    """The flags in `argv` by their names with dots: texts, and whether a switch is on."""
+    known = known_flags(extend)
+    found: dict[str, Any] = {}
+    for i, word in enumerate(argv):
+        flag, equals, value = word.partition("=")
+        name = flag.removeprefix("--").replace("-", "_")
+        switch = positive(name)
+        if not word.startswith("--"):
+            continue
+        if isinstance(known.get(switch), bool):
+            found[switch] = switch == name
+        elif equals:
+            found[name] = value
+        else:
+            found[name] = " ".join(argv[i + 1:i + 2])
+    return found
+
+
+def switched_on(argv: Sequence[str], written: Mapping[str, Written]) -> str:
     """The value of --extend, before the other flags can be read; with --resume, that of the run."""
-    extend = scan(argv, "--extend") or str(written.get("extend", ""))
-    out = scan(argv, "--out") or str(written.get("out", ""))
-    resume = "--resume" in argv or written.get("resume", False)
+    extend = scan(argv, "--extend") or written_text(written, "extend")
+    out = scan(argv, "--out") or written_text(written, "out")
+    resume = "--resume" in argv or written_text(written, "resume") == "true"
     if resume and out and not extend:
         extend = str(recorded_flags(out).get("extend", ""))
     return extend
 
 
-def resumed(config: Config, argv: Sequence[str], file: str, written: dict[str, Any]) -> Config:
+def written_text(written: Mapping[str, Written], name: str) -> str:
+    """What a file has as this flag; "" where it has nothing."""
+    if name not in written:
+        return ""
+    return written[name].text
+
+
+def resumed(config: Config, argv: Sequence[str], file: str,
+            written: Mapping[str, Written]) -> Config:
     """The flags of the run in --out, changed by those of a file that is named, and by `argv`."""
-    before = recorded_flags(config.out)
-    extend = config.extend or str(before.get("extend", ""))
-    flags = as_flags(before, f"--resume {config.out}", extend)
+    recorded = recorded_flags(config.out)
+    extend = config.extend or str(recorded.get("extend", ""))
+    where = f"--resume {config.out}"
+    before = {name: Written(value, str(value), where) for name, value in recorded.items()}
+    flags = as_flags(before, extend)
     if file:
-        flags += as_flags(written, f"--config {file}", extend)
+        flags += as_flags(written, extend)
     return read([*flags, *argv], extend)
 
 
@@ -86,7 +159,6 @@ def extension_flags(config: Config) -> dict[str, Any]:
 def read(argv: Sequence[str], extend: str) -> Config:
     """Parse flags; those of the extensions in `extend` are known."""
     import tyro  # here, since every worker imports this file too
-    check_words(argv, extend)
     found = tyro.cli(flags_class(extend), args=list(argv), prog="asyncopd.py",
                      description=DESCRIPTION, use_underscores=False)
     flat: dict[str, Any] = {}
@@ -144,6 +216,14 @@ def check_words(argv: Sequence[str], extend: str) -> None:
         check_known(flag, name, known, spelt=flag_of)
 
 
+def check_line(line: Mapping[str, Any], extend: str) -> None:
+    """Refuse a value that is not of its flag's type, in one line, where tyro draws a box."""
+    types = known_types(extend)
+    for name, value in line.items():
+        if name in types and not isinstance(value, bool):
+            typed(flag_of(name), Written(value, value, ""), types[name])
+
+
 def positive(name: str) -> str:
     """The switch that a flag turns on or off. Example: eval.no_teacher -> eval.teacher."""
     group, dot, last = name.rpartition(".")
@@ -186,64 +266,42 @@ def scan(argv: Sequence[str], flag: str) -> str:
 
 # -- files ---------------------------------------------------------------------------------------
 
-def default_file(given: Config) -> str:
+def default_file(line: Mapping[str, Any]) -> str:
     """What runs when neither a model nor --config is given: the toy where there is no GPU, the
-    setting of the paper on eight GPUs."""
-    if given.student or given.task not in ("", "toy"):
+    setting of the paper on eight GPUs. `line`: the flags of the command line."""
+    task = line.get("task", "")
+    if line.get("student") or task not in ("", "toy"):
         return ""
-    gpus = torch.cuda.device_count() if given.gpus < 0 else given.gpus
+    gpus = int(line.get("gpus", -1))
+    if gpus < 0:
+        gpus = torch.cuda.device_count()
     name = "gsm8k"
-    if given.task == "toy" or gpus == 0:
+    if task == "toy" or gpus == 0:
         name = "toy"
     elif gpus >= 8:
         name = "deepmath_1.7b"
     return str(ROOT / "configs" / f"{name}.yaml")
 
 
-def read_file(path: str, within: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Flags of a YAML file by their names with dots, after those of the file it is based on."""
-    if not path:
-        return {}
-    require(path not in within, f"--config {path}: names itself by its key config")
-    try:
-        written = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as e:
-        raise ValueError(f"--config {path}: {' '.join(str(e).split())}") from None
-    require(isinstance(written, dict), f"--config {path}: not a mapping of flags")
-    base = str(written.pop("config", ""))
-    found = {}
-    if base:
-        found = read_file(str(Path(path).parent / base), (*within, path))
-    return found | flattened(written)
-
-
-def flattened(written: dict, prefix: str = "") -> dict[str, Any]:
-    """{"eval": {"n": 50}} -> {"eval.n": 50}."""
-    found: dict[str, Any] = {}
-    for key, value in written.items():
-        name = prefix + str(key).replace("-", "_")
-        if isinstance(value, dict):
-            found |= flattened(value, f"{name}.")
-        else:
-            found[name] = value
-    return found
-
-
-def as_flags(written: dict[str, Any], where: str, extend: str) -> list[str]:
-    """The same as words of a command line. Raises ValueError for a key that is no flag; `where`
-    begins the message."""
+def as_flags(written: Mapping[str, Written], extend: str) -> list[str]:
+    """The same as words of a command line. Raises ValueError for a key that is no flag, and for a
+    value that is not of the flag's type."""
     known = known_flags(extend)
+    types = known_types(extend)
     flags = []
-    for name, value in written.items():
-        check_known(f"{where}: {name}", name, known)
-        require(value is not None, f"{where}: {name} has no value")
-        if isinstance(known[name], bool):
-            require(isinstance(value, bool), f"{where}: {name}: {value!r} is not true or false")
-        else:
-            require(not isinstance(value, (bool, list)),
-                    f"{where}: {name}: {value!r} is not a number or a text")
-        flags.append(as_flag(name, value))
+    for name, w in written.items():
+        what = f"{w.where}: {name}"
+        check_known(what, name, known)
+        flags.append(as_flag(name, typed(what, w, types[name])))
     return flags
+
+
+def known_types(extend: str) -> dict[str, Any]:
+    """The type of every flag by its name with dots, the extensions' flags included."""
+    types = dict(each_type(Config))
+    for name, flags in extension.default_flags(extend).items():
+        types |= dict(each_type(type(flags), f"{name}."))
+    return types
 
 
 def as_flag(name: str, value: Any) -> str:

@@ -19,9 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from config import Config
-from control import plan
+from control import no_effect, plan
+from control.command_line import NOTHING, Given
 from control.preflight import ROOT, check_teacher_states
-from control.preflight_models import first_line
+from control.preflight_models import first_line, fit_lengths
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair
 from models import footprint
@@ -46,14 +47,18 @@ class KnownModel:
     source: str              # where the configuration is from
 
 
-def show(cfg: Config) -> None:
+def show(cfg: Config, given: Given = NOTHING) -> None:
     """Print the plan of a run. Raises ValueError where the run itself would."""
     student = known_model("student", cfg.student)
     teacher = known_model("teacher", cfg.teacher)
     models = ModelPair(student=student.shape, teacher=teacher.shape, student_config=student.config,
                        teacher_config=teacher.config)
+    room = {f"--{role} {name}": getattr(model.config, "max_position_embeddings", None)
+            for role, name, model in (("student", cfg.student, student),
+                                      ("teacher", cfg.teacher, teacher))}
+    cfg, length_notes = fit_lengths(cfg, given, room)
     extensions = Extensions.load(cfg)
-    notes = extensions.check(models)
+    notes = [*no_effect.notes(cfg, given), *length_notes, *extensions.check(models)]
     check_teacher_states(cfg, extensions)
     added = plan.additions(cfg, extensions, models)
 

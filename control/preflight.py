@@ -22,20 +22,21 @@ from safetensors.torch import save
 from torch import Tensor
 
 from config import Config, require
-from control import plan
+from control import no_effect, plan
+from control.command_line import NOTHING, Given
 from control.preflight_memory import check_disk, check_memory
 from control.preflight_models import (
     check_head_size,
-    check_lengths,
     check_models,
     check_slow_teacher,
+    fit_models,
     shape_of,
 )
 from control.preflight_prompts import grader, load_task, read_texts, validation_pairs
 from data import toy
 from data.prompts import Row, prompt_number
 from extension import Extension, Extensions, ModelPair, SlotTensor, prepared_file
-from models.loading import text_config, vocab_size
+from models.loading import text_config
 from record.metrics import METRICS
 from transport.process import alone
 
@@ -65,17 +66,17 @@ class Job:
     grade_validation: Grade | None = None
 
 
-def prepare(cfg: Config) -> tuple[Config, Job]:
+def prepare(cfg: Config, given: Given = NOTHING) -> tuple[Config, Job]:
     """Check models and texts without loading a weight. The toy's models are made on first use.
 
-    Returns the flags, with the folders of the toy and with a top_k that both vocabularies allow,
-    and the job. Raises ValueError.
+    Returns the flags, with the folders of the toy, with lengths that fit and with a top_k that
+    both vocabularies allow, and the job. Raises ValueError.
     """
     cfg = with_toy_models(cfg)
     task = load_task(cfg)
-    tokenizer, notes = check_models(cfg, [row.prompt for row in task.train[:8]])
+    tokenizer, model_notes = check_models(cfg, [row.prompt for row in task.train[:8]])
+    cfg, fit_notes = fit_models(cfg, given)
     texts = read_texts(cfg, tokenizer, task)
-    check_lengths(cfg)
     check_slow_teacher(cfg)
     check_head_size(cfg)
     extensions = Extensions.load(cfg)
@@ -89,7 +90,6 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
     added = plan.additions(cfg, extensions, models)
     memory = check_memory(cfg, models, added)
     check_disk(cfg, models.student, added)
-    cfg = replace(cfg, top_k=min(cfg.top_k, vocab_size(cfg.student), vocab_size(cfg.teacher)))
     first = prompt_number(0, len(texts.prompts), cfg.seed)
     return cfg, Job(
         prompts=texts.prompts,
@@ -103,7 +103,8 @@ def prepare(cfg: Config) -> tuple[Config, Job]:
         shared_tensors=extensions.shared_tensors(models),
         metrics=extensions.metrics,
         memory=memory,
-        notes=(*notes, *texts.notes, *extension_notes),
+        notes=(*no_effect.notes(cfg, given), *model_notes, *fit_notes, *texts.notes,
+               *extension_notes),
         first_prompt=tokenizer.decode(texts.prompts[first]),
         validation_prompts=[prompt for _, prompt in validation],
         grade_validation=grader(cfg, tokenizer, task, [row for row, _ in validation]))

@@ -5,10 +5,13 @@ Tests: tests/test_job.py, tests/test_bad_input.py
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from config import Config, require
+from control.command_line import Given
 from data.prompts import check_same_vocabulary, check_special_tokens
 from engines.table import CPU_HEAD_SIZES
 from estimators import ESTIMATORS
@@ -81,13 +84,46 @@ def check_tokenizers(cfg: Config, ours: Any, texts: list[str]) -> list[str]:
     return notes + check_special_tokens(ours, theirs, ends)
 
 
-def check_lengths(cfg: Config) -> None:
-    """Refuse responses that are longer than a model's positions."""
-    for flag, name in named_models(cfg):
-        room = getattr(text_config(name), "max_position_embeddings", None)
-        require(not room or cfg.max_prompt + cfg.max_response <= room,
-                f"--max-prompt {cfg.max_prompt} and --max-response {cfg.max_response}: more than "
-                f"the {room} tokens of {flag} {name}")
+def fit_models(cfg: Config, given: Given) -> tuple[Config, list[str]]:
+    """Lengths that the models have positions for, and a top_k that they have words for; notes."""
+    room = {f"{flag} {name}": getattr(text_config(name), "max_position_embeddings", None)
+            for flag, name in named_models(cfg)}
+    cfg, notes = fit_lengths(cfg, given, room)
+    words = min(vocab_size(cfg.student), vocab_size(cfg.teacher))
+    if cfg.top_k > words:
+        if "top_k" in given:
+            notes.append(f"--top-k {cfg.top_k}: as many as there are words, {words:,}")
+        cfg = replace(cfg, top_k=words)
+    return cfg, notes
+
+
+def fit_lengths(cfg: Config, given: Given,
+                room: Mapping[str, int | None]) -> tuple[Config, list[str]]:
+    """Lengths that were not given, made to fit where their defaults do not: a quarter of the
+    positions for the prompt, as far as it is not given, and the rest for the response.
+
+    `room`: the positions of both models, by flag. Returns notes too. Raises ValueError where
+    lengths that were given do not fit.
+    """
+    fitted = cfg
+    least = min((n for n in room.values() if n), default=None)
+    if least is not None and cfg.max_prompt + cfg.max_response > least:
+        prompt, response = cfg.max_prompt, cfg.max_response
+        if "max_prompt" not in given and "max_response" not in given:
+            prompt = min(prompt, least // 4)
+        elif "max_prompt" not in given:
+            prompt = max(1, least - response)
+        if "max_response" not in given:
+            response = max(1, min(response, least - prompt))
+        fitted = replace(cfg, max_prompt=prompt, max_response=response)
+    for flag, n in room.items():
+        require(not n or fitted.max_prompt + fitted.max_response <= n,
+                f"--max-prompt {fitted.max_prompt} and --max-response {fitted.max_response}: more "
+                f"than the {n} tokens of {flag}")
+    if fitted == cfg:
+        return cfg, []
+    return fitted, [f"--max-prompt {fitted.max_prompt} and --max-response {fitted.max_response}: "
+                    f"so much fits into the {least} positions of the models"]
 
 
 def check_slow_teacher(cfg: Config) -> None:

@@ -11,6 +11,7 @@ Tests: tests/test_cli.py, tests/test_bad_input.py
 from __future__ import annotations
 
 import importlib.util
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -18,7 +19,7 @@ import torch
 
 import extension
 from config import Config, each_flag, require
-from control.command_line import parse
+from control.command_line import Given, parse
 from control.plan import split
 from engines.table import ENGINES, PACKAGES
 from estimators import DEFAULT, ESTIMATORS
@@ -26,18 +27,27 @@ from record.run_folder import check_same, recorded_flags
 from record.trackers import LIBRARIES, TRACKERS
 from teacher import TEACHERS, VLLM_LACKS
 
+# {name} in a template, unless LaTeX owns the braces: \\boxed{x}, \\frac{a}{b}, 2^{n}, a_{i}
+PLACE = re.compile(r"(?<![\w\\}^_])\{([A-Za-z_]\w*)\}")
+
 
 def configure(argv: Sequence[str]) -> Config:
     """The resolved flags of a command line. Raises ValueError for bad input, and SystemExit as
     `parse` does."""
-    given = parse(argv)
-    cfg = resolve(given)
+    return configure_given(argv)[0]
+
+
+def configure_given(argv: Sequence[str]) -> tuple[Config, Given]:
+    """The same, and which flags were given."""
+    parsed, given = parse(argv)
+    cfg = resolve(parsed)
     if cfg.resume:
         before = default_values(cfg) | recorded_flags(cfg.out)
         own = extension.Extensions.load(cfg).fixed_on_resume()
         # --estimator has decided kl, so that what was given is compared
-        check_same(replace(cfg, kl=given.kl), before, own)
-    return cfg
+        check_same(replace(cfg, kl=parsed.kl), before, own)
+    check_objective(cfg, given)
+    return cfg, given
 
 
 def default_values(cfg: Config) -> dict[str, object]:
@@ -74,6 +84,16 @@ def resolve_objective(cfg: Config) -> Config:
     return replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
 
 
+def check_objective(cfg: Config, given: Given) -> None:
+    """Refuse --kl and --estimator that contradict each other, unless the command line overrides a
+    file: then no_effect.py names what is overridden."""
+    if given.meant.get("kl", cfg.kl) == cfg.kl:
+        return
+    overrides = "kl" not in given.line and "estimator" in given.line
+    require(overrides, f"{given.shown('kl')}: contradicts --estimator {cfg.estimator}, which has "
+                       f"the {cfg.kl} KL (leave out one of them)")
+
+
 def adds_loss(extend: str) -> bool:
     """Whether one of the extensions has a loss of its own."""
     kinds = [extension.extension_class(item) for item in extension.split_names(extend)]
@@ -108,6 +128,9 @@ def resolve_staleness(cfg: Config) -> Config:
                 "determines the mean lag")
     if cfg.schedule == "sync":
         return replace(cfg, max_ahead=0)
+    require(cfg.schedule != "step-off" or cfg.max_ahead > 0,
+            f"--max-ahead {cfg.max_ahead}: with nothing ahead, --schedule step-off is "
+            "--schedule sync")
     return cfg
 
 
@@ -191,8 +214,14 @@ def check_task(cfg: Config) -> None:
     """What is trained, and on what."""
     require("{prompt}" in cfg.data.template,
             f"--data.template {cfg.data.template!r}: has no {{prompt}}, the place of the prompt")
+    others = set(PLACE.findall(cfg.data.template)) - {"prompt"}
+    require(not others,
+            f"--data.template {cfg.data.template!r}: {{{min(others, default='')}}} would stay as "
+            "it is, since only {prompt} is filled in (--data.prompt-key names a row's key)")
     require(cfg.task, "--task is missing: toy, FILE.jsonl, FILE.parquet or hf:DATASET")
     if cfg.task == "toy":
+        require(cfg.teacher or not cfg.student,
+                "--teacher is missing: with --student the toy brings its prompts only")
         require(not cfg.data.eval_task,
                 f"--data.eval-task {cfg.data.eval_task}: the toy brings its own evaluation rows")
         return
