@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from config import Config, require
+from config import Config, Data, require
 from data import tasks
 from data.prompts import Row, encode
 from extension import Extensions
@@ -40,33 +40,48 @@ class Texts:
 
 
 def load_task(cfg: Config) -> tasks.Task:
-    """Raises ValueError where a file cannot be read and where no row is left."""
+    """Raises ValueError where a file cannot be read, where no row is left, and where no row has
+    an answer under a key that was asked for."""
     data = cfg.data
-    return tasks.load_task(cfg.task, prompt_key=data.prompt_key, answer_key=data.answer_key,
+    task = tasks.load_task(cfg.task, prompt_key=data.prompt_key, answer_key=data.answer_key,
                            filter=data.filter, eval_name=data.eval_task, eval_n=cfg.eval.n)
+    answered = any(row.answer for row in (*task.train, *task.eval))
+    require(answered or data.answer_key == Data().answer_key,
+            f"--data.answer-key {data.answer_key!r}: no row of {cfg.task} has an answer there")
+    return task
 
 
 def read_texts(cfg: Config, tokenizer: Any, task: tasks.Task) -> Texts:
     """Raises ValueError where no prompt fits or, with --data.long-prompts refuse, where one does
     not."""
-    train = encoded(cfg, tokenizer, task.train)
+    pairs = encoded(cfg, tokenizer, task.train)
+    filled = [(row, prompt) for row, prompt in pairs if row.prompt.strip() and prompt]
+    require(filled, f"--task {cfg.task}: every prompt is empty")
+    train = within(cfg, filled)
     require(train, f"--max-prompt {cfg.max_prompt}: every prompt of {cfg.task} is longer")
     notes = []
-    left_out = len(task.train) - len(train)
-    if left_out > 0:
-        what = (f"{left_out:,} of {len(task.train):,} prompts are empty or longer than "
+    if len(filled) < len(pairs):
+        notes.append(f"{len(pairs) - len(filled):,} of {len(pairs):,} prompts are empty: left out")
+    if len(train) < len(filled):
+        what = (f"{len(filled) - len(train):,} of {len(pairs):,} prompts are longer than "
                 f"--max-prompt {cfg.max_prompt}")
         require(cfg.data.long_prompts == "skip", f"--data.long-prompts refuse: {what}")
         notes.append(f"{what}: left out")
-    return Texts(train, encoded(cfg, tokenizer, task.eval), notes)
+    if cfg.data.thinking and not tokenizer.chat_template:
+        notes.append("--data.thinking has no effect: --student has no chat template")
+    return Texts(train, within(cfg, encoded(cfg, tokenizer, task.eval)), notes)
 
 
 def encoded(cfg: Config, tokenizer: Any, rows: list[Row]) -> list[Pair]:
-    """The rows that fit, with the tokens of their prompts."""
+    """The rows with the tokens of their prompts."""
     prompts = encode(rows, tokenizer, template=cfg.data.template, suffix=cfg.data.suffix,
                      thinking=cfg.data.thinking)
-    return [(row, prompt) for row, prompt in zip(rows, prompts)
-            if 0 < len(prompt) <= cfg.max_prompt]
+    return list(zip(rows, prompts))
+
+
+def within(cfg: Config, pairs: list[Pair]) -> list[Pair]:
+    """Those whose prompts are neither empty nor too long."""
+    return [(row, prompt) for row, prompt in pairs if 0 < len(prompt) <= cfg.max_prompt]
 
 
 def validation_pairs(cfg: Config, extensions: Extensions, texts: Texts) -> list[Pair]:

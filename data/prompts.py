@@ -3,11 +3,12 @@ From a file or a data set of the hub to token ids: reading rows, choosing among 
 them as prompts, and the order in which prompts are handed out. Also the checks that two models
 read a text as the same ids.
 
-Left out: prompts of several messages, images, packing. Only the student's tokenizer and chat
+Left out: images, packing. Only the student's tokenizer and chat
 template are used; the teacher reads the same ids. Tests: tests/test_prompts.py
 """
 from __future__ import annotations
 
+import codecs
 import json
 import operator
 import random
@@ -20,10 +21,14 @@ from typing import NamedTuple
 
 # -- rows ----------------------------------------------------------------------------------------
 
+Message = dict[str, str]                   # role and content
+
+
 @dataclass(frozen=True, slots=True)
 class Row:
-    prompt: str
+    prompt: str                            # of a chat: its messages as text, for people
     answer: str = ""                       # "": unknown, so the row is trained on but never graded
+    messages: tuple[Message, ...] = ()     # of a chat, to be rendered by the chat template
 
 
 def read_rows(name: str, prompt_key: str, answer_key: str, filter: str = "") -> list[Row]:
@@ -39,10 +44,10 @@ def read_rows(name: str, prompt_key: str, answer_key: str, filter: str = "") -> 
     for number, record in read_records(name, columns_of(prompt_key, answer_key, conditions)):
         where = f"{name}:{number}"
         number_read += 1
-        # a record without keys cannot be filtered; prompt_of refuses it
+        # a record without keys cannot be filtered; row_of refuses it
         if isinstance(record, dict) and not all(passes(record, c, where) for c in conditions):
             continue
-        rows.append(Row(prompt_of(record, prompt_key, where), answer_of(record, answer_key)))
+        rows.append(row_of(record, prompt_key, answer_key, where))
     if number_read == 0:
         raise ValueError(f"{name}: holds no rows")
     if not rows:
@@ -50,19 +55,56 @@ def read_rows(name: str, prompt_key: str, answer_key: str, filter: str = "") -> 
     return rows
 
 
-def prompt_of(record, key: str, where: str) -> str:
-    prompt = lookup(record, key)
+def row_of(record, prompt_key: str, answer_key: str, where: str) -> Row:
+    """A row of a record. Its prompt is a text, or a chat: a list of messages."""
+    prompt = lookup(record, prompt_key)
+    answer = lookup(record, answer_key)
+    messages = ()
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], dict):
+        messages = messages_of(prompt, where)
+        prompt = text_of(messages)
     if not isinstance(prompt, str):
         found = ", ".join(record) if isinstance(record, dict) else type(record).__name__
-        raise ValueError(f"{where}: no text under --data.prompt-key {key!r} (there is: {found})")
-    return prompt
+        raise ValueError(f"{where}: no text under --data.prompt-key {prompt_key!r} (there is: "
+                         f"{found})")
+    row = Row(prompt, "" if answer is None else str(answer), messages)
+    for what, text in (("prompt", row.prompt), ("answer", row.answer)):
+        at = lone_surrogate(text)
+        if at is not None:
+            raise ValueError(f"{where}: its {what} holds {text[at]!r} at character {at + 1}, half "
+                             "of a surrogate pair, which is no text")
+    return row
 
 
-def answer_of(record, key: str) -> str:
-    answer = lookup(record, key)
-    if answer is None:
-        return ""
-    return str(answer)
+def messages_of(chat: list, where: str) -> tuple[Message, ...]:
+    """The messages of a chat that the student is to continue. Raises ValueError."""
+    messages = []
+    for number, m in enumerate(chat, 1):
+        if not (isinstance(m, dict) and isinstance(m.get("role"), str)
+                and isinstance(m.get("content"), str)):
+            raise ValueError(f"{where}: message {number} of its prompt has no role and content "
+                             "that are texts")
+        messages.append({"role": m["role"], "content": m["content"]})
+    if messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: its prompt ends with a message of the assistant, which is "
+                         "the student's to write")
+    return tuple(messages)
+
+
+def text_of(messages: tuple[Message, ...]) -> str:
+    """A chat for people: one message as it is, several with their roles."""
+    if len(messages) == 1:
+        return messages[0]["content"]
+    return "\n".join(f"{m['role']}: {m['content']}" for m in messages)
+
+
+def lone_surrogate(text: str) -> int | None:
+    """The index of the first character that UTF-8 does not have; JSON can write one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as e:
+        return e.start
+    return None
 
 
 def lookup(record, key: str):
@@ -110,16 +152,22 @@ def read_records(name: str, columns: set[str]) -> Iterator[tuple[int, object]]:
 def read_json_lines(name: str) -> Iterator[tuple[int, object]]:
     with open(name, "rb") as f:
         for number, line in enumerate(f, 1):
+            if number == 1:
+                line = line.removeprefix(codecs.BOM_UTF8)
             if not line.strip():
                 continue
             try:
                 record = json.loads(line.decode())
+            except RecursionError:
+                raise ValueError(f"{name}:{number}: is nested too deeply") from None
             except json.JSONDecodeError as e:
                 reason = f"not JSON: {e.msg} at column {e.colno}"
                 raise ValueError(f"{name}:{number}: {reason}") from None
             except UnicodeDecodeError as e:
                 reason = f"not UTF-8: {e.reason} at byte {e.start}"
                 raise ValueError(f"{name}:{number}: {reason}") from None
+            except ValueError as e:                      # a number of thousands of digits
+                raise ValueError(f"{name}:{number}: {e}") from None
             yield number, record
 
 
@@ -196,7 +244,7 @@ def passes(record: dict, condition: Condition, where: str) -> bool:
         return False
     try:
         return compare(float(found), float(value))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         if comparison in ("==", "!="):
             return compare(str(found), value)
     raise ValueError(f"{where}: --data.filter {key}{comparison}{value}: {key} is {found!r} here, and "
@@ -207,27 +255,38 @@ def passes(record: dict, condition: Condition, where: str) -> bool:
 
 def encode(rows: list[Row], tokenizer, template: str = "{prompt}", suffix: str = "",
            thinking: bool = False) -> list[list[int]]:
-    """Token ids of each prompt, put into the template and then into the chat template, if any.
+    """Token ids of each prompt, put into the template and then into the chat template, if any. Of
+    a chat the last message is put into the template.
 
     `thinking` goes to the chat template as enable_thinking; templates of models that do not think
-    ignore it. Raises ValueError if the chat template fails.
+    ignore it. Raises ValueError if the chat template fails, and for a chat without one.
     """
     if not rows:
         return []
-    texts = [template.replace("{prompt}", row.prompt) + suffix for row in rows]
+
+    def framed(text: str) -> str:
+        return template.replace("{prompt}", text) + suffix
+
     if not tokenizer.chat_template:
+        if any(row.messages for row in rows):
+            raise ValueError("--student has no chat template for prompts that are messages "
+                             "(--data.prompt-key prompt.0.content takes the first one's text)")
+        texts = [framed(row.prompt) for row in rows]
         return tokenizer(texts, add_special_tokens=True)["input_ids"]
-    texts = [apply_chat_template(tokenizer, text, thinking) for text in texts]
+    texts = []
+    for row in rows:
+        *before, last = row.messages or ({"role": "user", "content": row.prompt},)
+        last = last | {"content": framed(last["content"])}
+        texts.append(apply_chat_template(tokenizer, [*before, last], thinking))
     return tokenizer(texts, add_special_tokens=False)["input_ids"]      # the template wrote them
 
 
-def apply_chat_template(tokenizer, text: str, thinking: bool) -> str:
+def apply_chat_template(tokenizer, messages: list[Message], thinking: bool) -> str:
     from jinja2 import TemplateError
-    messages = [{"role": "user", "content": text}]
     try:
         return tokenizer.apply_chat_template(
             messages, tokenize=False, add_generation_prompt=True, enable_thinking=thinking)
-    except TemplateError as e:
+    except (TemplateError, TypeError, ValueError) as e:
         raise ValueError(f"the chat template of --student fails: {e}") from None
 
 

@@ -29,7 +29,8 @@ class Account:
         self.tokens = 0                                   # trained
         self.lag_max = 0
         self.lag_sum = 0.0                                # lag_mean * tokens, over the steps
-        self.first: list[Levels] = []                     # of the first WINDOW steps
+        self.measured = 0                                 # steps with a finite kl
+        self.first: list[Levels] = []                     # of the first WINDOW of these
         self.last: deque[Levels] = deque(maxlen=WINDOW)
         self.drawn: dict[str, int] = {}                   # rollout worker -> tokens, its own count
         self.handed: dict[str, int] = defaultdict(int)    # those of them that it has handed over
@@ -66,6 +67,7 @@ class Account:
         if metrics["kl"] is None or not math.isfinite(metrics["kl"]):     # a skipped step has none
             return
         levels = Levels(metrics["kl"], metrics["entropy"])
+        self.measured += 1
         if len(self.first) < WINDOW:
             self.first.append(levels)
         self.last.append(levels)
@@ -79,12 +81,18 @@ class Account:
         return {"gen_tok_s": made / seconds, "wall_s": self.wall(now)}
 
     @property
+    def window(self) -> int:
+        """Steps at either end of the run whose KL is shown as before and after: no step is at both
+        ends, except in a run of one."""
+        return max(1, min(WINDOW, self.measured // 2))
+
+    @property
     def kl_before(self) -> float:
-        return mean([levels.kl for levels in self.first])
+        return mean([levels.kl for levels in self.first[:self.window]])
 
     @property
     def kl_after(self) -> float:
-        return mean([levels.kl for levels in self.last])
+        return mean([levels.kl for levels in list(self.last)[-self.window:]])
 
     @property
     def entropy_before(self) -> float:

@@ -100,9 +100,9 @@ DONE = {
     "score_tok_s": "tokens trained since the last start / seconds the teacher was busy",
     "lag_mean": "mean over all trained tokens, versions",
     "lag_max": "largest of any trained token, versions",
-    "kl_before": "mean `kl` of the first 10 steps: one batch alone is noisy, and the student has "
-                 "hardly moved",
-    "kl_after": "mean `kl` of the last 10 steps",
+    "kl_before": "mean `kl` of the first 10 steps, or of the first half of fewer than 20: one "
+                 "batch alone is noisy, and the student has hardly moved",
+    "kl_after": "mean `kl` of as many steps at the end; of the only step in a run of one",
     "accuracy_before": "mean over the held-out rows and --eval.k answers to each, step 0",
     "accuracy_after": "the same, last step",
     "accuracy_teacher": "accuracy of the teacher, one greedy answer each (--eval.teacher)",

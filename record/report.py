@@ -58,11 +58,14 @@ def show_prompt(notes: tuple[str, ...], first_prompt: str) -> None:
 def show_end(done: dict, out: str) -> None:
     """The last line of the log as two tables, and where everything lies."""
     accuracy = [percent(done[f"accuracy_{when}"]) for when in ("before", "after", "teacher")]
+    after = f"{done['kl_after']:.4f}"
+    if done["steps"] < 2:
+        after = ""                               # one step has no change to show
     busy = [percent(done["busy"].get(role, 0)) for role in WORK]
     show("\n" + table([
         ["", "student before", "student after", "teacher"],
         ["accuracy", *accuracy],
-        ["KL per token, nats", f"{done['kl_before']:.4f}", f"{done['kl_after']:.4f}", "0"]]))
+        ["KL per token, nats", f"{done['kl_before']:.4f}", after, "0"]]))
     show("\n" + table([
         ["", *WORK],
         ["busy, share of the time", *busy],

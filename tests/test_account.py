@@ -69,3 +69,12 @@ def test_the_ends_of_a_run_are_ten_steps_each_and_skipped_steps_do_not_count():
     assert (account.entropy_before, account.entropy_after) == (95.5, 75.5)
     line = done_record(account, in_flight=0, busy={"teacher": 0.0})
     assert line["lag_mean"] == (1 * 2 + 2 * 3) / 6 and line["lag_max"] == 2 and line["steps"] == 60
+
+
+@pytest.mark.parametrize("steps, before, after", [(1, 0, 0), (2, 0, 1), (3, 0, 2), (10, 2, 7), (19, 4, 14),
+                                                  (20, 4.5, 14.5)])
+def test_no_step_is_at_both_ends_of_a_short_run(steps, before, after):
+    account = Account()
+    for i in range(steps):
+        account.enter(metrics(kl=float(i), entropy=float(i)))
+    assert (account.kl_before, account.kl_after) == (before, after)

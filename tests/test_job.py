@@ -54,6 +54,26 @@ def test_long_prompts_are_left_out_and_counted_or_refused(config, tmp_path):
     path.write_text("\n".join(json.dumps({"prompt": "1" * (5 + 20 * (i == 0))}) for i in range(30)))
     cfg, job = prepare(config(task=str(path)))
     assert len(job.prompts) == 29 and job.notes == (
-        "1 of 30 prompts are empty or longer than --max-prompt 16: left out",)
+        "1 of 30 prompts are longer than --max-prompt 16: left out",)
     with pytest.raises(ValueError, match="--data.long-prompts refuse: 1 of 30"):
         prepare(config(task=str(path), data__long_prompts="refuse"))
+
+
+def test_empty_prompts_are_counted_apart_from_long_ones(config, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": p}) for p in ("", " \n", "1" * 99, "1+1=")))
+    cfg, job = prepare(config(task=str(path)))
+    assert len(job.prompts) == 1 and job.notes == ("2 of 4 prompts are empty: left out",
+                                                   "1 of 4 prompts are longer than --max-prompt 16: left out")
+    path.write_text('{"prompt": ""}')
+    with pytest.raises(ValueError, match="every prompt is empty"):
+        prepare(config(task=str(path)))
+
+
+def test_a_key_of_answers_that_is_given_must_be_somewhere(config, tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("\n".join(json.dumps({"prompt": f"{i}", "result": "1"}) for i in range(3)))
+    assert prepare(config(task=str(path), data__answer_key="result,answer"))
+    with pytest.raises(ValueError, match="--data.answer-key 'solution': no row of .* has an answer there"):
+        prepare(config(task=str(path), data__answer_key="solution"))
+    assert prepare(config(task=str(path))), "the default is a guess"

@@ -173,6 +173,42 @@ def test_prompts_go_through_template_suffix_and_chat_template():
         decoded(tokenizer, "12")
 
 
+CHAT_OF_ROLES = "{% for m in messages %}{{ m.role[0] }}{{ m.content }};{% endfor %}"
+
+
+def test_a_prompt_may_be_a_chat(tmp_path):
+    tokenizer = toy.toy_tokenizer()
+    tokenizer.add_tokens(["s", "u"])
+    messages = [{"role": "system", "content": "1", "name": "x"}, {"role": "user", "content": "2"}]
+    name = write(tmp_path / "t.jsonl", [{"prompt": messages}, {"prompt": messages[1:]}, {"prompt": "3"}])
+    rows = read_rows(name, "prompt", "answer")
+    assert [row.prompt for row in rows] == ["system: 1\nuser: 2", "2", "3"]
+    with pytest.raises(ValueError, match="--student has no chat template for prompts that are messages"):
+        encode(rows, tokenizer)
+    tokenizer.chat_template = CHAT_OF_ROLES
+    texts = [tokenizer.decode(ids) for ids in encode(rows, tokenizer, template="0{prompt}", suffix="+")]
+    assert texts == ["s1;u02+;", "u02+;", "u03+;"], "the last message is put into the template"
+
+
+def test_a_byte_order_mark_is_no_part_of_the_first_row(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text('{"prompt": "a"}\n{"prompt": "b"}', encoding="utf-8-sig")
+    assert read_rows(str(path), "prompt", "answer") == [Row("a"), Row("b")]
+
+
+@pytest.mark.parametrize("line, complaint", [
+    ('{"prompt": "a\\ud800"}', r":1: its prompt holds '\\ud800' at character 2, half of a surrogate pair"),
+    ('{"prompt": "a", "answer": "\\udc00"}', ":1: its answer holds"),
+    ({"prompt": [{"role": "user"}]}, ":1: message 1 of its prompt has no role and content that are texts"),
+    ({"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+     ":1: its prompt ends with a message of the assistant"),
+    ("[" * 100_000, ":1: is nested too deeply"), ('{"prompt": ' + "9" * 5000 + "}", ":1: "),
+])
+def test_a_row_that_no_model_can_read_is_refused_with_its_line(tmp_path, line, complaint):
+    with pytest.raises(ValueError, match=complaint):
+        read_rows(write(tmp_path / "t.jsonl", [line]), "prompt", "answer")
+
+
 # -- comparing two tokenizers ---------------------------------------------------------------------
 
 def test_different_vocabularies_are_refused_with_the_first_differing_ids():
