@@ -201,6 +201,7 @@ class Worker:
         with self.paused(), self.link.span("push"):
             start = time.monotonic()
             self.version, tensors, probe_logp = self.weights.read(version)
+            self.check_finite(probe_logp)
             self.engine.load(tensors)
             gap = (self.engine.logp(self.weights.probe) - probe_logp).abs()
         if not gap.max() <= self.tolerance:              # `not <=`, so that nan counts as wrong
@@ -209,6 +210,14 @@ class Worker:
                             f"probe (tolerance {self.tolerance:g})")
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
+
+    def check_finite(self, probe_logp: Tensor) -> None:
+        """No engine can prove that nan has arrived: then the update is to blame, not the way."""
+        if not probe_logp.isfinite().all():
+            raise Incurable(f"version {self.version} of the student is useless: the learner itself "
+                            "computes log-probs of nan or inf with it. Its last update was too "
+                            f"large (--lr {self.cfg.lr:g}, --clip {self.cfg.clip:g}; grad_norm in "
+                            "the log): lower --lr, or raise --warmup")
 
     def answer(self) -> None:
         """Answer the evaluation prompts under the newest weights.

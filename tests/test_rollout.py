@@ -15,6 +15,7 @@ from models.head import sequence_logp
 from models.loading import load_model
 from rollout import Worker
 from tests.conftest import save_tiny
+from transport.link import Incurable
 from transport.shared import SharedMemory
 from transport.weights import Weights
 
@@ -287,3 +288,17 @@ def test_a_wrong_push_stops_the_worker(config, models):
     weights.publish({n: p * 1.5 for n, p in tensors.items()}, 1, probe)
     with pytest.raises(RuntimeError, match="version 1 did not arrive"):
         worker.load(None)
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf])
+def test_weights_that_an_update_has_ruined_are_blamed_on_the_update(config, models, bad):
+    cfg = config(lr=1, clip=7)
+    model = load_model(models["student"], "cpu", torch.float32)
+    model.lm_head.weight.data[5] = bad
+    weights = Weights({n: p.shape for n, p in model.named_parameters()}, [3, 4, 5, 6], torch.float32)
+    weights.publish(dict(model.named_parameters()), 4, sequence_logp(model, weights.probe).detach())
+    link = SimpleNamespace(send=lambda *a, **k: None, span=lambda what: nullcontext())
+    worker = Worker(cfg, link, SharedMemory(Slots(1, 16, 12, 4), weights), HFEngine(cfg, "cpu", torch.float32))
+    with pytest.raises(Incurable, match=r"version 4 of the student is useless.*--lr 1, --clip 7; grad_norm") as e:
+        worker.load(None)
+    assert "arrive" not in str(e.value)
