@@ -100,12 +100,20 @@ class Controller:
         self.recorder.log.write("run", **provenance(asdict(cfg), pids))
         if resume is not None:
             self.recorder.event("resumed", step=self.scheduler.version, checkpoint=str(resume))
+        self.recorder.log.progress(f"loading models: {self.unready()}")
         while not all(handle.ready for handle in self.pool):
             self.hear()
         if self.job.validation_prompts:
             self.pool.broadcast("learner", "validation", self.job.validation_prompts)
         self.first_evaluations(resumed=resume is not None)
         self.account.start()
+        self.recorder.log.begin()
+
+    def unready(self) -> str:
+        """The workers that are still loading, and the engine that a rollout worker starts."""
+        names = {"rollout": f" ({self.cfg.engine})", "teacher": f" ({self.cfg.teacher_engine})"}
+        return ", ".join(handle.name + names.get(handle.role, "") for handle in self.pool
+                         if not handle.ready)
 
     def start_workers(self, checkpoint: str) -> None:
         self.meeting_point.unlink(missing_ok=True)
@@ -129,6 +137,10 @@ class Controller:
             self.evaluation.ask_student(0)
         elif every and self.scheduler.version % every == 0:
             self.evaluation.ask_student(self.scheduler.version)
+        if self.evaluation.pending:
+            by = " and ".join(sorted(self.evaluation.asked))
+            self.recorder.log.progress("evaluation before the first step, by "
+                                       f"{by}: {len(self.job.eval_prompts):,} prompts")
         self.hear_evaluations()
 
     # -- the loop ---------------------------------------------------------------------------------
@@ -167,6 +179,9 @@ class Controller:
 
     def worker_ready(self, handle: WorkerHandle, body: dict) -> None:
         handle.ready = True
+        rest = self.unready()
+        if rest:
+            self.recorder.log.progress(f"{handle.name} is ready, still loading: {rest}")
 
     def worker_stopped(self, handle: WorkerHandle, body: dict) -> None:
         handle.stopped = True

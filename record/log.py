@@ -13,6 +13,8 @@ import math
 import sys
 from pathlib import Path
 
+from tqdm import tqdm
+
 from data.printable import printable
 from record.disk import Disk
 from record.report import evaluation_text, progress_text, sample_texts
@@ -26,14 +28,21 @@ class Log:
 
     def __init__(self, folder: Path, steps: int, quiet: bool = False, done: int = 0):
         """`steps`: of the whole run; `done`: of them, before this start; `quiet`: no bar."""
-        from tqdm import tqdm
         self.disk = Disk(self.say)
         self.file = self.disk.open(folder / "log.jsonl", "a")
         self.samples = self.disk.open(folder / "samples.txt", "a")
         self.tracker: Tracker | None = None
+        self.steps = steps
+        self.done = done
+        self.quiet = quiet
+        self.bar: tqdm | None = None
+
+    def begin(self) -> None:
+        """Show the bar: the first ticket is handed out, and from here on steps are counted."""
         interval = 0.2 if sys.stderr.isatty() else 10.0
-        self.bar = tqdm(total=steps, initial=done, unit="step", dynamic_ncols=True, smoothing=0.1,
-                        disable=quiet, mininterval=interval)
+        self.bar = tqdm(total=self.steps, initial=self.done, unit="step", dynamic_ncols=True,
+                        smoothing=0.1, disable=self.quiet, mininterval=interval)
+        self.bar.set_postfix_str("the first batch is generated and scored")
 
     def write(self, kind: str, /, **values) -> None:
         """One line of type `kind`. A number that is not finite is written as null, as JSON has no
@@ -55,13 +64,19 @@ class Log:
 
     def say(self, text: str) -> None:
         """A message to a person, above the bar."""
-        self.bar.write(printable(f"asyncopd: {text}"), file=sys.stderr)
+        tqdm.write(printable(f"asyncopd: {text}"), file=sys.stderr)
+
+    def progress(self, text: str) -> None:
+        """What is waited for, where there is no bar yet."""
+        if not self.quiet:
+            self.say(text)
 
     def step(self, metrics: dict) -> None:
         """A step line (steps.step_record), and the bar's next step."""
         self.write("step", **metrics)
-        self.bar.set_postfix_str(progress_text(metrics), refresh=False)
-        self.bar.update()
+        if self.bar is not None:
+            self.bar.set_postfix_str(progress_text(metrics), refresh=False)
+            self.bar.update()
 
     def evaluation(self, step: int, who: str, summary: dict, answered: list[tuple]) -> None:
         """An evaluation line, and samples of the answers for a person.
@@ -71,8 +86,8 @@ class Log:
         """
         self.write("eval", step=step, who=who, **summary)
         self.samples.write(sample_texts(step, who, answered))
-        if not self.bar.disable:
-            self.bar.write(evaluation_text(step, who, summary, answered))
+        if not self.quiet:
+            tqdm.write(evaluation_text(step, who, summary, answered))
 
     def check_written(self) -> None:
         """Raise the OSError, with the file's name, for which lines are still waiting."""
@@ -83,7 +98,8 @@ class Log:
 
     def close(self) -> None:
         self.disk.close()
-        self.bar.close()
+        if self.bar is not None:
+            self.bar.close()
         if self.tracker is not None:
             self.tracker.close()
 

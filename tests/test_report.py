@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
+from control.controller import Controller
 from control.resolve import configure
 from data.prompts import Row
 from record import report
@@ -40,6 +41,35 @@ def test_an_evaluation_is_a_line_of_the_log_samples_in_a_file_and_three_lines_on
     out = capsys.readouterr().out.splitlines()
     assert out[0] == "eval at step 5, student: 25.0% [10.0, 40.0] of 10 prompts x 2  pass@2 50.0%"
     assert out[1:] == ["  right  prompt 0  ->  text 0", "  wrong  prompt 1  ->  text 1"]
+
+
+def test_before_the_first_ticket_there_are_words_and_no_bar(tmp_path, capsys):
+    """A bar at 0 tells nobody that models are being loaded."""
+    log = Log(tmp_path, steps=400)
+    log.progress("loading models: teacher0 (hf), learner")
+    assert capsys.readouterr().err == "asyncopd: loading models: teacher0 (hf), learner\n"
+    log.begin()
+    assert "0/400" in (said := capsys.readouterr().err) and "the first batch is generated and scored" in said
+    log.close()
+    capsys.readouterr()
+    quiet = Log(tmp_path, steps=400, quiet=True)
+    quiet.progress("loading models")
+    quiet.begin()
+    quiet.close()
+    assert capsys.readouterr().err == ""
+
+
+def test_the_controller_says_which_workers_are_still_loading(config):
+    said = []
+    workers = [SimpleNamespace(name=name, role=role, ready=False)
+               for name, role in (("rollout0", "rollout"), ("teacher0", "teacher"), ("learner", "learner"))]
+    controller = SimpleNamespace(cfg=config(engine="hf"), pool=workers,
+                                 recorder=SimpleNamespace(log=SimpleNamespace(progress=said.append)))
+    controller.unready = lambda: Controller.unready(controller)
+    for worker in workers:
+        Controller.worker_ready(controller, worker, {})
+    assert said == ["rollout0 is ready, still loading: teacher0 (hf), learner",
+                    "teacher0 is ready, still loading: learner"]
 
 
 def test_a_long_text_is_shortened_to_its_two_ends():
