@@ -58,6 +58,8 @@ class Evaluation:
         self.pool = pool
         self.recorder = recorder
         self.asked: set[str] = set()                     # workers that have not answered yet
+        self.answered_versions: set[int] = set()         # of the student, graded or about to be
+        self.wanted = -1       # a later version to evaluate, once the worker has answered
         self.gradings: dict[Connection, Grading] = {}    # by the pipe that tells of their end
 
     @property
@@ -70,9 +72,15 @@ class Evaluation:
         return bool(self.asked or self.gradings)
 
     def ask_student(self, version: int) -> None:
-        """Ask the first rollout worker, unless this version was evaluated before a resumption."""
-        if ("student", version) not in self.recorder.account.accuracy:
-            self.ask(self.pool.role("rollout")[0])
+        """Ask the first rollout worker, unless this version was evaluated already, before a
+        resumption for example. A worker that still answers is asked again afterwards."""
+        known = ("student", version) in self.recorder.account.accuracy
+        if known or version in self.answered_versions:
+            return
+        handle = self.pool.role("rollout")[0]
+        if handle.name in self.asked:
+            self.wanted = version
+        self.ask(handle)
 
     def ask_teacher(self) -> None:
         self.ask(self.pool.role("teacher")[0])
@@ -96,6 +104,11 @@ class Evaluation:
         if handle.role == "teacher":
             who = "teacher"
             step = 0
+        else:
+            self.answered_versions.add(step)
+            if self.wanted > step:
+                self.ask(handle)
+            self.wanted = -1
         answers = body["answers"]
         k = len(answers) // len(self.job.eval_prompts)
         by_prompt = [answers[i:i + k] for i in range(0, len(answers), k)]

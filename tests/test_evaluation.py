@@ -95,6 +95,27 @@ def test_a_version_is_evaluated_once_and_a_successor_is_asked_again():
     assert successor.orders == [("evaluate", None)], "it has answered"
 
 
+def test_a_version_that_is_due_during_an_answer_is_evaluated_after_it_and_none_twice():
+    """--eval.every 1 of three steps that are faster than an evaluation: 0, 1, 2, 3."""
+    e, _ = evaluation(right_if_even)
+    rollout = e.pool.workers[0]
+
+    def answer(version):
+        e.answered(rollout, {"version": version, "answers": [[2], [3]]})
+
+    e.ask_student(0)
+    answer(0)
+    e.ask_student(1)
+    e.ask_student(2)                       # it still answers for version 1
+    answer(1)
+    assert len(rollout.orders) == 3 and e.asked == {"rollout0"}
+    e.ask_student(3)
+    answer(3)                              # it has loaded the newest version, which covers 2 and 3
+    assert len(rollout.orders) == 3 and not e.asked
+    e.ask_student(3)
+    assert len(rollout.orders) == 3, "at the end: version 3 is answered, though perhaps not graded yet"
+
+
 def test_the_teacher_is_recorded_at_step_0():
     e, records = evaluation(right_if_even)
     e.ask_teacher()
