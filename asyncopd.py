@@ -2,8 +2,8 @@
 Asynchronous on-policy distillation: a student writes, a teacher scores, a learner updates, all
 at the same time.
 
-    python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
-    python asyncopd.py --gpus 0                     # no GPU: the same processes, a toy model
+    .venv/bin/python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
+    .venv/bin/python asyncopd.py --gpus 0           # no GPU: the same processes, a toy model
 
 This file is the command: flags, checks, the run, and the exit code.
 

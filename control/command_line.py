@@ -29,10 +29,10 @@ DESCRIPTION = """Asynchronous on-policy distillation: a student writes, a teache
 updates, all at the same time. Where neither a model nor --config is given, it trains the toy if
 there is no GPU, Qwen2.5-0.5B on GSM8K with a few GPUs, and the setting of the paper with eight.
 
-    asyncopd.py --gpus 8 --kl reverse --mc-samples 4
-    asyncopd.py --gpus 0
-    asyncopd.py --config configs/gsm8k.yaml --dry-run
-    asyncopd.py --extend NAME --help          with the flags of an extension"""
+    .venv/bin/python asyncopd.py --gpus 8 --kl reverse --mc-samples 4
+    .venv/bin/python asyncopd.py --gpus 0
+    .venv/bin/python asyncopd.py --config configs/gsm8k.yaml --dry-run
+    .venv/bin/python asyncopd.py --extend NAME --help      with the flags of an extension"""
 
 
 @dataclass(frozen=True)

@@ -160,14 +160,18 @@ def model_card(log: Path) -> str:
         *(f"| {name} | {one_line(fact)} |" for name, fact in card_facts(runs[0], done).items()), "",
         *card_evaluations(config, evaluations),
         card_divergence(config, done), "",
-        *(f"    python {command_line(run['argv'])}" for run in runs), ""])
+        f"With the code of commit {runs[0]['commit']} and its environment:", "",
+        *(f"    .venv/bin/python {command_line(run['argv'])}" for run in runs), ""])
 
 
 def command_line(words: list[str]) -> str:
-    """One line for bash. A word with a line break or another control character is written as
-    $'..', in which bash reads escapes."""
+    """One line for bash, in the folder of the code. A word with a line break or another control
+    character is written as $'..', in which bash reads escapes."""
+    script, *flags = words
+    if Path(script).name == "asyncopd.py":       # from wherever it was called
+        script = "asyncopd.py"
     quoted = []
-    for word in words:
+    for word in (script, *flags):
         if one_line(word) == word:
             quoted.append(shlex.quote(word))
         else:

@@ -18,7 +18,7 @@ from tests.conftest import ROOT
 ANSWERED = [(Row(f"prompt {i}", str(i)), [f"text {i}", "other"], [i % 2 == 0, False]) for i in range(10)]
 SAID = dict(accuracy=0.25, n=10, k=2, avg_at_k=0.25, pass_at_k={"1": 0.25, "2": 0.5}, ci=[0.1, 0.4])
 LINES = [
-    dict(type="run", argv=["asyncopd.py", "--task=hf:a/b", "--data.filter=level > 3"], commit="abc", pids={},
+    dict(type="run", argv=["../there/asyncopd.py", "--task=hf:a/b", "--data.filter=level > 3"], commit="abc", pids={},
          config=dict(student="Org/Small", teacher="Org/Large", task="hf:a/b",
                      data=dict(filter="level > 3", suffix="", eval_task=""),
                      kl="reverse", estimator="reverse_mc", batch=8, lr=3e-6, lr_schedule="constant", seed=4,
@@ -84,7 +84,7 @@ def test_the_card_states_the_runs_facts_and_nothing_else(tmp_path):
                  "29 batches of 8 responses, 1,234 tokens", "learning rate 3e-06", "seed 4", "mean 1.50, max 3",
                  "60 s on a processor", "asyncopd abc; torch 2", "| 0 | student | 25.0% | 10.0% to 40.0% | 10 | 2 |",
                  "| 9 | student | 100.0% |", "temperature 1", "0.5000 in the first ten batches, 0.2500 in the last ten",
-                 "    python asyncopd.py --task=hf:a/b '--data.filter=level > 3'"):
+                 "    .venv/bin/python asyncopd.py --task=hf:a/b '--data.filter=level > 3'"):
         assert fact in card, fact
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(x) for x in (LINES[0], LINES[-1] | {"steps": 19})))
     card = report.model_card(tmp_path / "log.jsonl")
