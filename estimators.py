@@ -607,9 +607,35 @@ class Estimator:
         """The number of its own best words that the student records after the drawn ones."""
         return k if self.support == "student_topk" else 0
 
-    def scored(self, x: Tensor) -> Tensor:
-        """Of all columns [..., C] of a slot, those that `fn` receives: its candidates."""
-        return x if self.support in ("sampled", "candidates") else x[..., 1:]
+    def scored(self, x: Tensor, selective: bool = False) -> Tensor:
+        """Of all columns [..., C] of a slot, those that `fn` receives: its candidates.
+
+        `selective`: positions are weighed or left out by their emitted token. Then that token is
+        no draw from mu, the other candidates are, and `fn` receives these alone.
+        """
+        if self.support == "sampled":
+            return x
+        if self.support == "candidates" and not selective:
+            return x
+        return x[..., 1:]
+
+    def logged(self, x: Tensor, selective: bool = False) -> Tensor:
+        """Of all columns [..., C], those drawn by mu from which the logged KL is estimated.
+
+        If positions are `selective` and no further word was drawn, it is the emitted token all the
+        same: then the logged KL is that of a selection of tokens.
+        """
+        n = self.drawn(x.shape[-1])
+        if selective and n > 1:
+            return x[..., 1:n]
+        return x[..., :n]
+
+    def allows_selection(self, n: int) -> bool:
+        """Whether the loss of a position that is selected by its emitted token has candidates that
+        the selection does not touch. `n`: --mc-samples."""
+        if self.support == "candidates":
+            return n > 1
+        return self.support != "sampled"
 
     def bytes(self, n: int, k: int, hidden: int) -> int:
         """Per token in a slot: id, logmu and logq of every column, 4 bytes each, and where the

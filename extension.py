@@ -268,6 +268,11 @@ class Extensions(list[Extension]):
         return any(e.sparse for e in self)
 
     @property
+    def selective(self) -> bool:
+        """Whether positions may be weighed or left out by their emitted tokens."""
+        return any(e.sparse or type(e).weight is not Extension.weight for e in self)
+
+    @property
     def metrics(self) -> dict[str, str]:
         """Keys that they add to a step line."""
         return merged(e.METRICS for e in self)

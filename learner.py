@@ -8,7 +8,8 @@ holds the teacher's last hidden state, and the learner applies the teacher's hea
 Three sizes
     train batch      --batch responses: one step, after which one version is published
     optimizer batch  the part of it (one of --minibatches) that one AdamW update uses. The loss is
-                     a sum over its positions, divided by the number of its new tokens
+                     a sum over its positions, divided by a number of tokens that is the same for
+                     all batches of an asynchronous run (`Divisors`)
     micro-batch      what passes through the model at once; its size does not change the loss
 
 Several learners are ranks: each works on its share of a batch and on its shards of the model, and
@@ -24,7 +25,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -44,6 +45,7 @@ from transport.link import Link
 from transport.shared import LearnerStart, SharedMemory
 from transport.weights import WeightTransport
 
+FIRST_ROWS = "rows of the first batch:"          # begins the names of Divisors in a checkpoint
 Measured = dict[str, Tensor]                     # by name, one value per position [m]
 MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y")      # what `Learner.measure` returns
 UNUSABLE = {"logmu": "the engine sampled from nan",
@@ -86,11 +88,13 @@ class Learner:
             parameters, lr=cfg.lr, weight_decay=cfg.weight_decay,
             fused=True if self.student.device.type == "cuda" else None)
         self.updates = 0
+        self.divisors = Divisors(lockstep=cfg.schedule != "async")
         self.continues = bool(checkpoint)        # resumed from a checkpoint
         saved: dict[str, Tensor] = {}
         if checkpoint:
             self.updates, saved = read_training(Path(checkpoint), self.student.trained(),
                                                 self.optimizer, self.ranks.part)
+            self.divisors.take(saved)
         self.extensions = Extensions.load(cfg)
         self.extensions.attach(self, saved)
         self.layers = self.extensions.student_layers
@@ -109,13 +113,16 @@ class Learner:
         skipped: list[dict] = []
         norm = torch.tensor(torch.nan)
         lr = self.learning_rate()
-        for i, minibatch in enumerate(split(segments, self.cfg.minibatches)):
+        self.divisors.note(segments)
+        minibatches = split(segments, self.cfg.minibatches)
+        for i, minibatch in enumerate(minibatches):
             fault = unusable(minibatch)
             if fault:
                 skipped.append(fault)
                 measured.append(self.nothing_measured(minibatch))
                 continue
-            measured += self.accumulate(minibatch, link, first=i == 0)
+            divisors = self.divisors.of(minibatch, len(minibatches))
+            measured += self.accumulate(minibatch, divisors, link, first=i == 0)
             lr = self.learning_rate()
             norm = self.update(lr)
             if not norm.isfinite():
@@ -129,28 +136,26 @@ class Learner:
         metrics |= {"grad_norm": norm.item(), "lr": lr}
         return Trained(metrics, skipped, outcome.events, outcome.flush)
 
-    def accumulate(self, minibatch: list[Segment], link: Link | None,
-                   first: bool) -> list[Measured]:
+    def accumulate(self, minibatch: list[Segment], divisors: dict[str, float],
+                   link: Link | None, first: bool) -> list[Measured]:
         """Add up the gradient of one optimizer batch, micro-batch by micro-batch."""
         measured = []
-        count = max(1, sum(map(len, minibatch)))
-        used = rows_in_use(minibatch)
         for group in self.ranks.groups(minibatch, self.cfg.micro_tokens):
             if link and first and self.ranks.any(link.hurried):      # the parent wants to end
                 self.optimizer.zero_grad()
                 raise Interrupted
-            measured.append(self.backward(group, count, used))
+            measured.append(self.backward(group, max(1, divisors[""]), divisors))
             if link:
                 link.beat()
         return measured
 
-    def backward(self, group: list[Segment], count: int,
-                 used: dict[str, int] | None = None) -> Measured:
+    def backward(self, group: list[Segment], count: float,
+                 used: Mapping[str, float] | None = None) -> Measured:
         """Add the gradient of this micro-batch to that of the optimizer batch.
 
-        The estimator's loss is divided by `count`, the new tokens of the optimizer batch, and the
-        loss of an extension by `used[name]`, the used rows of its slot tensor. FSDP averages over
-        the learners although a sum is wanted, so each denominator is multiplied by `part`.
+        The estimator's loss is divided by `count` tokens, and the loss of an extension by
+        `used[name]`, rows of its slot tensor (`divisors`). FSDP averages over the learners
+        although a sum is wanted, so each divisor is multiplied by `part`.
         """
         part = 1 / self.ranks.size
         rows, states = self.student.rows_and_states(group, self.layers)
@@ -173,10 +178,10 @@ class Learner:
         for extension in self.extensions:
             own = extension.loss([states[layer] for layer in extension.student_layers], group)
             if own is not None:
-                denominator = count
+                divisor = count
                 if extension.loss_over:
-                    denominator = max(1, (used or {}).get(extension.loss_over, 0))
-                roots.append((own.sum() / (denominator * part), None))
+                    divisor = max(1, (used or {}).get(extension.loss_over, 0))
+                roots.append((own.sum() / (divisor * part), None))
         torch.autograd.backward([root for root, _ in roots], [g for _, g in roots])
         return measured
 
@@ -188,14 +193,18 @@ class Learner:
         logp [m, C] are those of the stored words; `every` [m, V] those of all words, or None if
         the estimator does not need them. `context`: further arguments of the loss, from `prepass`
         and, if the estimator has a tail, from the head.
+
+        Where an extension weighs positions by their emitted token, or leaves some out, column 0
+        takes no part in loss and KL: given such a choice it is no draw from mu any more.
         """
         ids = cached["ids"]
         logq = cached["logq"]
         logmu = cached["logmu"]
-        n = self.estimator.drawn(ids.shape[1])
-        drawn = (logp.detach()[:, :n], logq[:, :n], logmu[:, :n])
+        selective = self.extensions.selective
+        drawn = [self.estimator.logged(x, selective) for x in (logp.detach(), logq, logmu)]
         if every is None:
-            loss = self.loss(*map(self.estimator.scored, (logp, logq, logmu)), **context)
+            scored = [self.estimator.scored(x, selective) for x in (logp, logq, logmu)]
+            loss = self.loss(*scored, **context)
             kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
@@ -206,9 +215,11 @@ class Learner:
         if weight is not None:
             loss = loss * weight
         w = importance_weight(drawn[0], drawn[2])
+        n = self.estimator.drawn(ids.shape[1])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
-        return {"loss": loss, "kl": kl, "w": w[:, 0], "entropy": -(w * drawn[0]).mean(-1),
-                "duplicates": 1 - distinct / n, "y": ids[:, 0]}
+        return {"loss": loss, "kl": kl, "w": importance_weight(logp[:, 0], logmu[:, 0]),
+                "entropy": -(w * drawn[0]).mean(-1), "duplicates": 1 - distinct / n,
+                "y": ids[:, 0]}
 
     def update(self, lr: float) -> Tensor:
         """One step of the optimizer, unless the gradient is not finite. Returns the norm of the
@@ -284,10 +295,13 @@ class Learner:
                 lag: Tensor) -> dict[str, object]:
         """The learner's numbers of a step; record/metrics.py explains each. lag [M], versions."""
         tokens = sum(map(len, segments))
+        ends = [s.start - s.prompt + len(s) for s in segments]
         found: dict[str, object] = dict(summarize(measured))
         stored = sum(len(s.ids) for s in segments) / tokens
         found["loss"] = found["loss"] * stored         # per position of the batch
         found |= {"tokens": tokens, "stored": stored, "sequences": len(segments),
+                  "token_weight": self.divisors.token_weight(segments),
+                  "length_trained": sum(ends) / len(ends),
                   "context": sum(s.start - s.prompt for s in segments),
                   "lag_min": int(lag.min()), "lag_mean": lag.mean().item(),
                   "lag_max": int(lag.max())}
@@ -334,10 +348,57 @@ class Learner:
         # float32 weights are stored too where the folder does not hold them
         masters = self.student.dtype != torch.float32 or self.cfg.lora_rank > 0
         write_training(folder, self.student.trained(), self.optimizer, self.updates,
-                       masters=masters, extra=self.extensions.state(),
+                       masters=masters, extra=self.state(),
                        collect=self.ranks.collect, rank=self.ranks.rank)
         if fault:
             raise fault
+
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        """What else a resumed run has to know, by name."""
+        yield from self.divisors.state()
+        yield from self.extensions.state()
+
+
+class Divisors:
+    """What the losses of an optimizer batch are divided by: "" the estimator's, by new tokens; the
+    name of a slot tensor: that of an extension, by its used rows.
+
+    In lockstep a batch holds all responses that were begun together, and each loss is a mean over
+    the rows of its batch. An asynchronous run trains first what ends first: its first batches hold
+    short responses, and in a mean over their few tokens each would weigh up to twice as much as a
+    token of a later batch. So there every batch is divided by the rows of the run's first one, and
+    a token weighs the same in all of them.
+    """
+
+    def __init__(self, lockstep: bool):
+        self.lockstep = lockstep
+        self.first: dict[str, float] = {}        # rows of the first batch that has any
+
+    def note(self, segments: list[Segment]) -> None:
+        """A batch is to be trained."""
+        for name, rows in rows_in_use(segments).items():
+            if not self.first.get(name):
+                self.first[name] = rows
+
+    def of(self, minibatch: list[Segment], updates: int) -> dict[str, float]:
+        """For one of the `updates` of a batch."""
+        if self.lockstep:
+            return rows_in_use(minibatch)
+        return {name: rows / updates for name, rows in self.first.items()}
+
+    def token_weight(self, batch: list[Segment]) -> float:
+        """Weight of a token of this batch, relative to one of the first batch."""
+        return self.first[""] / self.of(batch, 1)[""]
+
+    def state(self) -> Iterator[tuple[str, Tensor]]:
+        for name, rows in self.first.items():
+            yield FIRST_ROWS + name, torch.tensor(rows)
+
+    def take(self, saved: dict[str, Tensor]) -> None:
+        """Remove from `saved` what `state` has written, and go on from it."""
+        for key in [key for key in saved if key.startswith(FIRST_ROWS)]:
+            self.first[key.removeprefix(FIRST_ROWS)] = saved.pop(key).item()
 
 
 def split(segments: list[Segment], minibatches: int) -> list[list[Segment]]:
@@ -365,8 +426,9 @@ def lags(segments: list[Segment], version: int) -> Tensor:
 
 
 def rows_in_use(segments: Sequence[Segment]) -> dict[str, int]:
-    """By name of an extension's slot tensor, the number of its rows that these segments use."""
-    used: dict[str, int] = {}
+    """By name of an extension's slot tensor, the number of its rows that these segments use; by
+    the name "", the number of their new tokens."""
+    used = {"": sum(map(len, segments))}
     for s in segments:
         for name, rows in s.extra.items():
             used[name] = used.get(name, 0) + len(rows)

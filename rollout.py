@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -121,7 +121,7 @@ class Worker:
         self.has_generated = True
         if finished:
             self.flush(finished)
-            self.link.send("generated", slots=finished, finished=True, tokens=self.tokens)
+            self.link.send("generated", slots=finished, finished=True, **self.counts())
 
     def begin_waiting(self) -> None:
         """Begin tickets in their order, up to one that needs other weights while responses run."""
@@ -158,13 +158,14 @@ class Worker:
     def cut(self, body: tuple[int, list[int]]) -> None:
         """Hand over what these responses have so far. The rest becomes a new ticket, later."""
         floor, slots = body
-        self.link.send("generated", slots=self.overdue(floor, slots), finished=False,
-                       tokens=self.tokens)
+        held = self.overdue(floor, slots)
+        self.link.send("generated", slots=held, finished=False, **self.counts())
 
     def drop(self, body: tuple[int, list[int]]) -> None:
         """Throw these responses away."""
         floor, slots = body
-        self.link.send("dropped", slots=self.overdue(floor, slots), tokens=self.tokens)
+        held = self.overdue(floor, slots)
+        self.link.send("dropped", slots=held, **self.counts())
 
     def overdue(self, floor: int, slots: list[int]) -> list[int]:
         """Those of `slots` whose first token is of version `floor` or older, flushed.
@@ -185,8 +186,12 @@ class Worker:
         self.flush(sorted(self.running))
         if self.evaluation_wanted:
             self.answer()
-        self.link.send("stopped", tokens=self.tokens)
+        self.link.send("stopped", **self.counts())
         self.stopped = True
+
+    def counts(self) -> dict[str, int]:
+        """Of this worker so far, for the record: tokens drawn, and responses put aside."""
+        return {"tokens": self.tokens, "preempted": self.engine.preempted}
 
     # -- weights
 
@@ -237,11 +242,16 @@ class Worker:
     @contextmanager
     def paused(self) -> Iterator[None]:
         """Empty the engine for a while: flush what runs, and let it continue afterwards."""
-        interrupted = sorted(self.running)
+        interrupted = self.by_age(self.running)
         self.flush(interrupted)
         yield
         for s in interrupted:
             self.start(s)
+
+    def by_age(self, slots: Iterable[int]) -> list[int]:
+        """The same slots, oldest response first. An engine with fewer places than responses takes
+        them in this order, so that none is overtaken at every push until it is overdue."""
+        return sorted(slots, key=lambda s: int(self.slots.uid[s]))
 
     def start(self, s: int) -> None:
         """Let the engine continue slot s from whatever tokens it holds."""

@@ -17,13 +17,12 @@ from collections.abc import Callable
 from importlib import import_module
 from types import SimpleNamespace
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cache import Segment, Slots
 from config import Config
-from engines.sampling import TEACHER
+from engines.uniforms import TEACHER, uniforms
 from estimators import ESTIMATORS, LOG_MIN, LOG_RATIO_MAX, draw
 from extension import Extensions
 from models.alignment import by_length, kept_rows, pad, response_rows
@@ -112,7 +111,7 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     rows = kept_rows(rows, segments)                             # [m, H]
     ids = torch.cat([s.ids for s in segments]).long().to(rows.device)
     if support == "teacher_mc":
-        u = uniforms(segments, slots, seed, ids.shape[1] - 1).to(rows.device)
+        u = numbers(segments, slots, seed, ids.shape[1] - 1, rows.device)
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
         part = slice(i, i + chunk)
@@ -138,16 +137,19 @@ def write(segments: list[Segment], slots: Slots, ids: Tensor, logq: Tensor,
         at += m
 
 
-def uniforms(segments: list[Segment], slots: Slots, seed: int, n: int) -> Tensor:
+def numbers(segments: list[Segment], slots: Slots, seed: int, n: int,
+            device: torch.device) -> Tensor:
     """Random numbers [m, n] on [0, 1), float64: the teacher's draws at the stored positions.
 
-    They come from a stream of their own, TEACHER, and do not depend on the order of the slots.
+    They follow from uid and position in the response, not from where a response was cut.
     """
-    parts = []
+    uids: list[int] = []
+    positions: list[int] = []
     for s in segments:
-        random = np.random.default_rng([seed, int(slots.uid[s.slot]), s.start, TEACHER])
-        parts.append(torch.from_numpy(random.random((len(s), n))))
-    return kept_rows(torch.cat(parts), segments)
+        first = s.start - s.prompt
+        uids += [int(slots.uid[s.slot])] * len(s)
+        positions += range(first, first + len(s))
+    return kept_rows(uniforms(seed, TEACHER, uids, positions, n, device), segments)
 
 
 @torch.no_grad()

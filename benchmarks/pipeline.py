@@ -42,6 +42,8 @@ from control.plan import plan  # noqa: E402
 from control.preflight import Job  # noqa: E402
 from control.resolve import resolve  # noqa: E402
 from engines.table import ENGINES  # noqa: E402
+from learner import Divisors  # noqa: E402
+from record.account import Account  # noqa: E402
 from record.metrics import BY_LEARNER  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
@@ -63,7 +65,7 @@ class StandIn:
     """An engine: a turn of generation takes its time, and so does reading a prompt or a context."""
 
     def __init__(self, cfg, device, dtype):
-        self.kind, self.rows, self.debt = cfg.task, {}, 0.0
+        self.kind, self.rows, self.debt, self.preempted = cfg.task, {}, 0.0, 0
         full = max(1, (cfg.max_ahead + 1) * cfg.batch // cfg.rollouts)
         self.read_s = self.turn_s(full) / full / PREFILL           # per token of context
 
@@ -119,6 +121,7 @@ def learner(cfg, link, shared, start, device, dtype):
     speed = 7 / 3 if cfg.schedule == "sync" else 1.0
     per_token = STEP_S / (BATCH * mean_length(cfg.task)) / speed
     version = start.version
+    divisors = Divisors(lockstep=cfg.schedule != "async")
     shared.weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
     link.send("ready")
     while True:
@@ -132,6 +135,7 @@ def learner(cfg, link, shared, start, device, dtype):
             segments = [shared.slots.read(s) for s in body]
             lags = torch.cat([version - s.version for s in segments])
             context = sum(s.start - s.prompt for s in segments)
+            divisors.note(segments)
             with link.span("step"):
                 time.sleep(per_token * (len(lags) + context))
             version += 1
@@ -139,7 +143,8 @@ def learner(cfg, link, shared, start, device, dtype):
                 shared.weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
             metrics = dict.fromkeys(BY_LEARNER, 0.0) | dict(
                 step=version, version=version, tokens=len(lags), sequences=len(segments), context=context,
-                lag_min=int(lags.min()), lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
+                token_weight=divisors.token_weight(segments), lag_min=int(lags.min()),
+                lag_mean=lags.float().mean().item(), lag_max=int(lags.max()))
             link.send("trained", metrics=metrics, skipped=[], events=[], flush=False)
 
 
@@ -154,6 +159,21 @@ def mean_length(kind: str) -> float:
 
 
 MEANS: dict[str, float] = {}
+
+
+def token_weights(steps: list[dict]) -> dict[str, float]:
+    """The mean weight of a trained token in the shortest and the longest third of the responses, relative to the mean:
+    over the first five batches and over all; as it was, and had each batch been divided by its own tokens."""
+    found = {}
+    for rule in ("", "own_"):
+        for name, lines in (("first_", steps[:5]), ("", steps)):
+            account = Account()
+            for x in lines:
+                weight = x["token_weight"] if rule == "" else steps[0]["tokens"] / x["tokens"]
+                account.enter(x | {"token_weight": weight}, x["trained"])
+            short, long = account.weight_by_length()
+            found |= {f"{rule}{name}weight_short": short, f"{rule}{name}weight_long": long}
+    return found
 
 
 def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **flags) -> dict:
@@ -177,6 +197,7 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **fla
     shutil.rmtree(out)
     last, m = log[-1], [x for x in log if x["type"] == "step"][filling:]
     cut = [x["uid"] for x in log if x["type"] == "event" and x["what"] == "cut" and x["version"] >= filling]
+    weights = token_weights([x for x in log if x["type"] == "step"])
     wall = m[-1]["wall_s"] - m[0]["wall_s"]
     tokens = sum(x["tokens"] for x in m[1:])
     responses = sum(x["sequences"] for x in m) - len(cut)
@@ -190,7 +211,7 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **fla
                 mean_trained=sum(x["tokens"] for x in m) / max(1, responses), mean_begun=statistics.mean(begun),
                 context=sum(x["context"] for x in m) / sum(x["tokens"] for x in m), cuts=len(cut),
                 scheduler_share=parent.routing_s / last["wall_s"], step_s=wall / (len(m) - 1),
-                bound=tokens / wall / (BATCH * mean_length(kind) / STEP_S))
+                **weights, bound=tokens / wall / (BATCH * mean_length(kind) / STEP_S))
 
 
 HEADER = ("rule", "lengths", "A", "L", "× sync", "of the bound", "overlap", "lag", "dropped", "trained / begun length",

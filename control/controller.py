@@ -187,6 +187,7 @@ class Controller:
         handle.stopped = True
         if handle.role == "rollout":
             self.account.drawn[handle.name] = body["tokens"]
+            self.account.preempted[handle.name] = body["preempted"]
 
     def warning(self, handle: WorkerHandle, body: dict) -> None:
         self.recorder.warn(f"{handle.name}: {body['text']}", what="warning", worker=handle.name,
@@ -223,7 +224,8 @@ class Controller:
             trained.append((t.uid, first, int(self.slots.length[t.slot])))
         in_stages = {stage: len(tickets) for stage, tickets in self.scheduler.at.items()}
         self.recorder.step(body["metrics"], body["events"], len(body["skipped"]), trained,
-                           slots={"free": len(self.scheduler.free), **in_stages})
+                           slots={"free": len(self.scheduler.free), **in_stages},
+                           begun=self.scheduler.prompts)
 
     def validation_answers(self, handle: WorkerHandle, body: dict) -> None:
         """Answers that the learner wants graded, in the step after the newest version."""

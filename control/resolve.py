@@ -81,6 +81,7 @@ def resolve_objective(cfg: Config) -> Config:
         require(adds_loss(cfg.extend),
                 f"--estimator {name}: trains nothing by itself; switch on an extension that has a "
                 f"loss ({extensions_with_a_loss()}) or choose another estimator")
+    check_selection(replace(cfg, estimator=name))
     return replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
 
 
@@ -92,6 +93,19 @@ def check_objective(cfg: Config, given: Given) -> None:
     overrides = "kl" not in given.line and "estimator" in given.line
     require(overrides, f"{given.shown('kl')}: contradicts --estimator {cfg.estimator}, which has "
                        f"the {cfg.kl} KL (leave out one of them)")
+
+
+def check_selection(cfg: Config) -> None:
+    """A loss that only the emitted token enters cannot be weighed by the emitted token: its
+    expected gradient would no longer be that of a divergence, and may point away from it."""
+    row = ESTIMATORS[cfg.estimator]
+    if not row.head or row.allows_selection(cfg.mc_samples):
+        return
+    found = [e.name for e in extension.Extensions.load(cfg) if extension.Extensions([e]).selective]
+    remedy = "--mc-samples 2 or more" if row.support == "candidates" else "--estimator reverse_mc"
+    require(not found,
+            f"--extend {','.join(found)}: weighs a position by its emitted token, which is the "
+            f"only candidate of --estimator {cfg.estimator} here ({remedy})")
 
 
 def adds_loss(extend: str) -> bool:

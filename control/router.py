@@ -117,6 +117,7 @@ class Router:
         slots = body["slots"]
         self.account.handed[handle.name] += int(self.slots.length[slots].sum())
         self.account.drawn[handle.name] = body["tokens"]
+        self.account.preempted[handle.name] = body["preempted"]
         handle.load -= len(slots)
         return slots
 

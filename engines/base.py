@@ -15,7 +15,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from engines.sampling import EVALUATION, Drawing
+from engines.sampling import Drawing
+from engines.uniforms import EVALUATION
 
 Drawn = tuple[Tensor, Tensor, Tensor]            # tokens [L]; ids and their log-probs [L, n + k]
 
@@ -30,6 +31,7 @@ class Engine(ABC):
     """Made as Engine(cfg, device, dtype), with the weights of --student."""
 
     drawing: Drawing                             # of the responses that are added from now on
+    preempted: int = 0                           # responses put aside for want of memory, so far
 
     @abstractmethod
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -43,7 +45,7 @@ class Engine(ABC):
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
         """Begin or continue a response after `tokens`, for at most `budget` more tokens.
 
-        `uid` of its prompt and `position` of its next token choose the random numbers.
+        `uid` of the response and `position` of its next token in it choose the random numbers.
         """
 
     @abstractmethod
@@ -67,7 +69,7 @@ class Engine(ABC):
                                stream=stream)
         try:
             for i in range(len(prompts) * k):
-                self.add(i, prompts[i // k], max_new, uid=i // k, position=i % k)
+                self.add(i, prompts[i // k], max_new, uid=i, position=0)
             while len(answers) < len(prompts) * k:
                 answers |= self.take(self.step())
                 each_step()

@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from config import Config
 from engines.base import Drawn, Engine
-from engines.sampling import Drawing, Sampler, draw_rows, training_drawing
+from engines.sampling import Drawing, draw_rows, training_drawing
 from models.head import sequence_logp
 from models.loading import load_model, stop_ids
 
@@ -27,7 +27,8 @@ class Response:
     key: int
     tokens: list[int]                            # what it continues
     budget: int                                  # most new tokens
-    sampler: Sampler
+    uid: int
+    position: int                                # of its first new token, in the response
     drawing: Drawing
     drawn: list[tuple[Tensor, Tensor]] = field(default_factory=list)
     # per new token: ids [n + k], the first of them emitted, and their log-probs
@@ -37,6 +38,11 @@ class Response:
         """The token emitted last."""
         ids, _ = self.drawn[-1]
         return int(ids[0])
+
+    @property
+    def next_position(self) -> int:
+        """Where in the response the next token will stand."""
+        return self.position + len(self.drawn)
 
 
 class HFEngine(Engine):
@@ -69,8 +75,7 @@ class HFEngine(Engine):
         return sequence_logp(self.model, tokens).detach().cpu()
 
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
-        sampler = Sampler(self.drawing.seed, uid, position, self.drawing.stream)
-        self.new.append(Response(key, tokens, budget, sampler, self.drawing))
+        self.new.append(Response(key, tokens, budget, uid, position, self.drawing))
 
     @torch.no_grad()
     def step(self) -> list[int]:
@@ -85,7 +90,8 @@ class HFEngine(Engine):
             logits = self.decode([r.last for r in rows])
         else:
             return []
-        ids, logmu = draw_rows(logits, [r.sampler for r in rows], self.drawing)
+        ids, logmu = draw_rows(logits, [r.uid for r in rows], [r.next_position for r in rows],
+                               self.drawing)
         for row, a, b in zip(rows, ids.cpu(), logmu.cpu()):
             row.drawn.append((a, b))
         return [r.key for r in rows if len(r.drawn) == r.budget or r.last in self.ends]

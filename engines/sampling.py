@@ -1,5 +1,5 @@
 """
-How a position is drawn, the same in every engine, and the random numbers of a response.
+How a position is drawn, the same in every engine.
 
 N words per position, i.i.d. from the softmax that is really sampled (temperature and top-p are in
 it); the first of them is emitted. An estimator that wants the student's best words gets the k best
@@ -9,31 +9,15 @@ Shapes: R rows, one per running response; V words. Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from config import Config
+from engines.uniforms import TRAINING, uniforms
 from estimators import ESTIMATORS, draw, shaped
-
-# Streams of random numbers. Each use of randomness has its own, so that no use shifts another:
-# training draws what it would have drawn without an evaluation.
-TRAINING = 0
-TEACHER = 1
-EVALUATION = 2
-VALIDATION = 3                   # extensions, for the answers that the parent grades for them
-
-
-class Sampler:
-    """The random numbers of one response, from seed, prompt and the position where it starts.
-
-    They are the same on every machine.
-    """
-
-    def __init__(self, seed: int, uid: int, position: int, stream: int = TRAINING):
-        self.random = np.random.default_rng([seed, uid, position, stream]).random
 
 
 @dataclass(frozen=True)
@@ -54,16 +38,18 @@ def training_drawing(cfg: Config) -> Drawing:
                    temperature=cfg.temperature, top_p=cfg.top_p, seed=cfg.seed)
 
 
-def draw_rows(logits: Tensor, samplers: list[Sampler], drawing: Drawing) -> tuple[Tensor, Tensor]:
+def draw_rows(logits: Tensor, uids: Sequence[int], positions: Sequence[int],
+              drawing: Drawing) -> tuple[Tensor, Tensor]:
     """Draw from logits [R, V]: word ids [R, n + k] and their log-probs, float32.
 
-    With temperature 0 the best word is drawn, and its log-prob is 0.
+    `uids` and `positions` [R]: which response a row belongs to, and the position in it that is
+    drawn now. They choose the random numbers (uniforms.py). With temperature 0 the best word is
+    drawn, and its log-prob is 0.
     """
     if drawing.temperature == 0:
         best = logits.argmax(-1, keepdim=True)
         return best, torch.zeros(best.shape, device=best.device)
-    numbers = np.stack([sampler.random(drawing.n) for sampler in samplers])
-    u = torch.from_numpy(numbers).to(logits.device)
+    u = uniforms(drawing.seed, drawing.stream, uids, positions, drawing.n, logits.device)
     ids, logmu = draw(logits, u, drawing.temperature, drawing.top_p)
     if drawing.k == 0:
         return ids, logmu

@@ -10,6 +10,7 @@ Tests: tests/test_rollout.py
 from __future__ import annotations
 
 import os
+from collections import Counter
 from dataclasses import dataclass
 
 # One process, the worker's own; the model runner in which custom logits processors work; no
@@ -31,7 +32,7 @@ from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality 
 
 from config import Config  # noqa: E402
 from engines.base import Drawn, Engine  # noqa: E402
-from engines.sampling import Drawing, Sampler, draw_rows, training_drawing  # noqa: E402
+from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
 
@@ -42,10 +43,7 @@ class Request:
     name: str                                # vLLM's name for it
     drawing: Drawing
     uid: int
-    position: int
-
-    def sampler(self) -> Sampler:
-        return Sampler(self.drawing.seed, self.uid, self.position, self.drawing.stream)
+    position: int                            # of its first new token, in the response
 
 
 class VLLMEngine(Engine):
@@ -89,8 +87,10 @@ class VLLMEngine(Engine):
         self.serial += 1
         name = f"{key}-{self.serial}"
         request = Request(name, self.drawing, uid, position)
+        # `ignore_eos`: the ends are those of both models, the same in every engine, and not also
+        # what vLLM finds in the student's folder
         params = SamplingParams(max_tokens=budget, temperature=0, stop_token_ids=self.ends,
-                                detokenize=False, output_kind=RequestOutputKind.DELTA,
+                                ignore_eos=True, detokenize=False, output_kind=RequestOutputKind.DELTA,
                                 extra_args={"asyncopd": request})
         self.names[key] = name
         self.keys[name] = key
@@ -115,7 +115,8 @@ class VLLMEngine(Engine):
         self.engine.abort_request(names)
         drawn = self.llm.collective_rpc("take_draws", args=(names,))[0]
         found = {}
-        for key, name, (ids, logmu) in zip(keys, names, drawn):
+        for key, name, (ids, logmu, preempted) in zip(keys, names, drawn):
+            self.preempted += preempted
             del self.keys[name]
             tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
             ids = ids[:len(tokens)]
@@ -129,6 +130,8 @@ class VLLMEngine(Engine):
 
 # By the name of a request, per token: ids [n + k] and their log-probs, on the device
 DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}
+# By the name of a request, how often vLLM has put it aside for want of memory and added it again
+PREEMPTED: Counter[str] = Counter()
 
 
 class Extension:
@@ -148,8 +151,9 @@ class Extension:
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
-    def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor]]:
-        """Ids and log-probs [L, n + k] of each request, on the CPU; they are forgotten here."""
+    def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor, int]]:
+        """Ids and log-probs [L, n + k] of each request, on the CPU, and how often it was put
+        aside; they are forgotten here."""
         taken = []
         for name in names:
             rows = DRAWN.pop(name, [])
@@ -159,7 +163,7 @@ class Extension:
             else:
                 ids = torch.empty(0, 1, dtype=torch.long)
                 logmu = torch.empty(0, 1)
-            taken.append((ids, logmu))
+            taken.append((ids, logmu, PREEMPTED.pop(name, 0)))
         return taken
 
 
@@ -167,8 +171,12 @@ class Extension:
 class Row:
     """A row of vLLM's batch that we draw for."""
     request: Request
-    sampler: Sampler
     output: list[int]                        # the tokens emitted so far; vLLM's own list
+
+    @property
+    def next_position(self) -> int:
+        """Where in the response the next token will stand, whatever happened to the row."""
+        return self.request.position + len(self.output)
 
 
 class Draws(LogitsProcessor):
@@ -192,7 +200,8 @@ class Draws(LogitsProcessor):
             self.rows.pop(i, None)
             request = (params.extra_args or {}).get("asyncopd")
             if request is not None:
-                self.rows[i] = Row(request, request.sampler(), output)
+                self.rows[i] = Row(request, output)
+                PREEMPTED[request.name] += len(output) > 0       # it had been in a batch before
         for a, b, direction in update.moved:
             row_a = self.rows.pop(a, None)
             row_b = self.rows.pop(b, None)
@@ -209,7 +218,8 @@ class Draws(LogitsProcessor):
         rows = [self.rows[i] for i in at]
         index = torch.tensor(at, device=logits.device)
         ours = logits if len(at) == len(logits) else logits[index]
-        ids, logmu = draw_rows(ours, [row.sampler for row in rows], rows[0].request.drawing)
+        ids, logmu = draw_rows(ours, [row.request.uid for row in rows],
+                               [row.next_position for row in rows], rows[0].request.drawing)
         for row, a, b in zip(rows, ids, logmu):
             drawn = DRAWN.setdefault(row.request.name, [])
             del drawn[len(row.output):]      # of a step that vLLM threw away and repeats

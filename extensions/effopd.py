@@ -42,7 +42,7 @@ from torch import Tensor
 from cache import Segment
 from config import Config, Count, require
 from engines.hf import HFEngine
-from engines.sampling import VALIDATION
+from engines.uniforms import VALIDATION
 from estimators import DENSE, VALUE, importance_weight
 from extension import Extension, ModelPair, Outcome, Step
 from models.head import teacher_logq

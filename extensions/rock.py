@@ -35,13 +35,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from cache import Segment
 from config import Bound, Count, require
-from engines.sampling import VALIDATION
+from engines.uniforms import SELECTION, uniforms
 from estimators import ESTIMATORS
 from extension import Extension, ModelPair, Outcome, Step
 
@@ -248,8 +247,8 @@ def choose(n: Tensor, m: Tensor, mean: Tensor, early: Tensor, k: int) -> Tensor:
 def audited(seed: int, uid: int, first: int, n: int) -> Tensor:
     """Which of a response's tokens first .. first + n - 1 are stored whatever they are, bool [n]:
     the same for everyone who asks."""
-    random = np.random.default_rng([seed, uid, 0, VALIDATION])
-    return torch.from_numpy(random.random(first + n)[first:] < AUDITED)
+    u = uniforms(seed, SELECTION, [uid] * n, range(first, first + n), 1)
+    return u[:, 0] < AUDITED
 
 
 def fixed_types(text: str, tokenizer: Any) -> list[int]:

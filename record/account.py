@@ -10,9 +10,11 @@ from __future__ import annotations
 import math
 import time
 from collections import defaultdict, deque
+from collections.abc import Sequence
 from typing import NamedTuple
 
 WINDOW = 10            # steps at either end of a run over which kl and entropy are averaged
+Trained = list[tuple[int, int, int]]     # of every segment: uid, first response token, tokens
 
 
 class Levels(NamedTuple):
@@ -34,7 +36,12 @@ class Account:
         self.last: deque[Levels] = deque(maxlen=WINDOW)
         self.drawn: dict[str, int] = {}                   # rollout worker -> tokens, its own count
         self.handed: dict[str, int] = defaultdict(int)    # those of them that it has handed over
+        self.preempted: dict[str, int] = {}               # rollout worker -> responses put aside
         self.drawn_before = 0                             # by workers that are gone
+        self.preempted_before = 0                         # the same
+        self.preempted_at_last_step = 0
+        self.length: dict[int, int] = defaultdict(int)    # uid -> trained tokens of its response
+        self.weight: dict[int, float] = defaultdict(float)     # the sum of their weights
         self.dropped = 0
         self.lost = 0
         self.accuracy: dict[tuple[str, int], float] = {}  # (student or teacher, step)
@@ -58,8 +65,12 @@ class Account:
         self.began = time.monotonic()
         self.last_step = self.began
 
-    def enter(self, metrics: dict) -> None:
-        """Add a step. `metrics` is a step line, or the learner's part of one."""
+    def enter(self, metrics: dict, trained: Trained = ()) -> None:
+        """Add a step. `metrics` is a step line, or the learner's part of one; `trained` what is
+        under that key of the line."""
+        for uid, _, tokens in trained:
+            self.length[uid] += tokens
+            self.weight[uid] += tokens * metrics["token_weight"]
         self.steps += 1
         self.tokens += metrics["tokens"]
         self.lag_sum += metrics["lag_mean"] * metrics["tokens"]
@@ -79,6 +90,28 @@ class Account:
         self.generated_at_last_step = self.generated
         self.last_step = now
         return {"gen_tok_s": made / seconds, "wall_s": self.wall(now)}
+
+    def responses(self, begun: int) -> dict[str, float]:
+        """What the parent knows of the responses, for a step line. `begun`: how many there are.
+        The next call counts from this one."""
+        preempted = self.preempted_before + sum(self.preempted.values())
+        since = preempted - self.preempted_at_last_step
+        self.preempted_at_last_step = preempted
+        drawn_once = self.generated - self.lost
+        return {"preempted": since, "length_begun": drawn_once / max(1, begun)}
+
+    def weight_by_length(self) -> tuple[float, float]:
+        """The mean weight of a trained token in the third of the responses that are shortest and
+        in the third that are longest, relative to the mean of all. nan before the first step."""
+        by_length = sorted(self.length, key=lambda uid: self.length[uid])
+        third = max(1, len(by_length) // 3)
+
+        def mean_weight(uids: Sequence[int]) -> float:
+            tokens = sum(self.length[uid] for uid in uids)
+            return sum(self.weight[uid] for uid in uids) / tokens if tokens else math.nan
+
+        overall = mean_weight(by_length)
+        return mean_weight(by_length[:third]) / overall, mean_weight(by_length[-third:]) / overall
 
     @property
     def window(self) -> int:
@@ -105,6 +138,7 @@ class Account:
     def worker_died(self, worker: str, taken_back: int) -> None:
         """Count as lost what the worker had not handed over, and `taken_back`: tokens that it had
         handed over and that its successor draws again."""
+        self.preempted_before += self.preempted.pop(worker, 0)
         drawn = self.drawn.pop(worker, 0)
         self.drawn_before += drawn
         self.lost += drawn - self.handed.pop(worker, 0) + taken_back
@@ -121,7 +155,7 @@ class Account:
         """
         for line in lines:
             if line["type"] == "step":
-                self.enter(line)
+                self.enter(line, line["trained"])
             elif line["type"] == "eval":
                 self.accuracy[line["who"], line["step"]] = line["accuracy"]
         self.drawn_before = counters["generated"]

@@ -20,6 +20,11 @@ BY_LEARNER = {                 # filled by learner.py, while it trains and publi
           "--top-p below 1, the KL's terms in the nucleus alone, which is not the KL)",
     "entropy": "entropy of the student, mean over positions: -mean of w log p over the drawn "
                "tokens, nats (with --top-p below 1 of the nucleus alone)",
+    "token_weight": "weight of a token of this batch in the loss, relative to one of the run's "
+                    "first batch: tokens of the first batch / what the losses are divided by; 1 "
+                    "with --schedule async",
+    "length_trained": "response tokens so far of the responses in this batch, mean; below "
+                      "`length_begun` where a batch holds the responses that ended first",
     "lag_min": "lag of the freshest token of the batch: learner version before the step - version "
                "that drew the token",
     "lag_mean": "the same, mean over tokens",
@@ -55,6 +60,10 @@ BY_PARENT = {                  # filled by steps.py in the parent, which keeps t
     "skipped": "optimizer updates not made because the loss or the gradient was not finite",
     "trained": "what was trained: [uid of the prompt, first response token, number of tokens] of "
                "every segment",
+    "preempted": "responses that an engine has put aside for want of memory and taken up again, "
+                 "since the last step line, as far as they have been handed over",
+    "length_begun": "tokens generated so far / responses begun so far: the mean length of all "
+                    "responses once most have ended",
     "gen_tok_s": "tokens generated since the last step line / seconds since then",
     "wall_s": "seconds since the first ticket, over all resumptions",
 }
@@ -100,6 +109,9 @@ DONE = {
     "score_tok_s": "tokens trained since the last start / seconds the teacher was busy",
     "lag_mean": "mean over all trained tokens, versions",
     "lag_max": "largest of any trained token, versions",
+    "token_weight_short": "mean weight of a trained token in the loss, in the third of the "
+                          "responses that are shortest, relative to the mean of all",
+    "token_weight_long": "the same in the third that are longest",
     "kl_before": "mean `kl` of the first 10 steps, or of the first half of fewer than 20: one "
                  "batch alone is noisy, and the student has hardly moved",
     "kl_after": "mean `kl` of as many steps at the end; of the only step in a run of one",

@@ -12,13 +12,11 @@ from collections.abc import Collection, Mapping
 from functools import partial
 from pathlib import Path
 
-from record.account import Account
+from record.account import Account, Trained
 from record.log import Log
 from record.steps import done_record, step_record
 from record.timeline import Trace
 from record.trackers import TRACKERS, Patient
-
-Trained = list[tuple[int, int, int]]     # of every segment: uid, first response token, tokens
 
 
 class Recorder:
@@ -58,15 +56,17 @@ class Recorder:
         self.log.warn(text, **event)
 
     def step(self, measured: dict, events: list[dict], skipped: int, trained: Trained,
-             slots: dict[str, int]) -> None:
+             slots: dict[str, int], begun: int) -> None:
         """A step line, the curves of the trace, and what the extensions tell of the step.
 
         slots   how many are free and how many are in each stage
+        begun   responses so far
         """
         now = time.monotonic()
-        self.account.enter(measured)
-        metrics = step_record(measured, self.account.rates(now), self.pushes.values(), skipped,
-                              trained, self.extensions)
+        self.account.enter(measured, trained)
+        known = self.account.rates(now) | self.account.responses(begun)
+        metrics = step_record(measured, known, self.pushes.values(), skipped, trained,
+                              self.extensions)
         self.trace.fold(self.account.began)
         self.trace.curve("slots", now, slots)
         self.trace.curve("lag", now, {k: metrics[f"lag_{k}"] for k in ("min", "mean", "max")})

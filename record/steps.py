@@ -14,18 +14,18 @@ from record.metrics import DONE, METRICS
 GAPS = ("mean", "p95", "max")          # the order in which a rollout worker reports them
 
 
-def step_record(measured: dict, rates: dict[str, float], pushes: Collection[dict], skipped: int,
+def step_record(measured: dict, known: dict[str, float], pushes: Collection[dict], skipped: int,
                 trained: list[tuple[int, int, int]], extensions: Collection[str] = ()) -> dict:
     """A step line.
 
     measured    the learner's metrics, and those of the extensions
-    rates       Account.rates
+    known       Account.rates and Account.responses
     pushes      the last push of every rollout worker: `seconds`, and `gap`, three numbers (GAPS)
     skipped     number of optimizer updates that were not made
     trained     of every segment: uid of the prompt, first response token, number of tokens
     extensions  the keys that they add to METRICS
     """
-    record = measured | rates
+    record = measured | known
     record["push_s"] = max(push["seconds"] for push in pushes)
     record["skipped"] = skipped
     record["trained"] = trained
@@ -40,6 +40,7 @@ def done_record(account: Account, in_flight: int, busy: dict[str, float]) -> dic
     """The last line. `in_flight`: tokens; `busy`: Trace.busy, of the time since the last start."""
     wall = max(1e-9, account.wall(account.last_step))
     since_start = max(1e-9, account.last_step - account.began)
+    short, long = account.weight_by_length()
     trained_since_start = account.tokens - account.resumed_at
     record = {
         "steps": account.steps,
@@ -57,6 +58,8 @@ def done_record(account: Account, in_flight: int, busy: dict[str, float]) -> dic
         "score_tok_s": trained_since_start / since_start / max(1e-9, busy["teacher"]),
         "lag_mean": account.lag_sum / max(1, account.tokens),
         "lag_max": account.lag_max,
+        "token_weight_short": short,
+        "token_weight_long": long,
         "kl_before": account.kl_before,
         "kl_after": account.kl_after,
         "accuracy_before": account.accuracy.get(("student", 0)),

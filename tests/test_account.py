@@ -11,7 +11,8 @@ PUSHES = [{"seconds": 1.0, "gap": [0.1, 0.5, 0.6]}, {"seconds": 2.0, "gap": [0.2
 
 
 def metrics(tokens=10, lag=1.0, kl=0.5, entropy=2.0) -> dict:
-    return {"tokens": tokens, "lag_mean": lag, "lag_max": lag, "kl": kl, "entropy": entropy}
+    return {"tokens": tokens, "lag_mean": lag, "lag_max": lag, "kl": kl, "entropy": entropy,
+            "token_weight": 1.0}
 
 
 def balance(line: dict) -> int:
@@ -24,11 +25,12 @@ def test_every_key_of_a_step_line_has_one_owner():
 
 
 def test_a_step_line_takes_the_worst_of_all_workers_pushes_and_leaves_its_parts_alone():
-    measured, rates = dict.fromkeys(BY_LEARNER, 0.0), {"gen_tok_s": 5.0, "wall_s": 6.0}
+    measured = dict.fromkeys(BY_LEARNER, 0.0)
+    rates = {"gen_tok_s": 5.0, "wall_s": 6.0, "preempted": 0, "length_begun": 7.0}
     line = step_record(measured, rates, PUSHES, 3, [(7, 0, 12)])
     assert [line[f"engine_gap_{name}"] for name in ("mean", "p95", "max")] == [0.2, 0.5, 0.7]
     assert (line["push_s"], line["skipped"], line["trained"], line["gen_tok_s"]) == (2.0, 3, [(7, 0, 12)], 5.0)
-    assert line.keys() == METRICS.keys() and measured.keys() == BY_LEARNER.keys() and len(rates) == 2
+    assert line.keys() == METRICS.keys() and measured.keys() == BY_LEARNER.keys() and len(rates) == 4
     with pytest.raises(AssertionError, match="unheard_of"):
         step_record(measured | {"unheard_of": 1}, rates, PUSHES, 0, [])
 
@@ -39,6 +41,30 @@ def test_rates_count_from_the_last_step_line():
     assert account.rates(account.began + 2.0) == {"gen_tok_s": 15.0, "wall_s": pytest.approx(2.0)}
     account.drawn["rollout0"] = 40
     assert account.rates(account.began + 7.0) == {"gen_tok_s": pytest.approx(2.0), "wall_s": pytest.approx(7.0)}
+
+
+def test_preemptions_count_from_the_last_step_line_and_over_deaths():
+    account = Account()
+    account.drawn["rollout0"] = 60
+    account.preempted |= {"rollout0": 3, "rollout1": 1}
+    assert account.responses(begun=4) == {"preempted": 4, "length_begun": 15.0}
+    account.worker_died("rollout0", taken_back=0)                  # had handed over none of its 60 tokens
+    account.preempted["rollout0"] = 2
+    assert account.responses(begun=4) == {"preempted": 2, "length_begun": 0.0}
+
+
+def test_the_weight_of_a_token_by_the_length_of_its_response():
+    """Two batches with six responses, one of them cut in two: each token counts once, under its whole response."""
+    account = Account()
+    account.enter(metrics() | {"token_weight": 1.5}, [(0, 0, 2), (1, 0, 4), (2, 0, 6)])
+    account.enter(metrics() | {"token_weight": 0.5}, [(3, 0, 9), (4, 0, 20), (2, 6, 4), (5, 0, 30)])
+    overall = (12 * 1.5 + 63 * 0.5) / 75
+    assert account.weight_by_length() == pytest.approx((1.5 / overall, 0.5 / overall))
+    assert account.length[2] == 10
+    assert done_record(account, in_flight=0, busy={"teacher": 0.5})["token_weight_short"] > 1
+    again = Account()
+    again.resume(account.counters(), [{"type": "step", "trained": [[0, 0, 2]]} | metrics()])
+    assert again.weight_by_length() == (1.0, 1.0)
 
 
 def test_every_token_is_trained_in_flight_dropped_or_lost_over_deaths_and_resumptions():
@@ -52,7 +78,7 @@ def test_every_token_is_trained_in_flight_dropped_or_lost_over_deaths_and_resump
     line = done_record(account, in_flight=36, busy={"teacher": 0.5})
     assert line["tokens_generated"] == 85 and line["tokens_lost"] == 15 and balance(line) == 0
     again = Account()
-    again.resume(account.counters(), [{"type": "step"} | metrics(tokens=30),
+    again.resume(account.counters(), [{"type": "step", "trained": [[0, 0, 30]]} | metrics(tokens=30),
                                       {"type": "eval", "who": "student", "step": 0, "accuracy": 0.25}])
     line = done_record(again, in_flight=0, busy={"teacher": 0.5})
     assert line["tokens_lost"] == 51 and balance(line) == 0, "what was in flight is drawn again"

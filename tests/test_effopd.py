@@ -3,7 +3,6 @@ import dataclasses
 import math
 import multiprocessing
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -29,7 +28,7 @@ from models.loading import load_model
 from models.sharding import Ranks
 from record.checkpoint import State, seal, unsealed
 from tests.conftest import ROOT
-from tests.runs import lines, steps
+from tests.runs import Process, lines, steps
 from tests.test_supports import HIDDEN, config, filled
 from tests.test_supports import models as folders  # noqa: F401
 from transport.link import Link
@@ -427,11 +426,10 @@ ALWAYS = "effopd.BETTER['kl'] = lambda a, b: True"
 NEVER = "effopd.BETTER['kl'] = effopd.BETTER['accuracy'] = lambda a, b: False"
 
 
-def begun(flags, patch="", *more) -> subprocess.Popen:
+def begun(flags, patch="", *more) -> Process:
     """The command, its workers forked, so that they are patched too."""
     given_flags = [as_flag(name.replace("__", "."), value) for name, value in flags.items()]
-    return subprocess.Popen([sys.executable, "-c", FORKED.format(root=str(ROOT), patch=patch), *given_flags, *more],
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    return Process([sys.executable, "-c", FORKED.format(root=str(ROOT), patch=patch), *given_flags, *more])
 
 
 def ran(flags, patch="", *more) -> list[dict]:

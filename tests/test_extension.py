@@ -1,5 +1,4 @@
 """The seam: extensions that these tests write themselves, in one process and as runs of the real command."""
-import subprocess
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from learner import Learner
 from models.loading import load_model
 from record.metrics import METRICS
 from tests.conftest import ROOT
-from tests.runs import command, lines, run, steps
+from tests.runs import command, complete, lines, run, steps
 
 ENTROPY = '''
 """The student's entropy is a part of what is maximised."""
@@ -377,8 +376,7 @@ def state(self):
 def test_state_prepared_tensors_and_graded_answers_in_a_run_and_after_a_resumption(short, plain, tmp_path):
     flags, weights = short(extend=written(tmp_path, "services", SERVICES), save_every=2)
     assert same(weights, plain[1]), "none of it touches the weights"
-    done = subprocess.run([*command(dict(out=flags["out"], steps=7)), "--resume"], capture_output=True, text=True,
-                          timeout=240)
+    done = complete([*command(dict(out=flags["out"], steps=7)), "--resume"])
     assert done.returncode == 0, done.stderr
     log, seen = steps(flags), events(flags, "seen")
     values = {line[key] for line in log for key in ("by_teacher", "by_rollout", "by_learner")}

@@ -15,7 +15,17 @@ from control.watchdog import Watchdog
 from data.prompts import prompt_number
 from record.account import Account
 from tests.conftest import ROOT
-from tests.runs import alive, command, left_in_shared_memory, lines, shared_memory, start_and_wait_for, steps
+from tests.runs import (
+    Process,
+    alive,
+    command,
+    complete,
+    left_in_shared_memory,
+    lines,
+    shared_memory,
+    start_and_wait_for,
+    steps,
+)
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import kills  # noqa: E402
@@ -27,8 +37,8 @@ def events(flags, what: str) -> list[dict]:
     return [line for line in lines(flags) if line.get("what") == what]
 
 
-def started(flags) -> subprocess.Popen:
-    return subprocess.Popen(command(flags), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+def started(flags) -> Process:
+    return Process(command(flags))
 
 
 def finished(process, flags, code=0) -> str:
@@ -74,14 +84,14 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(flags, victim):
     assert not alive(kills.processes(flags).values()) and not left_in_shared_memory(before)
 
 
-@pytest.mark.parametrize("how", [["--cycles", "10"], ["--cycles", "8", "--async"]])
+@pytest.mark.parametrize("how", [["--cycles", "5"], ["--cycles", "4", "--async"]])
 def test_killed_at_random_and_resumed(how, tmp_path):
     """Synchronous: the weights are those of an undisturbed run, bit for bit; asynchronous: every prompt once."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), *how, "--seed", "1",
                            "--out", str(tmp_path / "rows.jsonl")], capture_output=True, text=True, timeout=5 * HARD_S)
     assert done.returncode == 0, done.stderr[-3000:]
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["kills"] >= 10 and last["resumed"] >= 8
+    assert last["kills"] >= last["resumed"] >= 4
     assert last.get("identical", last["runs"]) == last["runs"] and last.get("lost", 0) == last.get("twice", 0) == 0
 
 
@@ -91,14 +101,13 @@ def test_a_dead_learner_ends_the_run_by_name_and_the_run_goes_on(flags):
     process, first = start_and_wait_for(flags | dict(steps=100_000), step=6)
     for flag in ("--resume", "--overwrite"):
         again = [*command(dict(out=flags["out"])), flag]
-        second = subprocess.run(again, capture_output=True, text=True, timeout=HARD_S)
+        second = complete(again, HARD_S)
         assert second.returncode == 2 and "a run is writing to it" in second.stderr, second.stderr
     os.kill(first["learner"], signal.SIGKILL)
     err = finished(process, flags, code=1)
     assert "learner" in err and "-9" in err and not alive(first.values())
     last = (steps(flags)[-1]["step"] + 20) // 4 * 4
-    done = subprocess.run([*command(dict(out=flags["out"], steps=last)), "--resume"], capture_output=True, text=True,
-                          timeout=HARD_S)
+    done = complete([*command(dict(out=flags["out"], steps=last)), "--resume"], HARD_S)
     assert done.returncode == 0, done.stderr
     assert [s["step"] for s in steps(flags)] == list(range(1, last + 1)) and lines(flags)[-1]["type"] == "done"
     assert kills.trained_once(flags)[1:] == (0, 0) and events(flags, "resumed")[0]["step"] % 4 == 0
@@ -112,7 +121,7 @@ def test_a_run_that_goes_on_evaluates_no_version_twice(flags):
     assert finished(started(flags | dict(steps=4)), flags) is not None
     for last in (4, 6):                                            # from its end to its end, and two steps on
         again = [*command(dict(out=flags["out"], steps=last)), "--resume"]
-        done = subprocess.run(again, capture_output=True, text=True, timeout=HARD_S)
+        done = complete(again, HARD_S)
         assert done.returncode == 0, done.stderr
         evals = [e["step"] for e in lines(flags) if e["type"] == "eval"]
         assert evals == list(range(0, last + 1, 2)) and lines(flags)[-1]["accuracy_after"] is not None

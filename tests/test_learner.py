@@ -105,6 +105,31 @@ def test_the_normaliser_is_the_number_of_positions_of_the_whole_batch(config):
         torch.testing.assert_close(2 * g, once[name], rtol=1e-4, atol=1e-7)
 
 
+def counts_of(learner, monkeypatch) -> list[float]:
+    """What `learner` divides the losses of its updates by."""
+    seen, backward = [], learner.backward
+    monkeypatch.setattr(learner, "backward", lambda g, count, used: (seen.append(count), backward(g, count, used))[1])
+    return seen
+
+
+def test_a_token_weighs_the_same_in_every_batch_of_an_asynchronous_run(config, monkeypatch, tmp_path):
+    """The first batches hold what ended first, the short responses; in lockstep a batch is what was begun together."""
+    _, short = ready([2, 1, 1, 2])
+    _, long = ready([5, 8, 7, 4])
+    learner = Learner(config(minibatches=2, clip=1e9), "cpu", torch.float32)
+    seen = counts_of(learner, monkeypatch)
+    weights = [learner.step(batch, version=4).metrics["token_weight"] for batch in (short, long)]
+    assert seen == [3.0] * 4 and weights == [1.0, 1.0]
+    learner.checkpoint(tmp_path)
+    resumed = Learner(config(minibatches=2), "cpu", torch.float32, str(tmp_path))
+    seen = counts_of(resumed, monkeypatch)
+    assert resumed.step(long, version=4).metrics["token_weight"] == 1.0 and seen == [3.0] * 2
+    learner = Learner(config(minibatches=2, schedule="sync"), "cpu", torch.float32)
+    seen = counts_of(learner, monkeypatch)
+    weights = [learner.step(batch, version=4).metrics["token_weight"] for batch in (short, long)]
+    assert seen == [3, 3, 13, 11] and weights == [1.0, 6 / 24]
+
+
 def test_lag_is_counted_per_token_in_versions(config):
     slots, segments = ready([4, 3])
     slots.version[0, :4] = torch.tensor([2, 2, 5, 6])

@@ -29,7 +29,7 @@ from models.loading import load_model, text_config
 from models.sharding import Ranks
 from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
-from tests.runs import alive, children_of, command, run, start_and_wait_for, steps
+from tests.runs import alive, children_of, command, complete, run, start_and_wait_for, steps
 from transport.process import alone
 
 LAYERS, WIDTH, T = 3, 64, 12
@@ -486,8 +486,7 @@ def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folder
     assert process.wait(20) == 130
     file = Path(flags["out"]) / "oprd.safetensors"
     before = file.stat().st_mtime_ns
-    done = subprocess.run([*command(flags)[:2], "--resume", f"--out={flags['out']}"], capture_output=True, text=True,
-                          timeout=240)
+    done = complete([*command(flags)[:2], "--resume", f"--out={flags['out']}"])
     assert done.returncode == 0, done.stderr
     assert file.stat().st_mtime_ns == before and load_file(file)["teacher.basis"].shape == (LAYERS, WIDTH, 8)
     log = steps(flags)

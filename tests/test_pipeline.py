@@ -3,7 +3,6 @@ afterwards."""
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -12,7 +11,17 @@ import pytest
 
 from record.metrics import DONE, EVAL, METRICS
 from tests.conftest import ROOT
-from tests.runs import alive, command, left_in_shared_memory, lines, run, shared_memory, start_and_wait_for, steps
+from tests.runs import (
+    alive,
+    command,
+    complete,
+    left_in_shared_memory,
+    lines,
+    run,
+    shared_memory,
+    start_and_wait_for,
+    steps,
+)
 
 
 def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
@@ -139,8 +148,7 @@ def test_a_wrong_push_ends_the_run(flags, tmp_path):
         f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WRONG_PUSH}\n"
         "import asyncopd\n"
         "if __name__ == '__main__':\n    sys.exit(asyncopd.main(sys.argv[1:]))\n")
-    done = subprocess.run([sys.executable, str(tmp_path / "asyncopd_wrong.py"), *command(flags | dict(steps=50))[2:]],
-                          capture_output=True, text=True, timeout=120)
+    done = complete([sys.executable, str(tmp_path / "asyncopd_wrong.py"), *command(flags | dict(steps=50))[2:]])
     assert done.returncode == 1 and "version 3 did not arrive" in done.stderr and "rollout0" in done.stderr, done.stderr
 
 

@@ -1,5 +1,4 @@
 """Who runs where, what it takes, and that what cannot fit is refused before anything is loaded."""
-import subprocess
 import sys
 from dataclasses import replace
 
@@ -13,6 +12,7 @@ from extension import SlotTensor
 from models import footprint
 from models.footprint import Shape, chunk_size
 from tests.conftest import ROOT
+from tests.runs import complete
 
 QWEN = dict(P=4_022_468_096, V=151_936, L=36, H=2560, I=9728, A=4096, K=1024)      # Qwen3-4B
 
@@ -138,8 +138,8 @@ def test_a_checkpoint_has_room_for_what_extensions_save(tmp_path, monkeypatch):
 
 
 def test_a_plan_that_does_not_fit_ends_before_anything_is_loaded(models, tmp_path):
-    done = subprocess.run([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--task=toy", "--batch=100000000",
-                           "--max-prompt=16", "--max-response=32", f"--student={models['student']}", "--out=run",
-                           f"--teacher={models['teacher']}"], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    done = complete([sys.executable, str(ROOT / "asyncopd.py"), "--gpus=0", "--task=toy", "--batch=100000000",
+                     "--max-prompt=16", "--max-response=32", f"--student={models['student']}", "--out=run",
+                     f"--teacher={models['teacher']}"], cwd=tmp_path)
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1, done.stderr
     assert "GB" in done.stderr and "--batch" in done.stderr and list(tmp_path.iterdir()) == []

@@ -3,7 +3,6 @@
 import dataclasses
 import json
 import signal
-import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -13,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from cache import Segment, Slots
+from control.resolve import configure
 from engines.hf import HFEngine
 from estimators import ESTIMATORS
 from extension import ModelPair, Step
@@ -24,7 +24,7 @@ from models.loading import load_model
 from models.sharding import Ranks
 from rollout import Worker
 from teacher import TeacherCheck, score
-from tests.runs import command, lines, run, start_and_wait_for, steps
+from tests.runs import command, complete, lines, run, start_and_wait_for, steps
 from tests.test_supports import HIDDEN, VOCAB, T, config, gradient
 from tests.test_supports import models as folders  # noqa: F401
 from transport.shared import SharedMemory
@@ -98,12 +98,12 @@ def every_row_is_a_word(monkeypatch):
 # -- mask and denominator ----------------------------------------------------------------------------
 
 def weighed(folders, cfg, segments, weight) -> torch.Tensor:
-    """The gradient, a sequence at a time, as the paper writes it; weight(segment, t) of the loss at y_t."""
+    """The gradient, a sequence at a time; weight(segment, t) of the loss at y_t, which is none of its candidates."""
     model, total = load_model(cfg.student, "cpu", torch.float32), 0.0
     for s in segments:
         logp = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1).gather(-1, s.ids.long())
         w = (logp - s.logmu).detach().exp()
-        losses = -(w * (s.logq - logp).detach() * logp).mean(-1)
+        losses = -(w * (s.logq - logp).detach() * logp)[:, 1:].mean(-1)
         total = total + sum(weight(s, t) * losses[t] for t in range(len(s)))
     (total / sum(map(len, segments))).backward()
     return torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -127,7 +127,38 @@ def test_the_weight_is_that_of_the_predicted_token_and_the_denominator_stays(fol
     mass = sum(by_token(0)(s, t) for s in segments for t in range(len(s))) / sum(map(len, segments))
     assert mass < 0.9 and not torch.allclose(got, want / mass, atol=100 * close), "renormalised"
     plain = summarize([Learner(config(folders, "reverse_mc"), "cpu", torch.float32).backward(segments, 1)])
-    assert measured["kl"] == pytest.approx(plain["kl"]) and measured["loss"] != pytest.approx(plain["loss"])
+    assert measured["kl"] != plain["kl"] and measured["loss"] != pytest.approx(plain["loss"])
+
+
+def test_the_weight_of_a_token_leaves_the_expected_gradient_that_of_the_divergence(folders):
+    """All 3^4 candidates of a position, under a stale mu; with the emitted token among them it would be another."""
+    cfg = rocky(folders, rocks=[1], weight=0.1)
+    learner = Learner(cfg, "cpu", torch.float32)
+    ids = torch.cartesian_prod(*[torch.arange(3)] * cfg.mc_samples)
+    mu, q = torch.tensor([0.5, 0.2, 0.3]), torch.tensor([0.2, 0.7, 0.1])
+    chance = mu[ids].prod(-1)
+    logits = torch.tensor([0.3, 0.9, -0.4], requires_grad=True)
+
+    def gradient_of(value):
+        return torch.autograd.grad(value, logits, retain_graph=True)[0]
+    logp = logits.log_softmax(-1)
+    divergence = (logp.exp() * (logp - q.log())).sum()
+    cached = {"ids": ids, "logmu": mu.log()[ids], "logq": q.log()[ids]}
+    measured = learner.measure(logp[ids], None, cached, {})
+    mass = 0.8 + 0.2 * 0.1
+    torch.testing.assert_close(gradient_of((chance * measured["loss"]).sum()), mass * gradient_of(divergence))
+    others = ids[:, 0] != 1
+    torch.testing.assert_close((chance * measured["kl"])[others].sum() / chance[others].sum(), divergence.detach())
+    every = learner.estimator.fn(logp[ids], cached["logq"], cached["logmu"]) * learner.extensions.weight(ids[:, 0])
+    assert not torch.allclose(gradient_of((chance * every).sum()), mass * gradient_of(divergence), rtol=0.02)
+
+
+@pytest.mark.parametrize("flags, remedy", [(["--mc-samples=1"], "--mc-samples 2"),
+                                           (["--estimator=reverse_ppo"], "--estimator reverse_mc")])
+def test_a_weight_by_the_only_candidate_is_refused(flags, remedy):
+    with pytest.raises(ValueError, match=f"only candidate.*{remedy}"):
+        configure(["--task=toy", "--gpus=0", "--extend=rock", *flags])
+    configure(["--task=toy", "--gpus=0", "--extend=rock", "--estimator=forward_topk", "--mc-samples=1"])
 
 
 # m2po's margins follow from what is stored
@@ -141,7 +172,7 @@ def test_a_bypass_is_a_weight_of_zero(folders, name):
     assert sum(len(s.ids) for s in segments) < 0.8 * sum(map(len, segments))
     for size in (None, 1):
         got, _ = gradient(Learner(cfg, "cpu", torch.float32), segments, size)
-        assert (got - want).norm() <= 1e-6 * want.norm(), (got - want).norm() / want.norm()
+        assert (got - want).norm() <= 3e-6 * want.norm(), (got - want).norm() / want.norm()
     unweighed, _ = gradient(Learner(config(folders, name), "cpu", torch.float32), scored(cfg, responses)[1])
     assert not torch.allclose(unweighed, want, atol=1e-3 * want.abs().max().item())
 
@@ -414,7 +445,7 @@ def test_a_killed_and_resumed_run_ends_as_an_undisturbed_one(flags, tmp_path):
     process, _ = start_and_wait_for(flags, step=10)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-    done = subprocess.run([*command(dict(out=flags["out"])), "--resume"], capture_output=True, text=True, timeout=120)
+    done = complete([*command(dict(out=flags["out"])), "--resume"])
     assert done.returncode == 0, done.stderr
     a, b = (load_file(f"{f['out']}/student/model.safetensors") for f in (whole, flags))
     assert a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)

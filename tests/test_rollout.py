@@ -1,6 +1,7 @@
 """The draw, and both engines: what they record is what they sampled, before and after a push and over a cut."""
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from cache import Slots
 from engines.hf import HFEngine
 from engines.table import engine_class
+from engines.uniforms import TRAINING, uniforms
 from estimators import BLOCK, draw, shaped
 from models.head import sequence_logp
 from models.loading import load_model
@@ -257,6 +259,30 @@ def test_drawn_answers_are_the_same_in_both_engines_and_training_draws_go_on_as_
             "the first answers begin with the numbers of training")
 
 
+# -- numbers by address ------------------------------------------------------------------------------
+
+def test_a_response_taken_out_and_added_again_draws_what_it_would_have_drawn(engine):
+    """Under the same weights an interruption leaves no trace in the tokens."""
+    whole = run(engine)
+    first = run(engine, steps=5)
+    rest = {}
+    for key in reversed(list(first)):                  # whatever the order in which they are taken up again
+        tokens = first[key][0]
+        engine.add(key, PROMPTS[key] + tokens.tolist(), 24 - len(tokens), uid=key, position=len(tokens))
+    while len(rest) < len(first):
+        rest |= engine.take(engine.step())
+    for key, (_, ids, _) in whole.items():
+        assert torch.equal(torch.cat([first[key][1], rest[key][1]]), ids)
+
+
+def test_answers_to_the_same_prompt_share_no_numbers(engine):
+    answers = engine.complete([PROMPTS[0]], 24, 4, 1.0)
+    assert len({tuple(a) for a in answers}) == 4
+    assert all(a[1:9] != b[:8] for a in answers for b in answers if len(a) > 8), "one the other, a position later"
+
+
+# -- pushes, with engines of their own -------------------------------------------------------------
+
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
 def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     """A push that returns normally and generates from the old output head is what the probe is for."""
@@ -302,3 +328,36 @@ def test_weights_that_an_update_has_ruined_are_blamed_on_the_update(config, mode
     with pytest.raises(Incurable, match=r"version 4 of the student is useless.*--lr 1, --clip 7; grad_norm") as e:
         worker.load(None)
     assert "arrive" not in str(e.value)
+
+
+# -- a response that is put aside --------------------------------------------------------------------
+
+BLOCKS, RESPONSES, LONG = 9, 8, 220       # one block is vLLM's own: a second block for each response is not there
+
+
+def test_a_response_that_vllm_puts_aside_goes_on_with_its_own_numbers(tmp_path, monkeypatch):
+    """So few blocks of keys and values that vLLM takes responses out of its batch and reads them again later."""
+    pytest.importorskip("vllm")
+    import engines.vllm as module
+    from control.resolve import configure
+    monkeypatch.setattr(module, "LLM", partial(module.LLM, num_gpu_blocks_override=BLOCKS))
+    student = save_tiny(tmp_path / "student", seed=3, layers=2)
+    cfg = configure(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
+                     f"--max-response={LONG}", f"--max-running={RESPONSES}", "--mc-samples=3"])
+    drawn = {}
+    for kind in ("hf", "vllm"):
+        made = engine_class(kind)(cfg, "cpu", torch.float32)
+        made.ends = type(made.ends)()
+        drawn[kind] = run(made, [PROMPTS[0]] * RESPONSES, budget=LONG)
+    assert made.preempted >= 3, "vLLM had room for all"
+    model = load_model(student, "cpu", torch.float32)
+    seen = set()
+    for uid in range(RESPONSES):
+        tokens, ids, _ = drawn["vllm"][uid]
+        assert len(tokens) == LONG and torch.equal(ids, drawn["hf"][uid][1]), "as without an interruption"
+        with torch.no_grad():
+            logits = model(torch.tensor([PROMPTS[0] + tokens.tolist()])).logits[0, len(PROMPTS[0]) - 1:-1]
+        u = uniforms(cfg.seed, TRAINING, [uid] * LONG, range(LONG), 3)
+        assert torch.equal(draw(logits, u)[0], ids), "every id is the inversion at its own number"
+        seen |= set(u.flatten().tolist())
+    assert len(seen) == RESPONSES * LONG * 3, "no number is used twice"

@@ -19,7 +19,7 @@ from control.plan import plan
 from control.preflight import prepare
 from data import toy
 from engines.hf import HFEngine
-from engines.sampling import Drawing, Sampler, draw_rows
+from engines.sampling import Drawing, draw_rows
 from estimators import ESTIMATORS, QUESTIONS, Estimator, estimator_table
 from learner import Learner, summarize
 from models.head import teacher_logq
@@ -195,7 +195,7 @@ def test_the_student_records_its_best_words_with_their_log_probs(models):
 
 def test_best_words_under_temperature_and_nucleus_are_those_of_what_was_sampled():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
-    ids, logmu = draw_rows(logits, [Sampler(0, 0, 0)], Drawing(n=2, k=5, temperature=0.5, top_p=0.9, seed=0))
+    ids, logmu = draw_rows(logits, [0], [0], Drawing(n=2, k=5, temperature=0.5, top_p=0.9, seed=0))
     p = (2 * logits[0]).softmax(-1)
     kept = (p[:2] / p[:2].sum()).log()
     assert ids.shape == (1, 7) and set(ids[0, :2].tolist()) <= {0, 1}

@@ -2,7 +2,6 @@
 import dataclasses
 import importlib.util
 import math
-import subprocess
 from types import SimpleNamespace
 
 import pytest
@@ -19,7 +18,7 @@ from models.loading import load_model
 from teacher import HFTeacher, TeacherCheck, answers, score, teacher_class
 from teacher import complete as complete_for_real
 from tests.conftest import save_tiny
-from tests.runs import command, lines, steps
+from tests.runs import command, complete, lines, steps
 from transport.process import visible_gpus
 
 T, N, K = 12, 4, 5
@@ -156,8 +155,8 @@ def test_a_dead_teacher_is_named_in_log_and_terminal(flags, tmp_path):
     """It gives every word 1 / V, so that KL(p || q) is ln V - H(p): exact in a run without lag, scored by vLLM."""
     engine = "vllm" if importlib.util.find_spec("vllm") else "hf"
     dead = save_tiny(tmp_path / "dead", seed=1, sharp=0.0)
-    done = subprocess.run([*command(flags | dict(steps=3, teacher=dead, teacher_engine=engine, schedule="sync")),
-                           "--eval.teacher"], capture_output=True, text=True, timeout=240)
+    done = complete([*command(flags | dict(steps=3, teacher=dead, teacher_engine=engine, schedule="sync")),
+                     "--eval.teacher"])
     assert done.returncode == 0, done.stderr
     for s in steps(flags):
         assert s["kl"] == pytest.approx(math.log(32) - s["entropy"], abs=1e-4)
