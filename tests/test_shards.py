@@ -101,7 +101,7 @@ def trained(folders, tmp_path_factory):       # noqa: F811
     """case -> (by one learner, by learner 0 of two, by learner 1); and the folder with what they saved."""
     root, work = tmp_path_factory.mktemp("shards"), {}
     for name, (estimator, flags) in CASES.items():
-        cfg = config(folders, estimator, lr=1e-2, learners=2, **flags)
+        cfg = config(folders, estimator, lr=5e-3, learners=2, **flags)
         _, segments = filled(cfg, folders, responses=5)
         if "are one" in name:
             cfg = dataclasses.replace(cfg, student=save_tiny(root / "tied", seed=4, tied=True))
