@@ -15,8 +15,11 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch.multiprocessing
+
 from control.command_line import as_flag
 from tests.conftest import ROOT
+from transport.process import processes
 
 
 @functools.cache
@@ -143,3 +146,9 @@ def start_and_wait_for(flags, step: int) -> tuple[Process, dict]:
         time.sleep(0.1)
     process.kill()
     raise AssertionError(process.communicate()[1])
+
+
+def in_two(function, *args) -> None:
+    """function(rank, *args) in two processes, copies of one that has imported the large libraries."""
+    processes()              # says which
+    torch.multiprocessing.start_processes(function, args, nprocs=2, start_method="forkserver")

@@ -28,7 +28,7 @@ from models.loading import load_model
 from models.sharding import Ranks
 from record.checkpoint import State, seal, unsealed
 from tests.conftest import ROOT
-from tests.runs import Process, lines, steps
+from tests.runs import Process, in_two, lines, steps
 from tests.test_supports import HIDDEN, config, filled
 from tests.test_supports import models as folders  # noqa: F401
 from transport.link import Link
@@ -323,7 +323,7 @@ def test_two_learners_jump_as_one(folders, tmp_path, estimator):       # noqa: F
     segments = filled(cfg, folders, responses=5)[1]
     for name in ("one", "two"):
         (tmp_path / name).mkdir()
-    torch.multiprocessing.spawn(one_of_two, (cfg, segments, tmp_path), nprocs=2)
+    in_two(one_of_two, cfg, segments, tmp_path)
     (a, ess_a, one), (b, ess_b, two), (c, ess_c, _) = (
         jump(cfg, segments, Ranks(), tmp_path / "one"), *(torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)))
     assert [e["k"] for e in a] == [e["k"] for e in b] == [e["k"] for e in c] and a[0]["k"] > 0

@@ -29,7 +29,7 @@ from models.loading import load_model, text_config
 from models.sharding import Ranks
 from teacher import HFTeacher
 from tests.conftest import ROOT, save_tiny
-from tests.runs import alive, children_of, command, complete, run, start_and_wait_for, steps
+from tests.runs import alive, children_of, command, complete, in_two, run, start_and_wait_for, steps
 from transport.process import alone
 
 LAYERS, WIDTH, T = 3, 64, 12
@@ -309,7 +309,7 @@ def test_two_learners_have_the_gradient_of_one(config, tmp_path):
     cfgs = [config(estimator=e, oprd__weight=2.0, oprd__layers="even", micro_tokens=1, learners=2, clip=1e9, **more)
             for e, more in (("none", {}), ("reverse_mc", {}), ("none", dict(gradient_checkpointing=True)))]
     segments = scored(cfgs[0])[1][:3]
-    torch.multiprocessing.spawn(one_of_two, (cfgs, segments, tmp_path), nprocs=2)
+    in_two(one_of_two, cfgs, segments, tmp_path)
     both = [torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1)]
     for i, cfg in enumerate(cfgs):
         want, _ = gradient(cfg, segments, size=1)

@@ -24,7 +24,7 @@ from models.loading import load_model
 from models.sharding import Ranks
 from rollout import Worker
 from teacher import TeacherCheck, score
-from tests.runs import command, complete, lines, run, start_and_wait_for, steps
+from tests.runs import command, complete, in_two, lines, run, start_and_wait_for, steps
 from tests.test_supports import HIDDEN, VOCAB, T, config, gradient
 from tests.test_supports import models as folders  # noqa: F401
 from transport.shared import SharedMemory
@@ -405,7 +405,7 @@ def test_two_learners_come_to_the_set_of_one(folders, tmp_path):
     cfg = with_rock(folders, weight=0.0, k=3, every=1, micro_tokens=20, out=str(tmp_path / "run"), learners=2)
     responses = drawn(cfg, folders, responses=6) * 30
     _, segments = scored(cfg, responses)
-    torch.multiprocessing.spawn(one_of_two, (cfg, segments, str(tmp_path)), nprocs=2)
+    in_two(one_of_two, cfg, segments, str(tmp_path))
     (a, of_a), (b, of_b) = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert a == b and of_a["rock/chosen"].any() and all(torch.equal(of_a[k].nan_to_num(), of_b[k].nan_to_num())
                                                              for k in of_a)

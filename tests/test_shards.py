@@ -12,6 +12,7 @@ from learner import Learner, Trained
 from models.loading import load_model
 from models.sharding import Ranks
 from tests.conftest import save_tiny
+from tests.runs import in_two
 from tests.test_supports import config, filled
 from tests.test_supports import models as folders  # noqa: F401
 from transport.weights import Weights
@@ -78,7 +79,7 @@ def in_a_hurry(rank, meeting):
 def test_a_learner_among_several_leaves_in_peace(tmp_path):
     """What gloo's threads still hold does not abort the process."""
     for i in range(3):
-        torch.multiprocessing.spawn(in_a_hurry, (str(tmp_path / f"{i}"),), nprocs=2)
+        in_two(in_a_hurry, str(tmp_path / f"{i}"))
 
 
 def half_gradient(cfg, segments, ranks) -> dict:
@@ -108,7 +109,7 @@ def trained(folders, tmp_path_factory):       # noqa: F811
         work[name] = cfg, segments
         for learners in ("one", "two"):
             (root / learners / name).mkdir(parents=True)
-    torch.multiprocessing.spawn(one_of_two, (work, root), nprocs=2)
+    in_two(one_of_two, work, root)
     both = [torch.load(root / f"{rank}.pt") for rank in (0, 1)]
     one = {name: train(cfg, segments, root / "one" / name, Ranks()) for name, (cfg, segments) in work.items()}
     half = half_gradient(*next(iter(work.values())), Ranks()), torch.load(root / "half0.pt")
