@@ -57,6 +57,21 @@ def test_gradients_are_those_of_plain_autograd(name, chunk):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12 * wanted.abs().max().item())
 
 
+@pytest.mark.parametrize("chunk", [1, 4, 100])
+def test_with_all_words_the_stored_ones_have_a_gradient_too(chunk):
+    """A loss may use both: log-probs of all words, and those of the columns of a slot."""
+    head, rows, ids, _, _ = problem("reverse_mc", bias=True)
+
+    def loss(at, logp, every):
+        return {"loss": logp.exp().sum(-1) + every.square().mean(-1)}
+    want, value, parameters = plainly(head, rows, ids, loss, True, 3)
+    head.zero_grad()
+    back, found = head_backward(head, rows, ids, loss, all_words=True, count=3, chunk=chunk, dtype=torch.float64)
+    for got, wanted in zip([back, found["loss"], *(p.grad for p in head.parameters())],
+                           [want, value["loss"], *parameters]):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12 * wanted.abs().max().item())
+
+
 def test_gradients_add_up_and_a_frozen_head_gets_none():
     head, rows, ids, loss, whole = problem("reverse_mc")
     for _ in range(2):
