@@ -28,7 +28,7 @@ def disk(tmp_path):
     if mounted.returncode:
         pytest.skip("this user cannot mount a tmpfs")
     yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    subprocess.run(["umount", "--lazy", str(folder)], check=True)      # a failed test may hold a file open
 
 
 def fill(disk: Path) -> Path:
