@@ -10,13 +10,12 @@ import pytest
 import asyncopd
 from data.prompts import Row
 from record.disk import Disk, write_text
-from record.metrics import METRICS
+from record.metrics import BY_LEARNER
 from record.recorder import Recorder
 from tests.test_report import SAID
 
 ANSWERED = [(Row(f"prompt {i}", str(i)), ["text " * 20], [True]) for i in range(8)]
-KEYS = METRICS.keys() - {"gen_tok_s", "wall_s", "push_s", "skipped", "trained", "engine_gap_mean", "engine_gap_p95",
-                         "engine_gap_max"}
+
 
 
 @pytest.fixture
@@ -41,7 +40,7 @@ def fill(disk: Path) -> Path:
 
 
 def measured(step: int) -> dict:
-    return dict.fromkeys(KEYS, 0.5) | dict(step=step, version=step, tokens=10, lag_min=0, lag_max=1)
+    return dict.fromkeys(BY_LEARNER, 0.5) | dict(step=step, version=step, tokens=10, lag_min=0, lag_max=1)
 
 
 def opened(out: Path, tracker: str = "none") -> Recorder:
@@ -55,7 +54,7 @@ def opened(out: Path, tracker: str = "none") -> Recorder:
 def work(recorder: Recorder, steps: range) -> None:
     for step in steps:
         recorder.spans("learner", [("step", float(i), i + 0.5) for i in range(10)])
-        recorder.step(measured(step), [], 0, [(step, 0, 10)], {"free": 1})
+        recorder.step(measured(step), [], 0, [(step, 0, 10)], {"free": 1}, begun=step)
         if step % 10 == 0:
             recorder.evaluation(step, "student", SAID, ANSWERED)
 
