@@ -375,7 +375,8 @@ def state(self):
 
 def test_state_prepared_tensors_and_graded_answers_in_a_run_and_after_a_resumption(short, plain, tmp_path):
     flags, weights = short(extend=written(tmp_path, "services", SERVICES), save_every=2)
-    assert same(weights, plain[1]), "none of it touches the weights"
+    bare = short(extend=written(tmp_path, "bare", "sparse = True"))[1]       # the emitted token is no candidate
+    assert same(weights, bare) and not same(weights, plain[1]), "nothing but `sparse` touches the weights"
     done = complete([*command(dict(out=flags["out"], steps=7)), "--resume"])
     assert done.returncode == 0, done.stderr
     log, seen = steps(flags), events(flags, "seen")
