@@ -51,3 +51,9 @@ def flags(models, tmp_path):
     return dict(task="toy", student=models["student"], teacher=models["teacher"], gpus=0, engine="hf", batch=8,
                 max_prompt=8, max_response=16, max_running=64, lr=1e-3, eval__n=8, eval__every=0, warmup=0,
                 out=str(tmp_path / "run"))
+
+
+def pytest_collection_modifyitems(items):
+    """Tests that wait longest come first, so that no process is left with them alone at the end."""
+    slow = ("test_faults", "test_qwen3", "test_rock", "test_pipeline")
+    items.sort(key=lambda item: not item.module.__name__.endswith(slow))

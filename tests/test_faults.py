@@ -84,14 +84,14 @@ def test_a_killed_worker_is_restarted_and_nothing_is_lost(flags, victim):
     assert not alive(kills.processes(flags).values()) and not left_in_shared_memory(before)
 
 
-@pytest.mark.parametrize("how", [["--cycles", "5"], ["--cycles", "4", "--async"]])
+@pytest.mark.parametrize("how", [["--cycles", "3"], ["--cycles", "3", "--async"]])
 def test_killed_at_random_and_resumed(how, tmp_path):
     """Synchronous: the weights are those of an undisturbed run, bit for bit; asynchronous: every prompt once."""
     done = subprocess.run([sys.executable, str(ROOT / "benchmarks" / "kills.py"), *how, "--seed", "1",
                            "--out", str(tmp_path / "rows.jsonl")], capture_output=True, text=True, timeout=5 * HARD_S)
     assert done.returncode == 0, done.stderr[-3000:]
     last = json.loads(done.stdout.splitlines()[-1])
-    assert last["kills"] >= last["resumed"] >= 4
+    assert last["kills"] >= last["resumed"] >= 3
     assert last.get("identical", last["runs"]) == last["runs"] and last.get("lost", 0) == last.get("twice", 0) == 0
 
 
@@ -130,11 +130,11 @@ def test_a_run_that_goes_on_evaluates_no_version_twice(flags):
 @pytest.mark.parametrize("victim, code", [("teacher0", 0), ("learner", 1)])
 def test_a_worker_that_stands_still_counts_as_dead(flags, victim, code):
     """Stopped, not killed: it holds its pipe and its slots, and says nothing."""
-    flags |= dict(steps=60, faults__stall_s=40)
+    flags |= dict(steps=60, faults__stall_s=20)
     process, first = start_and_wait_for(flags, step=3)
     os.kill(first[victim], signal.SIGSTOP)
     err = finished(process, flags, code)
-    assert f"{victim} has not moved for 40 s" in err and not alive(first.values())
+    assert f"{victim} has not moved for 20 s" in err and not alive(first.values())
     assert [e["worker"] for e in events(flags, "restarted")] == ([victim] if code == 0 else [])
 
 
