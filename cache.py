@@ -35,10 +35,13 @@ class Segment:
 
     tokens  [start + n]   token ids, the new ones last; the first `prompt` of them are the prompt
     version [n]           version of the weights that drew each new token
-    ids, logmu, logq      [m, C]  candidate words, their log-probs under mu and under the teacher
+    ids     [m, C]        the candidate words, of which the first is the emitted token
+    logpi   [m, C]        log of the expected number of their copies (draws.py)
+    logq    [m, C]        their log-probs under the teacher
+    logmu   [m]           log-prob of the emitted token under mu
     hidden  [m, H]        the teacher's last hidden state, the one that predicts the token; H = 0
                           if the estimator does not need it
-    kept    [n] bool      which new tokens have a row in ids, logmu, logq and hidden: m of them.
+    kept    [n] bool      which new tokens have a row in these and in hidden: m of them.
                           None: all, m = n
     extra                 by name, an extension's own slot tensors, their used rows (extension.py)
     """
@@ -48,6 +51,7 @@ class Segment:
     start: int
     version: Tensor
     ids: Tensor
+    logpi: Tensor
     logmu: Tensor
     logq: Tensor
     hidden: Tensor = field(default_factory=lambda: torch.empty(0, 0))
@@ -67,7 +71,7 @@ class Segment:
 class Slots:
     """All slots, one row each.
 
-    tokens [S, max_prompt + T]      ids, logmu, logq [S, T, C]      version [S, T]
+    tokens [S, max_prompt + T]      ids, logpi, logq [S, T, C]      logmu, version [S, T]
     hidden [S, T, H]                kept [S, T] where only some positions are stored
     Of the ticket that is in the slot, [S] each:
     uid     which prompt it answers, counted over all epochs
@@ -76,7 +80,7 @@ class Slots:
     born    version of the first new token; before there is one, of the weights its worker has
     extra   by name, [S, *shape]: an extension's tensors; used[name] [S] counts their used rows
 
-    The rows of ids, logmu, logq and hidden are compact: row j belongs to the j-th token whose
+    The rows of ids, logpi, logmu, logq and hidden are compact: row j belongs to the j-th token whose
     scores are stored. logq is nan from when a token is written until the teacher has scored it.
     """
 
@@ -91,7 +95,8 @@ class Slots:
         self.sparse = sparse
         self.tokens = shared_zeros(S, max_prompt + T, dtype=torch.int32)
         self.ids = shared_zeros(S, T, C, dtype=torch.int32)
-        self.logmu = shared_zeros(S, T, C)
+        self.logpi = shared_zeros(S, T, C)
+        self.logmu = shared_zeros(S, T)
         self.logq = shared_zeros(S, T, C).fill_(torch.nan)
         self.hidden = shared_zeros(S, T, hidden, dtype=dtype)
         self.version = shared_zeros(S, T, dtype=torch.int32)
@@ -133,15 +138,16 @@ class Slots:
         self.length[s] = 0
         self.born[s] = version
 
-    def append(self, s: int, tokens: Tensor, ids: Tensor, logmu: Tensor, version: int,
-               kept: Tensor | None = None) -> None:
-        """Add k new tokens [k] and their drawn columns ids, logmu [k, D].
+    def append(self, s: int, tokens: Tensor, ids: Tensor, logpi: Tensor, logmu: Tensor,
+               version: int, kept: Tensor | None = None) -> None:
+        """Add k new tokens [k], their drawn columns ids, logpi [k, D], and their logmu [k].
 
         D <= C: the teacher fills in the other C - D columns. `kept` [k], bool: the tokens whose
         scores are stored, in sparse slots; None stores all.
         """
         k, D = ids.shape
-        assert tokens.shape == (k,) and logmu.shape == (k, D), (tokens.shape, ids.shape)
+        assert tokens.shape == logmu.shape == (k,) and logpi.shape == (k, D), (
+            tokens.shape, logmu.shape, ids.shape, logpi.shape)
         assert D <= self.ids.shape[2], f"{D} columns drawn for {self.ids.shape[2]} in a slot"
         assert kept is None or self.sparse, "only sparse slots leave positions out"
         n = int(self.length[s])
@@ -154,17 +160,19 @@ class Slots:
                 kept = torch.ones(k, dtype=torch.bool)
             self.kept[s, n:n + k] = kept
             ids = ids[kept]
+            logpi = logpi[kept]
             logmu = logmu[kept]
         rows = slice(first, first + len(ids))
         self.ids[s, rows, :D] = ids
-        self.logmu[s, rows, :D] = logmu
+        self.logpi[s, rows, :D] = logpi
+        self.logmu[s, rows] = logmu
         self.logq[s, rows] = torch.nan
         if n == 0:
             self.born[s] = version
         self.length[s] = n + k
 
     def stored(self, s: int) -> int:
-        """The rows of ids, logmu, logq and hidden that are in use."""
+        """The rows of ids, logpi, logmu, logq and hidden that are in use."""
         n = int(self.length[s])
         if self.sparse:
             return int(self.kept[s, :n].sum())
@@ -177,8 +185,8 @@ class Slots:
         m = self.stored(s)
         return Segment(
             slot=s, tokens=self.tokens[s, :start + n], prompt=int(self.prompt[s]), start=start,
-            version=self.version[s, :n], ids=self.ids[s, :m], logmu=self.logmu[s, :m],
-            logq=self.logq[s, :m], hidden=self.hidden[s, :m],
+            version=self.version[s, :n], ids=self.ids[s, :m], logpi=self.logpi[s, :m],
+            logmu=self.logmu[s, :m], logq=self.logq[s, :m], hidden=self.hidden[s, :m],
             kept=self.kept[s, :n] if self.sparse else None,
             extra={name: x[s, :int(self.used[name][s])] for name, x in self.extra.items()})
 

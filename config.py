@@ -68,6 +68,10 @@ class Objective:
     """divergence: reverse is KL(p || q), forward is KL(q || p)"""
     mc_samples: Count = 4
     """N, the number of candidate tokens per position of the Monte Carlo estimators"""
+    draws: Literal["auto", "iid", "optimal"] = "auto"
+    """how the N tokens are chosen (draws.py): iid draws them independently, as the paper does;
+    optimal keeps the probable ones and samples the rest, without bias and with less variance; auto
+    is optimal where the estimator and the extensions allow it"""
     top_k: Count = 16
     """K, the number of tokens per position of the top-k estimators"""
     estimator: EstimatorName = "auto"

@@ -3,7 +3,7 @@ Every KL estimator of this repository, in one file that is read from top to bott
 
 An estimator is a loss: a function of log-probs whose gradient pulls the student towards the
 teacher. It is correct only together with the way its words were chosen, so the table at the end,
-ESTIMATORS, states for each loss which words it needs. Everything that records, scores or trains
+ESTIMATORS, states for each loss which words it needs; draws.py chooses them. Everything that records, scores or trains
 obeys that table. `--kl reverse --mc-samples 4` means DEFAULT["reverse"], the row `reverse_mc`;
 its gradient is that of the function `reverse_mc`, the first loss below.
 
@@ -22,6 +22,8 @@ Notation (the same names are used in every other module)
     mu   the student that generated     logmu  frozen, may be stale
     q    the teacher                    logq   frozen
     N words drawn at a position or K top words, in the last dimension; V words in the vocabulary
+    logpi  log of the expected number of copies of a word among the N: log N + logmu for independent
+         draws, 0 for a word that is chosen for certain (draws.py)
     A = logq - logp, A_mu = logq - logmu, w = p / mu; all three are constants to the gradient
     dlogp is the gradient of logp; sum_V runs over the vocabulary, E_mu is an expectation under mu
     A position is that of the predicted token y_t: nothing in this file shifts.
@@ -33,8 +35,8 @@ Rules for every estimator
        gradient that the docstring states. It is 0 at p = q = mu, except in `forward_topk_no_tail`.
     3. The docstring answers the six QUESTIONS: what is minimised, which candidates it needs, its
        gradient, what its value means, what a stale mu does to it, what it does not correct.
-    4. "Exact" and "unbiased" hold up to two clamps: |log w| <= LOG_RATIO_MAX and logq >= LOG_MIN.
-       A word with p > e^20 mu counts as one with p = e^20 mu.
+    4. "Exact" and "unbiased" hold up to two clamps: log w, log(p / pi) <= LOG_RATIO_MAX and
+       logq >= LOG_MIN. A word with p > e^20 pi counts as one with p = e^20 pi.
     5. --top-p < 1 makes mu 0 outside its nucleus. The rows whose words mu draws then sum over the
        nucleus where their gradient says sum_V.
 
@@ -43,8 +45,8 @@ expectation. A reverse KL summed over a top-k set without renormalising pushes m
 even at p = q.
 
 What is left out: reward-to-go. Each token is scored for itself alone, as if with a discount of 0.
-Tests: tests/test_estimators.py checks every stated gradient by enumeration, tests/test_rollout.py
-checks `draw`, and benchmarks/audit.py measures bias and variance.
+Tests: tests/test_estimators.py checks every stated gradient by enumeration, tests/test_draws.py
+the designs, and benchmarks/audit.py measures bias and variance.
 """
 from __future__ import annotations
 
@@ -57,17 +59,16 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-LOG_RATIO_MAX = 20.0    # log-ratios are clamped to +-20 before exp: e^20 = 5e8 is past any use
+LOG_RATIO_MAX = 20.0    # log-ratios are clamped to 20 before exp: e^20 = 5e8 is past any use
 LOG_MIN = -100.0        # a word that the teacher excludes (logq = -inf) costs 100 nats
-BLOCK = 64              # words per block in `draw`: its 2 levels cost the same at V = 150k, N = 64
 QUESTIONS = ("Target", "Candidates", "Gradient", "Value", "Stale mu", "Not covered")
 
 
 # -- what the estimators share -------------------------------------------------------------------
 
 def importance_weight(logp: Tensor, logmu: Tensor) -> Tensor:
-    """w = p / mu as a constant, clamped to e^-20 .. e^20. Any shape."""
-    return (logp - logmu).detach().clamp(-LOG_RATIO_MAX, LOG_RATIO_MAX).exp()
+    """w = p / mu as a constant, at most e^20. Any shape. The same of p / pi, for a drawn word."""
+    return (logp - logmu).detach().clamp(max=LOG_RATIO_MAX).exp()
 
 
 def ratio(logp: Tensor, logmu: Tensor) -> Tensor:
@@ -83,34 +84,35 @@ def at_least_float32(x: Tensor) -> Tensor:
 def in_float32(fn: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Give `fn` log-probs in float32 or float64, whatever arrives, and no logq below LOG_MIN."""
     @wraps(fn)
-    def wrapped(logp: Tensor, logq: Tensor, logmu: Tensor, **knobs) -> Tensor:
+    def wrapped(logp: Tensor, logq: Tensor, logpi: Tensor, **knobs) -> Tensor:
         logp = at_least_float32(logp)
         logq = at_least_float32(logq).clamp(min=LOG_MIN)
-        logmu = at_least_float32(logmu)
-        return fn(logp, logq, logmu, **knobs)
+        return fn(logp, logq, at_least_float32(logpi), **knobs)
     return wrapped
 
 
 # -- reverse KL at drawn tokens ------------------------------------------------------------------
 
 @in_float32
-def reverse_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+def reverse_mc(logp: Tensor, logq: Tensor, logpi: Tensor) -> Tensor:
     """Reverse KL from N candidates per position, corrected for staleness.
 
     Target      KL(p || q)
-    Candidates  N drawn i.i.d. from mu, duplicates kept
-    Gradient    E_mu[ w (logp - logq) dlogp ] = -sum_V p A dlogp: the target's, for every N >= 1
+    Candidates  N chosen from mu by one of the designs of draws.py
+    Gradient    E[ sum_N (p / pi) (logp - logq) dlogp ] = -sum_V p A dlogp: the target's, for every
+                N >= 1
     Value       not the KL: this is a surrogate, `reverse_value` is the estimate to log
-    Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20; variance grows with
-                E_mu[w^2]
+    Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at p / pi = e^20; variance grows
+                with E_mu[w^2], over the words that are not chosen for certain
     Not covered the prefix: y_<t has the distribution of mu, not that of p
 
-    logp, logq, logmu: [..., N] log-probs of the same candidates. Returns [...].
-    Source: AsyncOPD (arXiv 2606.24143), the multi-sample estimator; N = 1 is its MC1.
+    logp, logq: [..., N] log-probs of the same candidates; logpi: [..., N]. Returns [...].
+    Source: AsyncOPD (arXiv 2606.24143), the multi-sample estimator, whose draws are independent:
+    pi = N mu, and the sum is the mean of w A logp; N = 1 is its MC1.
     """
-    w = importance_weight(logp, logmu)
+    weight = importance_weight(logp, logpi)
     advantage = (logq - logp).detach()
-    return -(w * advantage * logp).mean(-1)
+    return -(weight * advantage * logp).sum(-1)
 
 
 @in_float32
@@ -393,17 +395,17 @@ def log_rest(logx: Tensor) -> Tensor:
 # -- losses that ignore logmu: words drawn by the teacher, all words, no words at all ------------
 
 @in_float32
-def forward_mc(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+def forward_mc(logp: Tensor, logq: Tensor, logpi: Tensor) -> Tensor:
     """Forward KL from N candidates that the teacher draws at the student's prefixes.
 
     Target      KL(q || p)
-    Candidates  N drawn i.i.d. from q at scoring, duplicates kept
-    Gradient    -E_q[dlogp]: the target's, for every N >= 1
+    Candidates  N chosen from q at scoring, by one of the designs of draws.py
+    Gradient    -E[ sum_N (q / pi) dlogp ]: the target's, for every N >= 1
     Value       an unbiased estimate of KL(q || p)
     Stale mu    unaffected: the words are the teacher's
     Not covered the prefix
     """
-    return (logq - logp).mean(-1)
+    return (importance_weight(logq, logpi) * (logq - logp)).sum(-1)
 
 
 @in_float32
@@ -473,87 +475,26 @@ def no_divergence(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     return torch.zeros_like(logp[..., 0])
 
 
-# -- the logged KL, and how candidates are drawn -------------------------------------------------
+# -- the logged KL -------------------------------------------------------------------------------
 
 @in_float32
-def reverse_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Estimate of KL(p || q) from candidates drawn i.i.d. from mu: mean of w (logp - logq).
+def reverse_value(logp: Tensor, logq: Tensor, logpi: Tensor) -> Tensor:
+    """Estimate of KL(p || q) from candidates chosen from mu: sum of (p / pi) (logp - logq).
 
     Unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20. With top_p < 1 it estimates
     the sum of p (logp - logq) over mu's nucleus alone.
     """
-    return (importance_weight(logp, logmu) * (logp - logq)).detach().mean(-1)
+    return (importance_weight(logp, logpi) * (logp - logq)).detach().sum(-1)
 
 
 @in_float32
-def forward_value(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
-    """Estimate of KL(q || p) from candidates drawn i.i.d. from mu: mean of q / mu (logq - logp).
+def forward_value(logp: Tensor, logq: Tensor, logpi: Tensor) -> Tensor:
+    """Estimate of KL(q || p) from candidates chosen from mu: sum of (q / pi) (logq - logp).
 
     Unbiased if mu > 0 wherever q > 0, up to the clamp at q / mu = e^20. With top_p < 1 it
     estimates the sum of q (logq - logp) over mu's nucleus alone.
     """
-    return (importance_weight(logq, logmu) * (logq - logp)).detach().mean(-1)
-
-
-def shaped(logits: Tensor, temperature: float = 1.0, top_p: float = 1.0) -> Tensor:
-    """The logits of the distribution that is sampled: [R, V] of any float dtype to [R, V] float32.
-
-    They are divided by the temperature and are -inf outside the nucleus, the smallest set of most
-    probable words whose probabilities sum to at least top_p.
-    """
-    x = logits.float()
-    if temperature != 1.0:
-        x = x / temperature
-    if top_p < 1.0:
-        value, order = x.softmax(-1).sort(descending=True)
-        mass_before = value.cumsum(-1) - value
-        outside = mass_before >= top_p
-        rank = order.argsort(1)              # where each word stands in the sorted order
-        x = x.masked_fill(outside.gather(1, rank), -torch.inf)
-    return x
-
-
-def draw(logits: Tensor, u: Tensor, temperature: float = 1.0,
-         top_p: float = 1.0) -> tuple[Tensor, Tensor]:
-    """Draw N words for every row of logits: ids [R, N] and their log-probs, float32, [R, N].
-
-    logits [R, V] of any float dtype. u [R, N] uniform on [0, 1), float64, so that words with a
-    probability of 1e-12 are drawn as often as they should be.
-
-    Lay the words end to end on a line, each as long as its probability. The word in which u falls
-    is a draw from the distribution (inversion). A cumulative sum over all V words in float64 would
-    be slow, so the line is searched at two levels: first among blocks of BLOCK words, then inside
-    the block that was hit. Only a softmax and one sum pass over V, whatever N is. The log-probs
-    returned are those of the very weights that the words were drawn by.
-    """
-    # The line, cut into blocks; words of weight 0 fill the last one. `pad` would copy the weights
-    # even where nothing is to be filled.
-    weight = shaped(logits, temperature, top_p).softmax(-1)
-    if weight.shape[1] % BLOCK:
-        weight = pad(weight, (0, -weight.shape[1] % BLOCK))
-    blocks = weight.view(len(u), -1, BLOCK)                      # [R, V / BLOCK, BLOCK]
-
-    # Level 1: the first block that ends beyond the target. The line is 1 long up to rounding, so
-    # u is scaled to its true length and kept just below the end.
-    block_mass = blocks.sum(-1).double()
-    block_end = block_mass.cumsum(-1)
-    length = block_end[:, -1:]
-    target = (u * length).clamp(max=length * (1 - 1e-15))
-    block = torch.searchsorted(block_end, target, right=True)    # [R, N]
-
-    # Level 2: the word inside the block. The block's mass was summed in float32, its words are
-    # summed in float64. So the place in the block is carried over as a share, from 0 to 1.
-    row = torch.arange(len(u), device=u.device)[:, None]
-    words = blocks[row, block]                                   # [R, N, BLOCK]
-    mass = block_mass.gather(1, block)
-    share = (target - block_end.gather(1, block) + mass) / mass
-    word_end = words.double().cumsum(-1)
-    target_inside = share.clamp(0, 1 - 1e-15) * word_end[..., -1]
-    word = torch.searchsorted(word_end, target_inside[..., None], right=True)
-
-    ids = block * BLOCK + word.squeeze(-1)
-    drawn_weight = words.gather(-1, word).squeeze(-1)
-    return ids, drawn_weight.log() - length.log().float()
+    return (importance_weight(logq, logpi) * (logq - logp)).detach().sum(-1)
 
 
 # -- the table -----------------------------------------------------------------------------------
@@ -574,7 +515,8 @@ class Estimator:
                   computes the log-probs of all V words
     """
     fn: Callable[..., Tensor]
-    """The loss: (logp, logq, logmu) [..., C], and further arguments by name, to [...]."""
+    """The loss: (logp, logq, logpi) [..., C], and further arguments by name, to [...]. For a single
+    token drawn by the student logpi is logmu; for its best words it is logmu too."""
     kl: Literal["reverse", "forward"]
     """The KL that is logged."""
     support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
@@ -590,6 +532,9 @@ class Estimator:
     tail: bool = False
     """fn has an argument log_tail [...]: the log of the mass that p has outside the words whose
     log-probs fn receives. models/head.py computes it."""
+    designs: tuple[str, ...] = ()
+    """Designs of draws.py by which its N words may be chosen, of which --draws auto takes the last;
+    none where it has no N words."""
     head: bool = True
     """The gradient of fn passes through the LM head; False: fn has no gradient."""
 
@@ -638,9 +583,9 @@ class Estimator:
         return self.support != "sampled"
 
     def bytes(self, n: int, k: int, hidden: int) -> int:
-        """Per token in a slot: id, logmu and logq of every column, 4 bytes each, and where the
-        teacher's hidden state is kept, its `hidden` bytes."""
-        return 12 * self.columns(n, k) + (hidden if self.support == "full" else 0)
+        """Per token in a slot: logmu, and id, logpi and logq of every column, 4 bytes each, and
+        where the teacher's hidden state is kept, its `hidden` bytes."""
+        return 4 + 12 * self.columns(n, k) + (hidden if self.support == "full" else 0)
 
     def bind(self, flags: object) -> Callable[..., Tensor]:
         """`fn` with its knobs set to the values of the flags with the same names."""
@@ -660,8 +605,9 @@ class Estimator:
 
 
 ESTIMATORS = {      # the choices of --estimator: the loss, the logged KL, the support
-    "reverse_mc": Estimator(reverse_mc, "reverse", "candidates", unbiased=True),
-    "reverse_mc_no_is": Estimator(reverse_mc_no_is, "reverse", "candidates"),
+    "reverse_mc": Estimator(reverse_mc, "reverse", "candidates", unbiased=True,
+                            designs=("iid", "optimal")),
+    "reverse_mc_no_is": Estimator(reverse_mc_no_is, "reverse", "candidates", designs=("iid",)),
     "reverse_ppo": Estimator(reverse_ppo, "reverse", "sampled"),
     "reverse_ppo_recomputed": Estimator(reverse_ppo_recomputed, "reverse", "sampled"),
     "reverse_old_adv": Estimator(reverse_old_adv, "reverse", "sampled"),
@@ -672,7 +618,8 @@ ESTIMATORS = {      # the choices of --estimator: the loss, the logged KL, the s
     "reverse_topk_pg_no_is": Estimator(reverse_topk_pg_no_is, "reverse", "student_topk"),
     "forward_topk": Estimator(forward_topk, "forward", "teacher_topk", tail=True),
     "forward_topk_no_tail": Estimator(forward_topk_no_tail, "forward", "teacher_topk"),
-    "forward_mc": Estimator(forward_mc, "forward", "teacher_mc", unbiased=True),
+    "forward_mc": Estimator(forward_mc, "forward", "teacher_mc", unbiased=True,
+                            designs=("iid", "optimal")),
     "forward_dense": Estimator(forward_dense, "forward", "full", unbiased=True),
     "reverse_dense": Estimator(reverse_dense, "reverse", "full", unbiased=True),
     "jsd_dense": Estimator(jsd_dense, "reverse", "full", unbiased=True, knobs=("beta",)),

@@ -47,8 +47,10 @@ from transport.weights import WeightTransport
 
 FIRST_ROWS = "rows of the first batch:"          # begins the names of Divisors in a checkpoint
 Measured = dict[str, Tensor]                     # by name, one value per position [m]
+CACHED = ("ids", "logpi", "logmu", "logq", "hidden")              # what a position has in a slot
 MEASURED = ("loss", "kl", "w", "entropy", "duplicates", "y")      # what `Learner.measure` returns
 UNUSABLE = {"logmu": "the engine sampled from nan",
+            "logpi": "the engine, or a teacher that draws, sampled from nan",
             "logq": "the teacher has not scored it, or scored nan",
             "hidden": "the teacher's last state is nan"}
 
@@ -159,7 +161,7 @@ class Learner:
         """
         part = 1 / self.ranks.size
         rows, states = self.student.rows_and_states(group, self.layers)
-        cached = {name: self.cached(group, name) for name in ("ids", "logmu", "logq", "hidden")}
+        cached = {name: self.cached(group, name) for name in CACHED}
         context = self.context_of(group)
         ids = cached["ids"].long()
 
@@ -199,26 +201,28 @@ class Learner:
         """
         ids = cached["ids"]
         logq = cached["logq"]
-        logmu = cached["logmu"]
+        logpi = cached["logpi"]
+        n = self.estimator.drawn(ids.shape[1])
         selective = self.extensions.selective
-        drawn = [self.estimator.logged(x, selective) for x in (logp.detach(), logq, logmu)]
+        if selective and n > 1:                  # one of n independent draws does not take part
+            logpi = logpi + math.log((n - 1) / n)
+        drawn = [self.estimator.logged(x, selective) for x in (logp.detach(), logq, logpi)]
         if every is None:
-            scored = [self.estimator.scored(x, selective) for x in (logp, logq, logmu)]
+            scored = [self.estimator.scored(x, selective) for x in (logp, logq, logpi)]
             loss = self.loss(*scored, **context)
             kl = VALUE[self.cfg.kl](*drawn)
         else:
             with torch.no_grad():
                 every_q = teacher_logq(self.teacher_head, cached["hidden"], every.shape[1])
-            loss = self.loss(every, every_q, every_q, **context)     # these losses ignore logmu
+            loss = self.loss(every, every_q, every_q, **context)     # these losses ignore logpi
             kl = DENSE[self.cfg.kl](every.detach(), every_q, every_q)
         weight = self.extensions.weight(ids[:, 0])
         if weight is not None:
             loss = loss * weight
-        w = importance_weight(drawn[0], drawn[2])
-        n = self.estimator.drawn(ids.shape[1])
+        copies = importance_weight(drawn[0], drawn[2])
         distinct = ids[:, :n].sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
-        return {"loss": loss, "kl": kl, "w": importance_weight(logp[:, 0], logmu[:, 0]),
-                "entropy": -(w * drawn[0]).mean(-1), "duplicates": 1 - distinct / n,
+        return {"loss": loss, "kl": kl, "w": importance_weight(logp[:, 0], cached["logmu"]),
+                "entropy": -(copies * drawn[0]).sum(-1), "duplicates": 1 - distinct / n,
                 "y": ids[:, 0]}
 
     def update(self, lr: float) -> Tensor:
@@ -263,7 +267,7 @@ class Learner:
             order += [by_slot[slot] for slot in their_slots]
             logp.append(their_logp)
         columns = [torch.cat(logp).to(self.student.device),
-                   self.cached(order, "logq"), self.cached(order, "logmu")]
+                   self.cached(order, "logq"), self.cached(order, "logpi")]
         found = self.estimator.batch(*map(self.estimator.scored, columns))
         lengths = [len(s.ids) for s in order]
         split_up = {name: x.expand(len(columns[0]), -1).split(lengths)

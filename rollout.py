@@ -267,11 +267,11 @@ class Worker:
 
     def flush(self, slots: list[int]) -> None:
         """Take responses out of the engine and write what they have into their slots."""
-        for s, (tokens, ids, logmu) in self.engine.take(slots).items():
-            kept = self.kept(s, tokens) if self.slots.sparse else None
-            self.slots.append(s, tokens, ids, logmu, self.version, kept)
+        for s, drawn in self.engine.take(slots).items():
+            kept = self.kept(s, drawn.tokens) if self.slots.sparse else None
+            self.slots.append(s, *drawn, self.version, kept)
             self.running.discard(s)
-            self.tokens += len(tokens)
+            self.tokens += len(drawn.tokens)
 
     def kept(self, s: int, tokens: Tensor) -> Tensor | None:
         """Which of these new tokens of slot s keep their scores, bool [k]; None: all of them."""

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from cache import Segment, Slots
 from config import Config
+from draws import DESIGNS
 from engines.uniforms import TEACHER, uniforms
-from estimators import ESTIMATORS, LOG_MIN, LOG_RATIO_MAX, draw
+from estimators import ESTIMATORS, LOG_MIN, importance_weight
 from extension import Extensions
 from models.alignment import by_length, kept_rows, pad, response_rows
 from models.head import teacher_logq
@@ -79,12 +80,13 @@ class HFTeacher:
         self.support = ESTIMATORS[cfg.estimator].support
         self.vocab = vocab_size(cfg.student)
         self.seed = cfg.seed
+        self.design = cfg.draws
         self.extensions = Extensions.load(cfg)
 
     def score(self, segments: list[Segment], slots: Slots) -> None:
         """Write the teacher's log-probs, and what else is wanted, to the slots of `segments`."""
         score(self.model, segments, slots, self.support, self.vocab, seed=self.seed,
-              extensions=self.extensions)
+              design=self.design, extensions=self.extensions)
 
     def complete(self, prompts: list[list[int]], max_new: int, stop: list[int],
                  each_step: Callable[[], None] = lambda: None) -> list[list[int]]:
@@ -93,10 +95,12 @@ class HFTeacher:
 
 @torch.no_grad()
 def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int, *,
-          seed: int = 0, chunk: int = 1024, extensions: Extensions | None = None) -> None:
+          seed: int = 0, design: str = "iid", chunk: int = 1024,
+          extensions: Extensions | None = None) -> None:
     """Write the teacher's log-probs, float32, into logq, and what else `support` asks for.
 
-    `vocab`: the number of the student's words. `chunk`: positions whose logits exist at once.
+    `design`: how words of its own are drawn. `vocab`: the number of the student's words. `chunk`:
+    positions whose logits exist at once.
     """
     tokens, mask = pad(segments, model.device)
     head = model.get_output_embeddings()
@@ -110,8 +114,11 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     rows = response_rows(out.last_hidden_state, segments).to(head.weight.device)
     rows = kept_rows(rows, segments)                             # [m, H]
     ids = torch.cat([s.ids for s in segments]).long().to(rows.device)
+    logpi = None
     if support == "teacher_mc":
-        u = numbers(segments, slots, seed, ids.shape[1] - 1, rows.device)
+        n = ids.shape[1] - 1
+        u = numbers(segments, slots, seed, DESIGNS[design].numbers(n), rows.device)
+        logpi = torch.cat([s.logpi for s in segments]).to(rows.device)
     logq = torch.empty(ids.shape, device=rows.device)
     for i in range(0, len(rows), chunk):
         part = slice(i, i + chunk)
@@ -119,21 +126,22 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
         if support == "teacher_topk":
             ids[part, 1:] = every.topk(ids.shape[1] - 1).indices
         if support == "teacher_mc":
-            ids[part, 1:] = draw(every, u[part])[0]
+            chosen = DESIGNS[design].choose(every, u[part], n)
+            ids[part, 1:] = chosen.ids
+            logpi[part, 1:] = chosen.logpi
         logq[part] = every.gather(-1, ids[part])
-    write(segments, slots, ids, logq, rows if support == "full" else None)
+    write(segments, slots, ids=ids, logq=logq, logpi=logpi,
+          hidden=rows if support == "full" else None)
 
 
-def write(segments: list[Segment], slots: Slots, ids: Tensor, logq: Tensor,
-          hidden: Tensor | None) -> None:
-    """Write rows [m, ..] of all segments, in their order, into their slots."""
+def write(segments: list[Segment], slots: Slots, **found: Tensor | None) -> None:
+    """Write rows [m, ..] of all segments, in their order, into the tensors of their slots."""
     at = 0
     for s in segments:
         m = len(s.ids)
-        slots.ids[s.slot, :m] = ids[at:at + m].int().cpu()
-        slots.logq[s.slot, :m] = logq[at:at + m].cpu()
-        if hidden is not None:
-            slots.hidden[s.slot, :m] = hidden[at:at + m].cpu()
+        for name, rows in found.items():
+            if rows is not None:
+                getattr(slots, name)[s.slot, :m] = rows[at:at + m].cpu()
         at += m
 
 
@@ -195,7 +203,7 @@ class TeacherCheck:
     the log-prob -ln V, and raises no error.
 
     Its mean entropy over at least a batch of responses is estimated in nats by
-    sum w (-logq) / sum w with w = q / mu, over the words that mu drew. That needs only what the
+    sum w (-logq) / sum w with w = q / pi, over the words that mu drew. That needs only what the
     slots hold, whichever engine scored them. If all words have the same logq, the estimate is
     exactly -logq, whatever mu drew, because w cancels.
     """
@@ -213,8 +221,7 @@ class TeacherCheck:
         for s in segments:
             n = self.estimator.drawn(s.logq.shape[1])
             logq = s.logq[:, :n].double()
-            logmu = s.logmu[:, :n].double()
-            w = (logq - logmu).clamp(max=LOG_RATIO_MAX).exp()
+            w = importance_weight(logq, s.logpi[:, :n].double())
             self.sums += torch.stack([(w * -logq.clamp(min=LOG_MIN)).sum(), w.sum()])
         self.responses += len(segments)
         if self.warned or self.responses < self.enough:

@@ -11,9 +11,10 @@ every word that could have been drawn.
 
     bias      |E[gradient] - dense gradient| / |dense gradient|, over all positions; 0 = unbiased
     cosine    between the two; 1 = the right direction
-    var N     trace of the gradient's variance, mean over positions: N = 1 enumerated, N = 4, 16, 64
-              drawn. Marked * for rows without N: those of the emitted token alone repeat the value
-              of N = 1, and those that draw nothing have 0
+    var N     trace of the gradient's variance, mean over positions, of independent draws: N = 1
+              enumerated, N = 4, 16, 64 drawn (other designs: benchmarks/designs.py). Marked * for
+              rows without N: those of the emitted token alone repeat the value of N = 1, and those
+              that draw nothing have 0
     ESS       effective share of the samples, 1 / E_mu[w^2]; - where no word is drawn from mu
     bytes     per token in the cache at N = 4, K = 16, with a hidden state of H = 2,048 in bf16
               where one is kept
@@ -33,6 +34,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -96,8 +98,9 @@ def visited(run: Path, lag: int, M: int) -> Positions:
                          "(--save-every 4 --faults.keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
     tokenizer = toy.toy_tokenizer()
-    prompts = encode(tasks.load_task(cfg.task, eval_n=64).eval, tokenizer, cfg.data.template, cfg.data.suffix)
-    slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, engine.n + engine.k)
+    prompts = encode(tasks.toy_task(64).eval, tokenizer)
+    columns = engine.drawing.n + engine.drawing.k
+    slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, columns)
     for s, prompt in enumerate(prompts):
         slots.open(s, s, prompt, len(prompt), 0)
         engine.add(s, prompt, cfg.max_response, uid=s, position=0)
@@ -117,18 +120,22 @@ def visited(run: Path, lag: int, M: int) -> Positions:
 
 # -- one estimator --------------------------------------------------------------------------------
 
-def gradients(row: Estimator, x: Positions, ids: Tensor) -> Tensor:
-    """d loss / d logits for every set of ids [M, R, C] -> [M, R, V]."""
-    M, R, _ = ids.shape
+def gradients(row: Estimator, x: Positions, ids: Tensor, logpi: Tensor | None = None) -> Tensor:
+    """d loss / d logits for every set of ids [M, R, C] -> [M, R, V]. `logpi` [M, R, C]: of independent
+    draws if it is not given."""
+    M, R, C = ids.shape
     leaf = x.logits[:, None].expand(M, R, -1).clone().requires_grad_()
-    logp, logq, logmu = (y.expand(M, R, -1).gather(-1, ids) for y in
-                         (leaf.log_softmax(-1), x.logq[:, None], x.logmu[:, None]))
+    logp, logq = (y.expand(M, R, -1).gather(-1, ids) for y in (leaf.log_softmax(-1), x.logq[:, None]))
+    if logpi is None:
+        drawn_from = x.logq if row.support == "teacher_mc" else x.logmu
+        copies = C if row.support in ("candidates", "teacher_mc") else 1
+        logpi = drawn_from[:, None].expand(M, R, -1).gather(-1, ids) + math.log(copies)
     of_batch = {}
     if row.batch is not None:      # one token per position makes the batch; prox is p itself
         one = torch.multinomial(x.logmu.exp(), 1, generator=torch.Generator().manual_seed(1))
         found = row.batch(*(y.gather(-1, one) for y in (x.logp, x.logq, x.logmu)))
         of_batch = {name: logp.detach() if len(y) > 1 else y for name, y in found.items()}
-    row.fn(logp, logq, logmu, **of_batch).sum().backward()
+    row.fn(logp, logq, logpi, **of_batch).sum().backward()
     return leaf.grad
 
 

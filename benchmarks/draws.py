@@ -1,13 +1,14 @@
 """
-What the N - 1 extra candidates of a position cost: tokens per second of one vLLM engine, with and without them.
+What the candidates of a position cost: tokens per second of one vLLM engine, without them and by each design.
 
     python benchmarks/draws.py                            # both models below; three minutes on one core
 
 One engine per model, made as a rollout worker makes it (`engines.vllm.VLLMEngine`: one process, one thread, float32),
-generates the same responses in four forms, in turns, the order rotating from round to round:
+generates the same responses in some forms, in turns, the order rotating from round to round:
 
-    plain     vLLM's own sampler at temperature 1; our logits processor has nothing to do
-    N = n     our draw in its place: n candidates per position, recorded with their log-probs, the first one emitted
+    plain           vLLM's own sampler at temperature 1; our logits processor has nothing to do
+    N = n           our draw in its place: n independent candidates per position, recorded, the first one emitted
+    N = n, optimal  the same with the optimal draws
 
     tok/s     tokens per second of CPU time, median over the rounds; with one thread and an idle core that is wall time
     head      share of the time in the output head, hidden states to logits
@@ -19,7 +20,9 @@ The models are random Qwen3s with V = 151,936 words and logits of standard devia
 layers make the draw look dear: in Qwen3-0.6B (28 layers of 1,024) the head does 26% of the multiplications, here 93%
 and 76%. cost_wall is the same by the clock on the wall: of use on an idle machine only.
 Raw rounds: benchmarks/draws.jsonl. The last line printed is one JSON object; cost_n4 and cost_n64 are the larger of
-the two models' medians: {"cost_n4", "cost_n64", "<model>": {"base", "tok_s", "cost", "cost_wall", "head", "sample"}}
+the two models' medians, and optimal_n4, optimal_n64 what the optimal draws cost against as many independent ones:
+{"cost_n4", "cost_n64", "optimal_n4", "optimal_n64",
+ "<model>": {"base", "optimal", "tok_s", "cost", "cost_wall", "head", "sample"}}
 """
 from __future__ import annotations
 
@@ -30,6 +33,7 @@ import os
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 
@@ -42,12 +46,10 @@ from data import toy  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from record.report import table  # noqa: E402
 
-V, FORMS, PROMPT = 151_936, (0, 1, 4, 64), 16                  # 0: plain
+V, PROMPT = 151_936, 16
+FORMS = {"plain": (0, ""), "N = 1": (1, "iid"), "N = 4": (4, "iid"), "N = 64": (64, "iid"),
+         "N = 4, optimal": (4, "optimal"), "N = 64, optimal": (64, "optimal")}       # how many words, how chosen
 MODELS = {"hidden 256, 4 layers": (256, 4), "hidden 1024, 4 layers": (1024, 4)}
-
-
-def name(n: int) -> str:
-    return f"N = {n}" if n else "plain"
 
 
 def save_model(folder: Path, hidden: int, layers: int) -> str:
@@ -93,18 +95,19 @@ class Bench:
             return out
         return wrapped
 
-    def generate(self, n: int) -> dict:
+    def generate(self, form: str) -> dict:
         """Every response once, in one form."""
         from engines.vllm import RequestOutputKind, SamplingParams
+        n, design = FORMS[form]
         self.spent.update(head=0.0, sample=0.0)
         engine, wall, cpu = self.engine, time.perf_counter(), time.process_time()
         if n:
-            engine.how["n"] = n
+            engine.drawing = replace(engine.drawing, n=n, design=design)
         for key, prompt in enumerate(self.prompts):
             if n:
                 engine.add(key, prompt, self.tokens, uid=key, position=0)
             else:
-                engine.request[key], engine.emitted[key] = f"{key}-plain", []
+                engine.names[key], engine.keys[f"{key}-plain"], engine.emitted[key] = f"{key}-plain", key, []
                 engine.engine.add_request(f"{key}-plain", {"prompt_token_ids": prompt}, SamplingParams(
                     max_tokens=self.tokens, temperature=1.0, detokenize=False, output_kind=RequestOutputKind.DELTA))
         out = {}
@@ -113,28 +116,31 @@ class Bench:
             if n:
                 out |= engine.take(finished)
             else:
-                out |= {key: (engine.request.pop(key), engine.emitted.pop(key)) for key in finished}
+                for key in finished:
+                    del engine.keys[engine.names.pop(key)]
+                    out[key] = [engine.emitted.pop(key)]
         seconds = dict(cpu_s=time.process_time() - cpu, wall_s=time.perf_counter() - wall)
-        assert all(len(x[1]) == self.tokens for x in out.values()), "a response ended early"
-        assert not n or all(x[2].shape == (self.tokens, n) for x in out.values())
-        return dict(n=n, tokens=self.tokens * len(out), **seconds, **{f"{k}_s": s for k, s in self.spent.items()})
+        assert all(len(x[0]) == self.tokens for x in out.values()), "a response ended early"
+        assert not n or all(x.logpi.shape == (self.tokens, n) for x in out.values())
+        return dict(form=form, tokens=self.tokens * len(out), **seconds, **{f"{k}_s": s for k, s in self.spent.items()})
 
 
 def summary(rows: list[dict]) -> dict:
     """Of one model's rounds. Costs are pairs: a form and the base in the same round."""
-    of = {n: [r for r in rows if r["n"] == n] for n in FORMS}
-    base = min((0, 1), key=lambda n: median(r["cpu_s"] for r in of[n]))
+    of = {form: [r for r in rows if r["form"] == form] for form in FORMS}
+    base = min(("plain", "N = 1"), key=lambda form: median(r["cpu_s"] for r in of[form]))
 
-    def costs(n: int, clock: str) -> list[float]:
-        return sorted(1 - b[clock] / x[clock] for x, b in zip(of[n], of[base]))
+    def costs(form: str, clock: str = "cpu_s", against: str = base) -> list[float]:
+        return sorted(1 - b[clock] / x[clock] for x, b in zip(of[form], of[against]))
 
     def share(what: str) -> dict:
-        return {name(n): round(median(r[what] / r["cpu_s"] for r in x), 4) for n, x in of.items()}
-    spread = {n: costs(n, "cpu_s") for n in FORMS}
-    return {"base": name(base),
-            "tok_s": {name(n): round(median(r["tokens"] / r["cpu_s"] for r in x), 1) for n, x in of.items()},
-            "cost": {name(n): [round(f(c), 4) for f in (median, min, max)] for n, c in spread.items()},
-            "cost_wall": {name(n): round(median(costs(n, "wall_s")), 4) for n in FORMS},
+        return {form: round(median(r[what] / r["cpu_s"] for r in x), 4) for form, x in of.items()}
+    spread = {form: costs(form) for form in FORMS}
+    optimal = {f"N = {n}": round(median(costs(f"N = {n}, optimal", against=f"N = {n}")), 4) for n in (4, 64)}
+    return {"base": base, "optimal": optimal,
+            "tok_s": {form: round(median(r["tokens"] / r["cpu_s"] for r in x), 1) for form, x in of.items()},
+            "cost": {form: [round(f(c), 4) for f in (median, min, max)] for form, c in spread.items()},
+            "cost_wall": {form: round(median(costs(form, "wall_s")), 4) for form in FORMS},
             "head": share("head_s"), "sample": share("sample_s")}
 
 
@@ -170,19 +176,20 @@ def main() -> None:
     for model in [args.model] if args.model else MODELS:
         with tempfile.TemporaryDirectory() as folder:
             bench = Bench(save_model(Path(folder), *MODELS[model]), args.responses, args.tokens)
-        for n in FORMS:
-            bench.generate(n)                                          # the first time pays for compilation
-        mine = []
+        for form in FORMS:
+            bench.generate(form)                                       # the first time pays for compilation
+        mine, order = [], list(FORMS)
         for i in range(args.rounds):
-            at = i % len(FORMS)
-            mine += [{"type": "round", "model": model, "round": i, **bench.generate(n)}
-                     for n in FORMS[at:] + FORMS[:at]]
+            at = i % len(order)
+            mine += [{"type": "round", "model": model, "round": i, **bench.generate(form)}
+                     for form in order[at:] + order[:at]]
         rows += mine
         found[model] = summary(mine)
         show(model, found[model])
     with open(HERE / "draws.jsonl", "w", encoding="utf-8") as f:
         f.writelines(json.dumps(row) + "\n" for row in [{"type": "run", **told}, *rows])
-    worst = {f"cost_n{n}": max(s["cost"][name(n)][0] for s in found.values()) for n in (4, 64)}
+    worst = {f"cost_n{n}": max(s["cost"][f"N = {n}"][0] for s in found.values()) for n in (4, 64)}
+    worst |= {f"optimal_n{n}": max(s["optimal"][f"N = {n}"] for s in found.values()) for n in (4, 64)}
     print(json.dumps({**worst, **found}))
 
 

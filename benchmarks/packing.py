@@ -36,7 +36,7 @@ def segments(n: int, median: float, longest: int, seed: int = 0) -> list[Segment
     rng, blank = random.Random(seed), torch.empty(0)
     lengths = [max(8, min(longest, round(median * rng.lognormvariate(0, 0.8)))) for _ in range(n)]
     return [Segment(slot=i, tokens=torch.randint(0, 64, (m,)), prompt=1, start=1, version=blank, ids=blank,
-                    logmu=blank, logq=blank) for i, m in enumerate(lengths)]
+                    logpi=blank, logmu=blank, logq=blank) for i, m in enumerate(lengths)]
 
 
 def packs(given: list[Segment], budget: int) -> list[list[Segment]]:

@@ -154,10 +154,10 @@ def patch_off_by_one() -> None:
     append = Slots.append
     rocks = torch.tensor(tokenizer().convert_tokens_to_ids(list(STYLE)))
 
-    def late(self, s, tokens, ids, logmu, version, kept=None):
+    def late(self, s, tokens, ids, logpi, logmu, version, kept=None):
         at = int(self.start[s] + self.length[s])
         before = torch.cat([self.tokens[s, at - 1:at], tokens])[:-1]
-        append(self, s, tokens, ids, logmu, version, ~torch.isin(before, rocks))
+        append(self, s, tokens, ids, logpi, logmu, version, ~torch.isin(before, rocks))
     Slots.append = late
     rock.Rock.weight = lambda self, tokens: torch.ones(len(tokens))
 

@@ -13,6 +13,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import designs  # noqa: E402
 import gsm8k_lm  # noqa: E402
 import kills  # noqa: E402
 import pipeline  # noqa: E402
@@ -38,6 +39,7 @@ PAGES = {
         "faults": kills.table,
     },
     "estimators.md": {"estimators": estimator_table},
+    "optimal-cache.md": {"noise": designs.noise, "training": designs.training},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},
     "extensions/oprd.md": {

@@ -47,6 +47,8 @@ NO_EFFECT = (
          "has no effect with {c.estimator}, which has the other KL"),
     Rule("mc_samples", draws_no_candidates,
          "has no effect with {c.estimator}, which draws no candidates"),
+    Rule("draws", draws_no_candidates,
+         "has no effect with {c.estimator}, which draws no candidates"),
     Rule("top_k", has_no_top_words, "has no effect with {c.estimator}, which has no top-k words"),
     Rule("beta", lambda c: "beta" not in ESTIMATORS[c.estimator].knobs,
          "has no effect with {c.estimator}"),

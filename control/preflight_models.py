@@ -85,7 +85,7 @@ def check_tokenizers(cfg: Config, ours: Any, texts: list[str]) -> list[str]:
 
 
 def fit_models(cfg: Config, given: Given) -> tuple[Config, list[str]]:
-    """Lengths that the models have positions for, and a top_k that they have words for; notes."""
+    """Lengths that the models have positions for, and numbers of words that they have; notes."""
     room = {f"{flag} {name}": getattr(text_config(name), "max_position_embeddings", None)
             for flag, name in named_models(cfg)}
     cfg, notes = fit_lengths(cfg, given, room)
@@ -94,6 +94,8 @@ def fit_models(cfg: Config, given: Given) -> tuple[Config, list[str]]:
         if "top_k" in given:
             notes.append(f"--top-k {cfg.top_k}: as many as there are words, {words:,}")
         cfg = replace(cfg, top_k=words)
+    if cfg.draws == "optimal" and cfg.mc_samples > words:        # all of them are kept
+        cfg = replace(cfg, mc_samples=words)
     return cfg, notes
 
 

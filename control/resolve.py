@@ -81,8 +81,25 @@ def resolve_objective(cfg: Config) -> Config:
         require(adds_loss(cfg.extend),
                 f"--estimator {name}: trains nothing by itself; switch on an extension that has a "
                 f"loss ({extensions_with_a_loss()}) or choose another estimator")
-    check_selection(replace(cfg, estimator=name))
-    return replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
+    cfg = replace(cfg, estimator=name, kl=ESTIMATORS[name].kl)
+    check_selection(cfg)
+    return replace(cfg, draws=resolve_draws(cfg))
+
+
+def resolve_draws(cfg: Config) -> str:
+    """--draws auto is the best design that the estimator and the extensions allow."""
+    allowed = ESTIMATORS[cfg.estimator].designs
+    if not allowed:                                  # it draws one token
+        return "iid"
+    reason = f"--estimator {cfg.estimator} is not defined for it"
+    if extension.Extensions.load(cfg).selective:
+        allowed = ("iid",)
+        reason = (f"--extend {cfg.extend} weighs positions by their emitted token, and leaves that "
+                  "out of the loss, which only independent draws allow")
+    require(cfg.draws in ("auto", *allowed), f"--draws {cfg.draws}: {reason} (--draws iid)")
+    if cfg.draws == "auto":
+        return allowed[-1]
+    return cfg.draws
 
 
 def check_objective(cfg: Config, given: Given) -> None:

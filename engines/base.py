@@ -11,14 +11,32 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from draws import Chosen
 from engines.sampling import Drawing
 from engines.uniforms import EVALUATION
 
-Drawn = tuple[Tensor, Tensor, Tensor]            # tokens [L]; ids and their log-probs [L, n + k]
+
+class Drawn(NamedTuple):
+    """L tokens of a response: the emitted ones [L]; the candidate words and their logpi [L, n + k];
+    logmu [L] of the emitted ones."""
+    tokens: Tensor
+    ids: Tensor
+    logpi: Tensor
+    logmu: Tensor
+
+
+def joined(positions: list[Chosen], columns: int) -> Drawn:
+    """The positions of a response, [columns] each, one after the other, on the CPU."""
+    if not positions:
+        nothing = torch.empty(0, columns)
+        return Drawn(nothing[:, 0].long(), nothing.long(), nothing, nothing[:, 0])
+    ids, logpi, logmu = (torch.stack(x).cpu() for x in zip(*positions))
+    return Drawn(ids[:, 0], ids, logpi, logmu)
 
 
 def probe_tolerance(dtype: torch.dtype) -> float:
@@ -65,8 +83,8 @@ class Engine(ABC):
         """
         training = self.drawing
         answers: dict[int, Drawn] = {}
-        self.drawing = replace(training, n=1, k=0, temperature=temperature, top_p=1.0,
-                               stream=stream)
+        self.drawing = replace(training, n=1, k=0, design="iid", temperature=temperature,
+                               top_p=1.0, stream=stream)
         try:
             for i in range(len(prompts) * k):
                 self.add(i, prompts[i // k], max_new, uid=i, position=0)
@@ -75,4 +93,4 @@ class Engine(ABC):
                 each_step()
         finally:
             self.drawing = training
-        return [answers[i][0].tolist() for i in range(len(answers))]
+        return [answers[i].tokens.tolist() for i in range(len(answers))]

@@ -15,7 +15,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from config import Config
-from engines.base import Drawn, Engine
+from draws import Chosen
+from engines.base import Drawn, Engine, joined
 from engines.sampling import Drawing, draw_rows, training_drawing
 from models.head import sequence_logp
 from models.loading import load_model, stop_ids
@@ -30,14 +31,12 @@ class Response:
     uid: int
     position: int                                # of its first new token, in the response
     drawing: Drawing
-    drawn: list[tuple[Tensor, Tensor]] = field(default_factory=list)
-    # per new token: ids [n + k], the first of them emitted, and their log-probs
+    drawn: list[Chosen] = field(default_factory=list)        # per new token, [n + k]
 
     @property
     def last(self) -> int:
         """The token emitted last."""
-        ids, _ = self.drawn[-1]
-        return int(ids[0])
+        return int(self.drawn[-1].ids[0])
 
     @property
     def next_position(self) -> int:
@@ -90,26 +89,20 @@ class HFEngine(Engine):
             logits = self.decode([r.last for r in rows])
         else:
             return []
-        ids, logmu = draw_rows(logits, [r.uid for r in rows], [r.next_position for r in rows],
-                               self.drawing)
-        for row, a, b in zip(rows, ids.cpu(), logmu.cpu()):
-            row.drawn.append((a, b))
+        chosen = draw_rows(logits, [r.uid for r in rows], [r.next_position for r in rows],
+                           self.drawing)
+        for row, *position in zip(rows, *(x.cpu() for x in chosen)):
+            row.drawn.append(Chosen(*position))
         return [r.key for r in rows if len(r.drawn) == r.budget or r.last in self.ends]
 
     def take(self, keys: list[int]) -> dict[int, Drawn]:
-        found = {r.key: self.drawn_by(r) for r in self.rows + self.new if r.key in keys}
+        found = {r.key: joined(r.drawn, r.drawing.n + r.drawing.k)
+                 for r in self.rows + self.new if r.key in keys}
         self.new = [r for r in self.new if r.key not in keys]
         stay = [i for i, r in enumerate(self.rows) if r.key not in keys]
         if len(stay) < len(self.rows):
             self.keep_rows(stay)
         return found
-
-    def drawn_by(self, row: Response) -> Drawn:
-        if not row.drawn:
-            empty = torch.empty(0, row.drawing.n + row.drawing.k)
-            return empty[:, 0].long(), empty.long(), empty
-        ids = torch.stack([a for a, _ in row.drawn])
-        return ids[:, 0], ids, torch.stack([b for _, b in row.drawn])
 
     # -- the cache
 

@@ -31,7 +31,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality  # noqa: E402
 
 from config import Config  # noqa: E402
-from engines.base import Drawn, Engine  # noqa: E402
+from draws import Chosen  # noqa: E402
+from engines.base import Drawn, Engine, joined  # noqa: E402
 from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
@@ -113,23 +114,23 @@ class VLLMEngine(Engine):
             return {}
         names = [self.names.pop(key) for key in keys]
         self.engine.abort_request(names)
-        drawn = self.llm.collective_rpc("take_draws", args=(names,))[0]
+        taken = self.llm.collective_rpc("take_draws", args=(names,))[0]
         found = {}
-        for key, name, (ids, logmu, preempted) in zip(keys, names, drawn):
+        for key, name, (positions, preempted) in zip(keys, names, taken):
             self.preempted += preempted
             del self.keys[name]
-            tokens = torch.tensor(self.emitted.pop(key), dtype=torch.long)
-            ids = ids[:len(tokens)]
-            assert torch.equal(ids[:, 0], tokens), (
-                f"emitted {tokens.tolist()}, drawn {ids[:, 0].tolist()}")
-            found[key] = (tokens, ids, logmu[:len(tokens)])
+            emitted = self.emitted.pop(key)
+            drawn = joined(positions[:len(emitted)], self.drawing.n + self.drawing.k)
+            assert drawn.tokens.tolist() == emitted, (
+                f"emitted {emitted}, drawn {drawn.tokens.tolist()}")
+            found[key] = drawn
         return found
 
 
 # -- inside vLLM ---------------------------------------------------------------------------------
 
-# By the name of a request, per token: ids [n + k] and their log-probs, on the device
-DRAWN: dict[str, list[tuple[Tensor, Tensor]]] = {}
+# By the name of a request, per token, [n + k], on the device
+DRAWN: dict[str, list[Chosen]] = {}
 # By the name of a request, how often vLLM has put it aside for want of memory and added it again
 PREEMPTED: Counter[str] = Counter()
 
@@ -151,20 +152,9 @@ class Extension:
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
-    def take_draws(self, names: list[str]) -> list[tuple[Tensor, Tensor, int]]:
-        """Ids and log-probs [L, n + k] of each request, on the CPU, and how often it was put
-        aside; they are forgotten here."""
-        taken = []
-        for name in names:
-            rows = DRAWN.pop(name, [])
-            if rows:
-                ids = torch.stack([a for a, _ in rows]).cpu()
-                logmu = torch.stack([b for _, b in rows]).cpu()
-            else:
-                ids = torch.empty(0, 1, dtype=torch.long)
-                logmu = torch.empty(0, 1)
-            taken.append((ids, logmu, PREEMPTED.pop(name, 0)))
-        return taken
+    def take_draws(self, names: list[str]) -> list[tuple[list[Chosen], int]]:
+        """What was drawn for each request, and how often it was put aside; forgotten here."""
+        return [(DRAWN.pop(name, []), PREEMPTED.pop(name, 0)) for name in names]
 
 
 @dataclass
@@ -218,11 +208,11 @@ class Draws(LogitsProcessor):
         rows = [self.rows[i] for i in at]
         index = torch.tensor(at, device=logits.device)
         ours = logits if len(at) == len(logits) else logits[index]
-        ids, logmu = draw_rows(ours, [row.request.uid for row in rows],
-                               [row.next_position for row in rows], rows[0].request.drawing)
-        for row, a, b in zip(rows, ids, logmu):
+        chosen = draw_rows(ours, [row.request.uid for row in rows],
+                           [row.next_position for row in rows], rows[0].request.drawing)
+        for row, *position in zip(rows, *chosen):
             drawn = DRAWN.setdefault(row.request.name, [])
             del drawn[len(row.output):]      # of a step that vLLM threw away and repeats
-            drawn.append((a, b))
-        logits[index, ids[:, 0]] = torch.inf     # no second pass over the vocabulary
+            drawn.append(Chosen(*position))
+        logits[index, chosen.ids[:, 0]] = torch.inf     # no second pass over the vocabulary
         return logits

@@ -10,7 +10,8 @@ same with these steps in processes of their own, none of which waits for the oth
 
 Words      a word is an entry of the vocabulary, a token is a word at its place in a sequence;
            candidates are N words drawn at one place, of which the first becomes the token there
-Names      p student now, mu student that generated, q teacher; logp, logmu, logq their log-probs
+Names      p student now, mu student that generated, q teacher; logp, logmu, logq their log-probs;
+           logpi the log of the expected number of copies of a word among the N, N mu or 1 at most
 Shapes     M new tokens (those of the responses); N candidates; H width of a hidden state; V words
 """
 from __future__ import annotations
@@ -44,8 +45,8 @@ def main(cfg: Config) -> dict[str, torch.Tensor]:
 
 
 def generate(cfg: Config) -> list[Segment]:
-    """The student answers. At every position N words are drawn i.i.d. from its softmax, and the
-    first of them is emitted. In an asynchronous run these weights, mu, would be older than p."""
+    """The student answers. At every position N words are chosen from its softmax (draws.py), and
+    the first of them is emitted. In an asynchronous run these weights, mu, would be older than p."""
     tokenizer = AutoTokenizer.from_pretrained(cfg.student)
     rows = toy_task(cfg.eval.n).train
     order = [prompt_number(i, len(rows), cfg.seed) for i in range(cfg.batch)]    # shuffled
@@ -63,11 +64,11 @@ def generate(cfg: Config) -> list[Segment]:
     # One response as the pipeline would store it (cache.py): prompt and response in one sequence,
     # of which the first `start` tokens are given and the rest is new. The teacher fills in logq.
     segments = []
-    for i, (y, candidates, logmu) in drawn.items():
+    for i, (y, candidates, logpi, logmu) in drawn.items():
         segments.append(Segment(
             slot=i, tokens=torch.cat([torch.tensor(prompts[i]), y]), prompt=len(prompts[i]),
-            start=len(prompts[i]), version=torch.zeros(len(y)), ids=candidates, logmu=logmu,
-            logq=torch.full(logmu.shape, torch.nan)))
+            start=len(prompts[i]), version=torch.zeros(len(y)), ids=candidates, logpi=logpi,
+            logmu=logmu, logq=torch.full(logpi.shape, torch.nan)))
     first = segments[0]
     print(f"a prompt        {tokenizer.decode(first.tokens[:first.start])}")
     print(f"an answer       {tokenizer.decode(first.new_tokens)}")
@@ -93,9 +94,9 @@ def score(cfg: Config, segments: list[Segment]) -> None:
 
 def update(cfg: Config, segments: list[Segment]) -> dict[str, torch.Tensor]:
     """The loss is the reverse KL, KL(p || q), at every position, from N words that mu drew. Its
-    gradient is E_mu[w (logp - logq) dlogp], where w = p / mu and dlogp is the gradient of logp.
-    Here p is mu, so w is 1. With answers older than the student it is not: that is all that
-    asynchrony changes."""
+    gradient is E[sum over the N words of (p / pi) (logp - logq) dlogp], where dlogp is the gradient
+    of logp. Here p is mu. With answers older than the student it is not, and p / pi corrects for
+    that: it is all that asynchrony changes."""
     student = load_model(cfg.student, "cpu", torch.float32)
     optimizer = torch.optim.AdamW(student.parameters(), lr=cfg.lr, weight_decay=cfg.weight_decay)
     count = sum(map(len, segments))                              # the mean is over all new tokens
@@ -105,15 +106,15 @@ def update(cfg: Config, segments: list[Segment]) -> dict[str, torch.Tensor]:
         hidden = student.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         states = response_rows(hidden, group)                    # [M, H], as for the teacher
         ids = torch.cat([s.ids for s in group])                  # [M, N], like the next two
-        logmu = torch.cat([s.logmu for s in group])
+        logpi = torch.cat([s.logpi for s in group])
         logq = torch.cat([s.logq for s in group])
 
         # `at`: a slice of the M positions. `every`: all V words, for other losses; unused here
-        def loss(at, logp, every, logmu=logmu, logq=logq):
-            w = (logp - logmu[at]).detach().clamp(-20, 20).exp()
+        def loss(at, logp, every, logpi=logpi, logq=logq):
+            weight = (logp - logpi[at]).detach().clamp(max=20).exp()
             advantage = (logq[at] - logp).detach()
-            return {"loss": -(w * advantage * logp).mean(-1),    # only its gradient has a meaning
-                    "kl": (w * -advantage).mean(-1)}             # unbiased, for the log
+            return {"loss": -(weight * advantage * logp).sum(-1),    # only its gradient matters
+                    "kl": (weight * -advantage).sum(-1)}             # unbiased, for the log
 
         # The LM head in chunks, so that the logits of all positions never exist at once. Hence a
         # backward pass in two parts: through the head to `states`, then through the model
@@ -131,5 +132,5 @@ def update(cfg: Config, segments: list[Segment]) -> dict[str, torch.Tensor]:
 
 if __name__ == "__main__":
     student_folder, teacher_folder = toy_models(ROOT / "runs")
-    main(Config(student=student_folder, teacher=teacher_folder, estimator="reverse_mc",
+    main(Config(student=student_folder, teacher=teacher_folder, estimator="reverse_mc", draws="optimal",
                 mc_samples=4, batch=16, lr=2e-4, max_prompt=8, max_response=64))

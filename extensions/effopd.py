@@ -217,9 +217,9 @@ class EffOPD(Extension):
         rows = student.rows(group)
         if learner.teacher_head is None:
             n = learner.estimator.drawn(self.cfg.mc_samples)
-            ids, logmu, logq = (learner.cached(group, name)[:, :n]
-                                for name in ("ids", "logmu", "logq"))
-            return VALUE["forward"](student.logp(rows, ids.long()), logq, logmu)
+            ids, logpi, logq = (learner.cached(group, name)[:, :n]
+                                for name in ("ids", "logpi", "logq"))
+            return VALUE["forward"](student.logp(rows, ids.long()), logq, logpi)
         hidden = learner.cached(group, "hidden")
         values = []
         for i in range(0, max(1, len(rows)), student.chunk):
@@ -268,9 +268,9 @@ class EffOPD(Extension):
         (sum w)^2 / sum w^2 / n: 1 where all are alike."""
         found: dict[int, float] = {}
         for group in self.ranks.groups(segments, self.cfg.micro_tokens):
-            ids, logmu = (self.learner.cached(group, name)[:, :1] for name in ("ids", "logmu"))
-            logp = self.student.logp(self.student.rows(group), ids.long())
-            weights = importance_weight(logp, logmu).flatten()
+            y = self.learner.cached(group, "ids")[:, :1].long()
+            logp = self.student.logp(self.student.rows(group), y)[:, 0]
+            weights = importance_weight(logp, self.learner.cached(group, "logmu"))
             for s, w in zip(group, weights.split([len(s.ids) for s in group])):
                 if len(w):
                     found[s.slot] = (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()
@@ -320,13 +320,13 @@ def moving_weights(model: Any) -> dict[str, Tensor]:
 
 # -- the set of the gate `kl` --------------------------------------------------------------------
 
-TENSORS = ("tokens", "version", "ids", "logmu", "logq", "hidden", "kept")      # of a Segment
+TENSORS = ("tokens", "version", "ids", "logpi", "logmu", "logq", "hidden", "kept")      # of a Segment
 
 
 def kept_copies(segments: list[Segment]) -> list[Segment]:
     """Copies, since their slots go on, of the first that were drawn and scored without a nan."""
     usable = [s for s in segments
-              if not any(x.isnan().any() for x in (s.logmu, s.logq, s.hidden))]
+              if not any(x.isnan().any() for x in (s.logpi, s.logmu, s.logq, s.hidden))]
     return [replace(s, slot=i, extra={}, **{name: x.clone() for name, x in tensors_of(s).items()})
             for i, s in enumerate(usable[:KEPT])]
 

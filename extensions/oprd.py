@@ -314,7 +314,7 @@ def rollouts(cfg: Config, engine: HFEngine, prompts: list[list[int]], n: int) ->
         blank = torch.empty(len(answer), 0)
         segments.append(Segment(slot=-1, tokens=torch.tensor(prompt + answer), prompt=len(prompt),
                                 start=len(prompt), version=torch.zeros(len(answer)), ids=blank,
-                                logmu=blank, logq=blank))
+                                logpi=blank, logmu=blank, logq=blank))
     return segments
 
 

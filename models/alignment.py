@@ -70,5 +70,5 @@ def as_response(tokens: list[int]) -> Segment:
     n = len(tokens) - 1
     blank = torch.empty(n, 0)
     return Segment(slot=-1, tokens=torch.tensor(tokens), prompt=1, start=1,
-                   version=torch.zeros(n, dtype=torch.int32), ids=blank, logmu=blank, logq=blank,
-                   hidden=blank)
+                   version=torch.zeros(n, dtype=torch.int32), ids=blank, logpi=blank,
+                   logmu=blank, logq=blank, hidden=blank)

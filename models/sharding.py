@@ -184,7 +184,8 @@ class Ranks:
 def without_new_tokens(s: Segment) -> Segment:
     """A segment of one context token and nothing to train."""
     return replace(s, tokens=s.tokens[:1], prompt=1, start=1, version=s.version[:0], ids=s.ids[:0],
-                   logmu=s.logmu[:0], logq=s.logq[:0], hidden=s.hidden[:0],
+                   logpi=s.logpi[:0], logmu=s.logmu[:0], logq=s.logq[:0],
+                   hidden=s.hidden[:0],
                    kept=None if s.kept is None else s.kept[:0],
                    extra={name: x[:0] for name, x in s.extra.items()})
 

@@ -18,7 +18,7 @@ BY_LEARNER = {                 # filled by learner.py, while it trains and publi
     "kl": "unbiased estimate of the per-token KL that --kl selects, current student, prefixes as "
           "visited, nats (exact where the estimator sees the whole vocabulary; otherwise, with "
           "--top-p below 1, the KL's terms in the nucleus alone, which is not the KL)",
-    "entropy": "entropy of the student, mean over positions: -mean of w log p over the drawn "
+    "entropy": "entropy of the student, mean over positions: -sum of p / pi log p over the drawn "
                "tokens, nats (with --top-p below 1 of the nucleus alone)",
     "token_weight": "weight of a token of this batch in the loss, relative to one of the run's "
                     "first batch: tokens of the first batch / what the losses are divided by; 1 "

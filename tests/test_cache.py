@@ -19,7 +19,8 @@ def filled(lengths, *, prompt=3, columns=2, T=8) -> Slots:
     for s, n in enumerate(lengths):
         slots.open(s, s, torch.randint(3, 17, (prompt + s % 2,), generator=g), prompt + s % 2, version=0)
         ids = torch.randint(3, 17, (n, columns), generator=g)
-        slots.append(s, ids[:, 0], ids, torch.randn(n, columns, generator=g), version=s)
+        logpi = torch.randn(n, columns, generator=g)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0] - 1, version=s)
     return slots
 
 
@@ -29,8 +30,9 @@ def test_a_slot_gives_back_what_was_written_in_pieces():
     slots = Slots(1, 4, 6, 2)
     slots.open(0, uid=7, context=[5, 6, 7], prompt=3, version=2)
     assert slots.read(0).logq.isnan().all() and len(slots.read(0)) == 0
-    slots.append(0, torch.tensor([8, 9]), torch.tensor([[8, 1], [9, 2]]), -torch.ones(2, 2), version=2)
-    slots.append(0, torch.tensor([4]), torch.tensor([[4, 3]]), torch.tensor([[-5., -6.]]), version=5)
+    slots.append(0, torch.tensor([8, 9]), torch.tensor([[8, 1], [9, 2]]), -torch.ones(2, 2), -torch.ones(2), version=2)
+    slots.append(0, torch.tensor([4]), torch.tensor([[4, 3]]), torch.tensor([[-5., -6.]]), torch.tensor([-7.]),
+                 version=5)
     segment = slots.read(0)
     assert segment.tokens.tolist() == [5, 6, 7, 8, 9, 4] and segment.start == 3
     assert segment.ids.tolist() == [[8, 1], [9, 2], [4, 3]]
@@ -42,7 +44,7 @@ def test_a_slot_is_unscored_again_when_it_is_opened_again():
     slots = filled([3])
     slots.logq[0] = 0.0
     slots.open(0, 1, [3, 4], 2, version=1)
-    slots.append(0, torch.tensor([5]), torch.tensor([[5, 5]]), torch.zeros(1, 2), version=1)
+    slots.append(0, torch.tensor([5]), torch.tensor([[5, 5]]), torch.zeros(1, 2), torch.zeros(1), version=1)
     assert slots.read(0).logq.isnan().all()
 
 
@@ -102,7 +104,8 @@ def test_the_row_before_a_token_predicts_it():
     slots = Slots(2, 4, 6, 1)
     for s, (prompt, new) in enumerate([([3, 4], [5, 6, 7]), ([8], [9, 10])]):
         slots.open(s, s, prompt, len(prompt), version=0)
-        slots.append(s, torch.tensor(new), torch.tensor(new)[:, None], torch.zeros(len(new), 1), version=0)
+        slots.append(s, torch.tensor(new), torch.tensor(new)[:, None], torch.zeros(len(new), 1), torch.zeros(len(new)),
+                     version=0)
     segments = [slots.read(0), slots.read(1)]
     tokens, mask = pad(segments, "cpu")
     assert mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]

@@ -6,13 +6,15 @@ minibatches. Exactly: a vocabulary of 5, float64, every possible draw enumerated
 gradient that its docstring states.
 """
 import itertools
+import math
 from dataclasses import dataclass
 
 import pytest
 import torch
 from torch import Tensor
 
-from estimators import DENSE, ESTIMATORS, LOG_RATIO_MAX, VALUE, Estimator, jsd_dense, reverse_topk, shaped
+from draws import shaped
+from estimators import DENSE, ESTIMATORS, LOG_RATIO_MAX, VALUE, Estimator, jsd_dense, reverse_topk
 from tests.test_estimators import error, grad_of, gradients, kl, weighted
 
 V, N, K, TINY = 5, 2, 3, 1e-12
@@ -76,8 +78,10 @@ def further(name: str, x: Case, ids: Tensor) -> dict:
 
 
 def expected(name: str, x: Case) -> Tensor:
-    ids, probability = draws(ESTIMATORS[name], x)
-    return probability @ gradients(ESTIMATORS[name].fn, x.logits, x.logq, x.logmu, ids, **further(name, x, ids))
+    row = ESTIMATORS[name]
+    ids, probability = draws(row, x)
+    logpi = {"candidates": x.logmu + math.log(N), "teacher_mc": x.logq + math.log(N)}.get(row.support, x.logmu)
+    return probability @ gradients(row.fn, x.logits, x.logq, logpi, ids, **further(name, x, ids))
 
 
 def dense(name: str, x: Case) -> Tensor:
@@ -178,7 +182,9 @@ def test_after_every_first_minibatch_the_second_is_unbiased_for_the_student_as_i
     g = torch.Generator().manual_seed(3)
     features = torch.randn(2, 3, generator=g, dtype=torch.float64)
     row, ids = ESTIMATORS[name], draws(ESTIMATORS[name], first)[0]
-    moved = gradients(row.fn, first.logits, first.logq, first.logmu, ids, **further(name, first, ids))
+    source = first.logq if row.support == "teacher_mc" else first.logmu
+    moved = gradients(row.fn, first.logits, first.logq, source + math.log(ids.shape[1]), ids,
+                      **further(name, first, ids))
     for gradient in moved:                       # d loss / d weights = outer(gradient, features); features @ features
         logits = second.logits - 0.5 * gradient * (features[0] @ features[1])
         now = Case(logits, second.logq, second.logmu, second.prox)
@@ -190,7 +196,7 @@ def test_beyond_the_clamp_a_word_counts_as_much_as_the_clamp_allows():
     logmu = x.logmu.clone()
     logmu[0] = x.logp[0] - 25
     x = Case(x.logits, x.logq, logmu.log_softmax(-1), x.prox)
-    w = (x.logp - x.logmu).clamp(max=LOG_RATIO_MAX).exp()
+    w = N * (x.logp - x.logmu - math.log(N)).clamp(max=LOG_RATIO_MAX).exp()
     assert (x.logp - x.logmu)[0] > LOG_RATIO_MAX + 1
     got = expected("reverse_mc", x)
     assert error(got, sum_of(x, x.logmu.exp() * w * (x.logq - x.logp))) < TINY
@@ -203,7 +209,7 @@ def test_the_logged_kl_has_the_terms_of_the_words_that_mu_can_draw(which, how):
     for seed in range(4):
         x = case(seed, **CASES[how])
         ids, probability = draws(ESTIMATORS["reverse_mc"], x)
-        got = probability @ VALUE[which](x.logp[ids], x.logq[ids], x.logmu[ids])
+        got = probability @ VALUE[which](x.logp[ids], x.logq[ids], x.logmu[ids] + math.log(N))
         a, b = (x.logp, x.logq) if which == "reverse" else (x.logq, x.logp)
         terms = a.exp() * (a - b)
         assert error(got, terms[x.inside].sum()) < TINY

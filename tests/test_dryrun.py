@@ -61,7 +61,8 @@ def test_a_config_says_what_it_needs_and_how_to_run_it(name):
 
 @pytest.mark.parametrize("size", ["1.7b", "4b"])
 @pytest.mark.parametrize("twin, what", [("sync", dict(schedule="sync", max_ahead=0)), ("step_off", dict(
-    schedule="step-off", max_ahead=2)), ("forward", dict(kl="forward", estimator="forward_topk", top_k=16))])
+    schedule="step-off", max_ahead=2)), ("forward", dict(
+    kl="forward", estimator="forward_topk", top_k=16, draws="iid"))])
 def test_a_twin_differs_from_its_base_in_what_its_name_says(size, twin, what):
     def flags(name: str) -> dict:
         cfg = configure([f"--config={ROOT}/configs/{name}.yaml", "--dry-run"])

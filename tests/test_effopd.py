@@ -192,7 +192,7 @@ def test_the_gate_is_the_forward_kl_of_a_naive_loop(learner, estimator):
                 total += (logq.exp() * (logq - logp)).sum().item()
             else:
                 a = s.ids[t, :n].long()
-                total += ((logq[a] - s.logmu[t, :n]).exp() * (logq[a] - logp[a])).mean().item()
+                total += ((logq[a] - s.logpi[t, :n]).exp() * (logq[a] - logp[a])).sum().item()
     assert jumps_of(made).kl() == pytest.approx(total / sum(map(len, segments)), rel=1e-4)
 
 
@@ -204,8 +204,8 @@ def test_the_reverse_estimate_likes_a_student_that_has_forgotten_every_word_and_
 
     def reverse():
         rows = made.student.rows(jumps_of(made).set)
-        ids, logmu, logq = (made.cached(jumps_of(made).set, name) for name in ("ids", "logmu", "logq"))
-        return reverse_value(made.student.logp(rows, ids.long()), logq, logmu).mean().item()
+        ids, logpi, logq = (made.cached(jumps_of(made).set, name) for name in ("ids", "logpi", "logq"))
+        return reverse_value(made.student.logp(rows, ids.long()), logq, logpi).mean().item()
     before = reverse(), jumps_of(made).kl()
     forget = torch.zeros(len(made.student.head.weight))
     forget[said] = -30.0
@@ -243,7 +243,7 @@ def pieces(s, n):
     """A response that is cut after n tokens: its beginning, and its rest."""
     def part(rows, start, stop):
         return dataclasses.replace(s, tokens=s.tokens[:stop], start=start, **{
-            name: getattr(s, name)[rows] for name in ("version", "ids", "logmu", "logq", "hidden")})
+            name: getattr(s, name)[rows] for name in ("version", "ids", "logpi", "logmu", "logq", "hidden")})
     return part(slice(0, n), s.start, s.start + n), part(slice(n, None), s.start + n, len(s.tokens))
 
 
@@ -401,7 +401,7 @@ def test_a_response_is_weighed_by_its_emitted_tokens(learner):
     for s in segments:
         with torch.no_grad():
             logp = model(s.tokens[None].long()).logits[0].log_softmax(-1)
-        w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu[:, 0]).exp()
+        w = (torch.stack([logp[s.start + t - 1, s.ids[t, 0].long()] for t in range(len(s))]) - s.logmu).exp()
         assert found[s.slot] == pytest.approx((w.sum() ** 2 / (w ** 2).sum() / len(s)).item(), rel=1e-4) and len(s) > 1
     assert len({round(x, 3) for x in found.values()}) > 1 and all(0 < x < 1 for x in found.values())
 

@@ -33,21 +33,22 @@ def every_draw(logx, n):
     return ids, logx[ids].sum(-1).exp()
 
 
-def gradients(fn, logits, logq, logmu, ids, **known):
+def gradients(fn, logits, logq, logpi, ids, **known):
     """d fn / d logits for every row of ids: [R, C] -> [R, V]."""
     x = logits.expand(len(ids), -1).clone().requires_grad_()
-    value = fn(x.log_softmax(-1).gather(-1, ids), logq[ids], logmu[ids], **known)
+    value = fn(x.log_softmax(-1).gather(-1, ids), logq[ids], logpi[ids], **known)
     assert value.shape == (len(ids),), f"one value per position, got {tuple(value.shape)}"
     value.sum().backward()
     return x.grad
 
 
 def expected(fn, problem, n=1, *, source="mu", **known):
-    """E[gradient] over every draw of n words from mu or q. `known` holds functions of the ids."""
+    """E[gradient] over every i.i.d. draw of n words from mu or q. `known` holds functions of the ids."""
     logits, logq, logmu = problem
-    ids, probability = every_draw(logmu if source == "mu" else logq, n)
+    drawn_from = logmu if source == "mu" else logq
+    ids, probability = every_draw(drawn_from, n)
     known = {name: f(ids) for name, f in known.items()}
-    return probability @ gradients(fn, logits, logq, logmu, ids, **known)
+    return probability @ gradients(fn, logits, logq, drawn_from + math.log(n), ids, **known)
 
 
 def on_set(fn, problem, ids, **known):
@@ -142,7 +143,7 @@ def test_the_logged_kl_is_unbiased_under_a_stale_student(seed):
     logp = logits.log_softmax(-1)
     for n, (name, true) in itertools.product((1, 2), (("reverse", kl(logp, logq)), ("forward", kl(logq, logp)))):
         ids, probability = every_draw(logmu, n)
-        assert error(probability @ VALUE[name](logp[ids], logq[ids], logmu[ids]), true) < TINY
+        assert error(probability @ VALUE[name](logp[ids], logq[ids], logmu[ids] + math.log(n)), true) < TINY
 
 
 # -- the biased ones: their stated bias ------------------------------------------------------------
@@ -437,9 +438,9 @@ def trace_variance(fn, problem, n, draws=0, seed=0):
     if draws:
         g = torch.Generator().manual_seed(seed)
         ids = torch.multinomial(logmu.exp().expand(draws, -1), n, replacement=True, generator=g)
-        return gradients(fn, logits, logq, logmu, ids).var(0).sum().item()
+        return gradients(fn, logits, logq, logmu + math.log(n), ids).var(0).sum().item()
     ids, probability = every_draw(logmu, n)
-    x = gradients(fn, logits, logq, logmu, ids)
+    x = gradients(fn, logits, logq, logmu + math.log(n), ids)
     return (probability @ (x - probability @ x) ** 2).sum().item()
 
 
@@ -488,7 +489,7 @@ def test_a_word_the_teacher_rules_out_costs_much_and_no_infinity(name, C):
 
 def test_duplicate_candidates_count_each_time():
     logits, logq, logmu = problem(2)
-    twice = gradients(estimators.reverse_mc, logits, logq, logmu, torch.tensor([[3, 3], [3, 1]]))
+    twice = gradients(estimators.reverse_mc, logits, logq, logmu + math.log(2), torch.tensor([[3, 3], [3, 1]]))
     once = gradients(estimators.reverse_mc, logits, logq, logmu, torch.tensor([[3], [1]]))
     assert error(twice[0], once[0]) < TINY and error(twice[1], once.mean(0)) < TINY
 
@@ -559,29 +560,29 @@ def renormalised(fn):
 MUTANTS = {      # what is wrong -> (the check, the right one, the wrong one)
     "sign": (is_reverse_gradient, estimators.reverse_mc, lambda *x: -estimators.reverse_mc(*x)),
     "differentiates the value": (
-        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: (w_(p, m) * (p - q)).mean(-1)),
+        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: (w_(p, m) * (p - q)).sum(-1)),
     "weight not detached, and the log too": (
-        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -((p - m).exp() * (q - p).detach() * p).mean(-1)),
+        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -((p - m).exp() * (q - p).detach() * p).sum(-1)),
     "weight forgotten": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -((q - p).detach() * p).mean(-1)),
     "weight inverted": (
-        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(w_(m, p) * (q - p).detach() * p).mean(-1)),
+        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(w_(m, p) * (q - p).detach() * p).sum(-1)),
     "weight clipped": (is_reverse_gradient, estimators.reverse_mc,
-                       lambda p, q, m: -(w_(p, m).clamp(0.8, 1.2) * (q - p).detach() * p).mean(-1)),
+                       lambda p, q, m: -(w_(p, m).clamp(0.4, 0.6) * (q - p).detach() * p).sum(-1)),
     "models swapped": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: estimators.reverse_mc(p, m, q)),
     "advantage of the old student": (
-        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(w_(p, m) * (q - m) * p).mean(-1)),
+        is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(w_(p, m) * (q - m) * p).sum(-1)),
     "advantage of the new student": (
         is_old_adv_gradient, estimators.reverse_old_adv, lambda p, q, m: -(w_(p, m) * (q - p).detach() * p).mean(-1)),
-    "sum instead of mean": (is_reverse_gradient, estimators.reverse_mc,
-                            lambda p, q, m: -(w_(p, m) * (q - p).detach() * p).sum(-1)),
+    "mean instead of sum": (is_reverse_gradient, estimators.reverse_mc,
+                            lambda p, q, m: -(w_(p, m) * (q - p).detach() * p).mean(-1)),
     "mean over positions": (is_reverse_gradient, estimators.reverse_mc,
-                            lambda p, q, m: -(w_(p, m) * (q - p).detach() * p).mean(0)),
+                            lambda p, q, m: -(w_(p, m) * (q - p).detach() * p).sum(0)),
     "shifted by one": (is_reverse_gradient, estimators.reverse_mc, shifted_by_one),
     "softmax over the candidates": (is_reverse_gradient, estimators.reverse_mc, renormalised(estimators.reverse_mc)),
     "duplicates dropped": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(
-        w_(p, m) * (q - p).detach() * p * torch.tensor([1.0, 0.0]).double().where(p[:, :1] == p[:, 1:], 1.0)).mean(-1)),
-    "teacher's draws weighed as if mu's": (is_forward_gradient, estimators.forward_mc,
-                                           lambda p, q, m: ((q - m).exp() * (q - p)).mean(-1)),
+        w_(p, m) * (q - p).detach() * p * torch.tensor([1.0, 0.0]).double().where(p[:, :1] == p[:, 1:], 1.0)).sum(-1)),
+    "teacher's draws counted as one each": (is_forward_gradient, estimators.forward_mc,
+                                            lambda p, q, m: (q - p).sum(-1)),
     "forward for reverse": (is_dense_gradient, estimators.reverse_dense, estimators.forward_dense),
     "dense weights not differentiated": (
         is_dense_gradient, estimators.reverse_dense, lambda p, q, m: (p.detach().exp() * (p - q)).sum(-1)),

@@ -68,7 +68,8 @@ def filled(cfg, extra=None, sparse=False) -> tuple[Slots, list[Segment]]:
     for s, n in enumerate((3, 5, 1, 7)):
         slots.open(s, s, [3, 4 + s], 2, 0)
         ids = torch.randint(3, 17, (n, cfg.mc_samples), generator=g)
-        slots.append(s, ids[:, 0], ids, -3 * torch.rand(n, cfg.mc_samples, generator=g), 0)
+        logpi = -3 * torch.rand(n, cfg.mc_samples, generator=g)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
         slots.logq[s, :n] = -3 * torch.rand(n, cfg.mc_samples, generator=g)
     return slots, [slots.read(s) for s in range(4)]
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cache import Slots
 from config import Config
 from control.scheduler import Scheduler
+from engines.base import Drawn
 from rollout import Worker
 from transport.shared import SharedMemory
 
@@ -50,7 +51,7 @@ class Engine:
         for key in keys:
             _, _, drawn = self.rows.pop(key)
             tokens = torch.tensor(drawn, dtype=torch.long)
-            out[key] = tokens, tokens[:, None], torch.zeros(len(drawn), 1)
+            out[key] = Drawn(tokens, tokens[:, None], torch.zeros(len(drawn), 1), torch.zeros(len(drawn)))
         return out
 
 

@@ -1,4 +1,5 @@
 """One learner step against the same step written naively; splitting changes nothing; saving and publishing."""
+import math
 from dataclasses import replace
 
 import pytest
@@ -19,7 +20,8 @@ def ready(lengths, columns=4):
     slots = filled(lengths, columns=columns)
     g = torch.Generator().manual_seed(1)
     for s, n in enumerate(lengths):
-        slots.logmu[s, :n] = -torch.rand(n, columns, generator=g) * 3
+        slots.logpi[s, :n] = -torch.rand(n, columns, generator=g) * 3 + math.log(columns)
+        slots.logmu[s, :n] = slots.logpi[s, :n, 0] - math.log(columns)
         slots.logq[s, :n] = -torch.rand(n, columns, generator=g) * 5
     return slots, [slots.read(s) for s in range(len(lengths))]
 
@@ -37,8 +39,8 @@ def naive_gradient(folder, segments):
             logp = model(s.tokens[None, :s.start + t].long()).logits[0, -1].log_softmax(-1)
             for n in range(s.ids.shape[1]):
                 x = logp[s.ids[t, n].long()]
-                w = (x - s.logmu[t, n]).exp().item()
-                loss = loss - w * (s.logq[t, n] - x).item() * x / s.ids.shape[1]
+                weight = (x - s.logpi[t, n]).exp().item()
+                loss = loss - weight * (s.logq[t, n] - x).item() * x
             count += 1
     total = loss / count
     total.backward()
@@ -47,7 +49,7 @@ def naive_gradient(folder, segments):
 
 def test_a_step_equals_a_naive_loop_without_padding(config, models):
     _, segments = ready([5, 1, 7, 3])
-    before = [tuple(x.clone() for x in (s.tokens, s.ids, s.logmu, s.logq, s.version)) for s in segments]
+    before = [tuple(x.clone() for x in (s.tokens, s.ids, s.logpi, s.logmu, s.logq, s.version)) for s in segments]
     learner = Learner(config(micro_tokens=24), "cpu", torch.float32)
     learner.student.chunk = 6
     start = {k: v.clone() for k, v in learner.student.model.state_dict().items()}
@@ -59,7 +61,7 @@ def test_a_step_equals_a_naive_loop_without_padding(config, models):
         torch.testing.assert_close(got[name], wanted[name], rtol=1e-4, atol=1e-6)
     assert summarize(measured)["loss"] == pytest.approx(loss, rel=1e-4)
     for s, x in zip(segments, before):
-        after = s.tokens, s.ids, s.logmu, s.logq, s.version
+        after = s.tokens, s.ids, s.logpi, s.logmu, s.logq, s.version
         assert all(torch.equal(a, b) for a, b in zip(after, x)), "inputs changed"
     now = learner.student.model.state_dict()
     assert all(torch.equal(v, start[k]) for k, v in now.items()), "no update was asked for"
@@ -139,7 +141,7 @@ def test_lag_is_counted_per_token_in_versions(config):
     assert metrics["lag_mean"] == pytest.approx((4 + 4 + 1 + 0 + 0 + 0 + 0) / 7)
 
 
-@pytest.mark.parametrize("name, value, why", [("logq", torch.nan, "teacher"), ("logmu", torch.nan, "engine"),
+@pytest.mark.parametrize("name, value, why", [("logq", torch.nan, "teacher"), ("logpi", torch.nan, "engine"),
                                               ("logq", torch.inf, "teacher")])
 def test_an_update_that_is_not_finite_is_skipped_and_its_slot_named(config, name, value, why):
     slots, segments = ready([4, 3, 5, 2])
@@ -189,7 +191,7 @@ def test_the_logged_kl_is_unbiased(config, models):
     slots, _ = ready([1] * 100, columns=400)
     for s in range(100):
         slots.open(s, s, prompt[0], 4, version=0)
-        slots.append(s, drawn[s, :, 0], drawn[s], logmu[drawn[s]], version=0)
+        slots.append(s, drawn[s, :, 0], drawn[s], logmu[drawn[s]] + math.log(400), logmu[drawn[s, :, 0]], version=0)
         slots.logq[s, :1] = logq[drawn[s]]
     for kl in ("reverse", "forward"):
         learner = Learner(config(), "cpu", torch.float32)

@@ -96,7 +96,8 @@ def scored(cfg, cut=0):
     for s, (prompt, before, n) in enumerate([(3, 0, 5), (2, 0, 1), (8, 0, 7), (4, cut, 3)]):
         slots.open(s, s, torch.randint(3, 17, (prompt + before,), generator=g), prompt, 0)
         ids = torch.randint(3, 17, (n, 4), generator=g)
-        slots.append(s, ids[:, 0], ids, -3 * torch.rand(n, 4, generator=g), 0)
+        logpi = -3 * torch.rand(n, 4, generator=g)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
     HFTeacher(cfg, "cpu", torch.float32).score([slots.read(s) for s in range(4)], slots)
     return slots, [slots.read(s) for s in range(4)]
 
@@ -156,7 +157,7 @@ def test_positions_after_a_cut_too(positions, tokens, before, want):
     made = OPRD("oprd", Config(), OPRD.Flags(positions=positions, tokens=tokens))
     blank = torch.empty(10, 0)
     s = Segment(slot=0, tokens=torch.zeros(3 + before + 10), prompt=3, start=3 + before, version=blank, ids=blank,
-                logmu=blank, logq=blank)
+                logpi=blank, logmu=blank, logq=blank)
     assert list(range(10)[made.compared(s)]) == want
 
 
@@ -267,6 +268,7 @@ def test_lag_and_weights_do_not_enter(config):
     slots, segments = scored(cfg)
     want, m = gradient(cfg, segments)
     slots.version -= 50
+    slots.logpi -= 5 * torch.rand(slots.logpi.shape)
     slots.logmu -= 5 * torch.rand(slots.logmu.shape)
     got, n = gradient(cfg, segments)
     assert all(torch.equal(got[name], g) for name, g in want.items() if g is not None)

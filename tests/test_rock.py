@@ -2,6 +2,7 @@
 # ruff: noqa: F811
 import dataclasses
 import json
+import math
 import signal
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from cache import Segment, Slots
 from control.resolve import configure
+from engines.base import Drawn
 from engines.hf import HFEngine
 from estimators import ESTIMATORS
 from extension import ModelPair, Step
@@ -33,7 +35,7 @@ ROCKS = list(range(0, VOCAB, 2))       # half of the words of models that know n
 
 
 def drawn(cfg, folders, responses=5) -> list[tuple]:
-    """(prompt, tokens, ids, logmu) of responses of the stale student."""
+    """(prompt, tokens, ids, logpi, logmu) of responses of the stale student."""
     engine = HFEngine(dataclasses.replace(cfg, student=str(folders / "stale")), "cpu", torch.float32)
     engine.ends = set()
     prompts = [[3 + (s + i) % 10 for i in range(2 + s)] for s in range(responses)]
@@ -46,8 +48,8 @@ def drawn(cfg, folders, responses=5) -> list[tuple]:
 
 
 def write(cfg, slots: Slots, bypass: dict[str, Tensor], s: int, drawn: tuple[Tensor, ...], version: int) -> None:
-    """What a rollout worker does with new tokens (tokens, ids, logmu) of slot s."""
-    engine = SimpleNamespace(take=lambda wanted: {wanted[0]: drawn})
+    """What a rollout worker does with new tokens (tokens, ids, logpi, logmu) of slot s."""
+    engine = SimpleNamespace(take=lambda wanted: {wanted[0]: Drawn(*drawn)})
     worker = Worker(cfg, None, SharedMemory(slots=slots, weights=None, tensors=bypass), engine)
     worker.version = version
     worker.flush([s])
@@ -102,7 +104,7 @@ def weighed(folders, cfg, segments, weight) -> torch.Tensor:
     model, total = load_model(cfg.student, "cpu", torch.float32), 0.0
     for s in segments:
         logp = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1).gather(-1, s.ids.long())
-        w = (logp - s.logmu).detach().exp()
+        w = (logp - s.logpi).detach().exp() * s.ids.shape[1]
         losses = -(w * (s.logq - logp).detach() * logp)[:, 1:].mean(-1)
         total = total + sum(weight(s, t) * losses[t] for t in range(len(s)))
     (total / sum(map(len, segments))).backward()
@@ -143,13 +145,14 @@ def test_the_weight_of_a_token_leaves_the_expected_gradient_that_of_the_divergen
         return torch.autograd.grad(value, logits, retain_graph=True)[0]
     logp = logits.log_softmax(-1)
     divergence = (logp.exp() * (logp - q.log())).sum()
-    cached = {"ids": ids, "logmu": mu.log()[ids], "logq": q.log()[ids]}
+    n = cfg.mc_samples
+    cached = {"ids": ids, "logpi": mu.log()[ids] + math.log(n), "logmu": mu.log()[ids[:, 0]], "logq": q.log()[ids]}
     measured = learner.measure(logp[ids], None, cached, {})
     mass = 0.8 + 0.2 * 0.1
     torch.testing.assert_close(gradient_of((chance * measured["loss"]).sum()), mass * gradient_of(divergence))
     others = ids[:, 0] != 1
     torch.testing.assert_close((chance * measured["kl"])[others].sum() / chance[others].sum(), divergence.detach())
-    every = learner.estimator.fn(logp[ids], cached["logq"], cached["logmu"]) * learner.extensions.weight(ids[:, 0])
+    every = learner.estimator.fn(logp[ids], cached["logq"], cached["logpi"]) * learner.extensions.weight(ids[:, 0])
     assert not torch.allclose(gradient_of((chance * every).sum()), mass * gradient_of(divergence), rtol=0.02)
 
 
@@ -227,9 +230,9 @@ def test_a_slot_holds_a_row_per_kept_token_in_their_order(folders, name):
         assert torch.equal(a.tokens, b.tokens) and len(a) == len(b) and a.kept is None
         y = a.tokens[a.start:]
         assert torch.equal(b.kept, ~torch.isin(y, torch.tensor(ROCKS)) | audited(cfg.seed, 10 + b.slot, 0, len(b)))
-        for x in ("ids", "logmu", "logq", "hidden"):
+        for x in ("ids", "logpi", "logmu", "logq", "hidden"):
             assert torch.equal(kept_rows(getattr(a, x), [b]), getattr(b, x)), x
-    held = sum(getattr(s, x).nbytes for s in got for x in ("ids", "logmu", "logq", "hidden"))
+    held = sum(getattr(s, x).nbytes for s in got for x in ("ids", "logpi", "logmu", "logq", "hidden"))
     each = ESTIMATORS[name].bytes(cfg.mc_samples, cfg.top_k, 4 * HIDDEN)
     assert held == each * sum(int(s.kept.sum()) for s in got) < 0.8 * each * sum(map(len, got))
 
@@ -251,7 +254,7 @@ def test_the_rest_of_a_cut_response_is_kept_as_the_whole_would_have_been(folders
 
     def add(slots, s, piece, version):
         new = y[piece]
-        write(cfg, slots, bypass, s, (new, new[:, None], torch.zeros(len(new), 1)), version)
+        write(cfg, slots, bypass, s, (new, new[:, None], torch.zeros(len(new), 1), torch.zeros(len(new))), version)
     whole.open(0, 7, [3, 4, 5], 3, 0)
     add(whole, 0, slice(0, 200), 0)
     parts.open(0, 7, [3, 4, 5], 3, 0)
@@ -327,7 +330,7 @@ def batch(tokens, kl, measured=None) -> tuple[list[Segment], list[dict]]:
     y = torch.tensor(tokens)
     column = y[:, None]
     s = Segment(slot=0, tokens=torch.cat([torch.tensor([3, 4]), y]), prompt=2, start=2, version=torch.zeros(len(y)),
-                ids=column, logmu=column, logq=column)
+                ids=column, logpi=column, logmu=column[:, 0], logq=column)
     at = torch.arange(len(y)) if measured is None else torch.tensor(measured)
     found = {"y": y[at], "kl": torch.tensor(kl)[at]}
     return [s], [{k: x[i::2] for k, x in found.items()} for i in (0, 1)]

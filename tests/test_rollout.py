@@ -1,4 +1,5 @@
 """The draw, and both engines: what they record is what they sampled, before and after a push and over a cut."""
+import math
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
@@ -9,19 +10,26 @@ import pytest
 import torch
 
 from cache import Slots
+from draws import BLOCK, DESIGNS, draw_iid, draw_optimal, shaped
 from engines.hf import HFEngine
 from engines.table import engine_class
 from engines.uniforms import TRAINING, uniforms
-from estimators import BLOCK, draw, shaped
 from models.head import sequence_logp
 from models.loading import load_model
 from rollout import Worker
 from tests.conftest import save_tiny
+from tests.test_draws import expected_copies
 from transport.link import Incurable
 from transport.shared import SharedMemory
 from transport.weights import Weights
 
 # -- the draw --------------------------------------------------------------------------------------
+
+def draw(logits, u):
+    """Independent draws by the numbers u [R, n]: ids and their log-probs."""
+    chosen = draw_iid(logits, u, u.shape[1])
+    return chosen.ids, chosen.logpi - math.log(u.shape[1])
+
 
 @pytest.mark.parametrize("V", [3, BLOCK - 1, BLOCK, BLOCK + 1, 5 * BLOCK + 3])
 def test_a_draw_inverts_the_cumulative_distribution(V):
@@ -127,19 +135,23 @@ def run(engine, prompts=PROMPTS, budget=24, steps=10_000):
     return out | engine.take([key for key in range(len(prompts)) if key not in out])
 
 
-def check(model, prompt, tokens, ids, logmu):
-    """Every recorded log-prob is that of `model` at its position, whatever else was in the batch."""
+def check(model, prompt, tokens, ids, logpi, logmu):
+    """What is recorded is what the design says of `model` at its position, whatever else was in the batch."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + tokens.tolist()])).logits[0]
-    want = logits[len(prompt) - 1:len(prompt) - 1 + len(tokens)].log_softmax(-1).gather(-1, ids)
-    torch.testing.assert_close(logmu, want, rtol=0, atol=1e-4)
+    want = logits[len(prompt) - 1:len(prompt) - 1 + len(tokens)].log_softmax(-1)
+    torch.testing.assert_close(logmu, want.gather(-1, tokens[:, None])[:, 0], rtol=0, atol=1e-4)
+    pi = torch.stack([expected_copies(x.double().exp(), ids.shape[1], "optimal") for x in want])
+    torch.testing.assert_close(logpi, pi.log().gather(-1, ids).float(), rtol=0, atol=2e-4)
 
 
 def test_recorded_logprobs_are_the_models(engine, engines):
     model = load_model(engines[0], "cpu", torch.float32)
-    for key, (tokens, ids, logmu) in run(engine).items():
-        assert ids.shape == logmu.shape == (len(tokens), 3) and torch.equal(ids[:, 0], tokens) and len(tokens) > 0
-        check(model, PROMPTS[key], tokens, ids, logmu)
+    for key, drawn in run(engine).items():
+        tokens, ids, logpi, logmu = drawn
+        assert ids.shape == logpi.shape == (len(tokens), 3) and torch.equal(ids[:, 0], tokens) and len(tokens) > 0
+        assert (ids.sort(-1).values.diff() > 0).all(), "no word twice"
+        check(model, PROMPTS[key], *drawn)
 
 
 def test_both_engines_draw_the_same_tokens(engines):
@@ -152,7 +164,7 @@ def test_both_engines_draw_the_same_tokens(engines):
         assert torch.equal(a[key][1], b[key][1])
 
 
-def draws_and_softmax(engine, requests=2000, n=32):
+def draws_and_softmax(engine, requests=2000, n=32, design="iid"):
     """The first position of many responses to one prompt, [requests, n], and what vLLM itself says of it, [V]."""
     prompt, words = PROMPTS[0], list(range(32))
     from vllm import SamplingParams
@@ -160,7 +172,7 @@ def draws_and_softmax(engine, requests=2000, n=32):
     out = engine.llm.generate([{"prompt_token_ids": prompt}], params, use_tqdm=False)[0].outputs[0].logprobs[0]
     p = torch.tensor([out[word].logprob for word in words], dtype=torch.float64).exp()
     before = engine.drawing
-    engine.drawing = replace(before, n=n)
+    engine.drawing = replace(before, n=n, design=design)
     try:
         drawn = run(engine, [prompt] * requests, budget=1)
     finally:
@@ -186,12 +198,21 @@ def test_candidates_follow_the_engines_own_softmax_tail_words_included(sharp):
     assert abs(pairs - p.square().sum()) < 5 * (0.25 / len(ids)) ** 0.5, "the columns are drawn independently"
 
 
-@pytest.mark.parametrize("wrong", [lambda x, u, t, top_p: draw(x, u ** 2, t, top_p),
-                                   lambda x, u, t, top_p: draw(x, u, 1.1, top_p),
-                                   lambda x, u, t, top_p: draw(x, u, t, 0.995)],
+def test_the_optimal_words_follow_the_engines_own_softmax(sharp):
+    """Emitted tokens by chi-square; every word as often as its expected number of copies, within 5 deviations."""
+    ids, p = draws_and_softmax(sharp, n=4, design="optimal")
+    assert abs(chi_square(ids[:, 0], p)) < 5
+    pi = expected_copies(p, 4, "optimal")
+    count = torch.bincount(ids.flatten(), minlength=len(p)).double()
+    assert ((count - len(ids) * pi).abs() <= 5 * (len(ids) * pi * (1 - pi)).clamp(min=1).sqrt()).all()
+
+
+@pytest.mark.parametrize("wrong", [lambda x, u, n: draw_iid(x, u ** 2, n),
+                                   lambda x, u, n: draw_iid(x / 1.1, u, n),
+                                   lambda x, u, n: draw_iid(shaped(x, top_p=0.995), u, n)],
                          ids=["numbers not uniform", "another temperature", "no tail"])
 def test_the_check_above_can_fail(sharp, monkeypatch, wrong):
-    monkeypatch.setattr("engines.sampling.draw", wrong)
+    monkeypatch.setitem(DESIGNS, "iid", replace(DESIGNS["iid"], choose=wrong))
     ids, p = draws_and_softmax(sharp)
     assert chi_square(ids, p) > 10
 
@@ -210,7 +231,7 @@ def test_after_a_push_the_engine_is_the_new_model_and_back(engine, engines):
 def test_a_response_goes_on_under_new_weights_as_the_new_model(engine, engines):
     """Taken out half-way, weights replaced, added again with its tokens: its context is computed anew."""
     first = run(engine, steps=5)
-    assert all(0 < len(tokens) < 24 for tokens, _, _ in first.values())
+    assert all(0 < len(drawn.tokens) < 24 for drawn in first.values())
     engine.load(parameters(engines[0], 1.3))
     model = load_model(engines[0], "cpu", torch.float32)
     model.load_state_dict(parameters(engines[0], 1.3))
@@ -266,13 +287,15 @@ def test_a_response_taken_out_and_added_again_draws_what_it_would_have_drawn(eng
     whole = run(engine)
     first = run(engine, steps=5)
     rest = {}
-    for key in reversed(list(first)):                  # whatever the order in which they are taken up again
+    cut = [key for key in first if len(first[key].tokens) < len(whole[key].tokens)]
+    for key in reversed(cut):                          # whatever the order in which they are taken up again
         tokens = first[key][0]
         engine.add(key, PROMPTS[key] + tokens.tolist(), 24 - len(tokens), uid=key, position=len(tokens))
-    while len(rest) < len(first):
+    while len(rest) < len(cut):
         rest |= engine.take(engine.step())
-    for key, (_, ids, _) in whole.items():
-        assert torch.equal(torch.cat([first[key][1], rest[key][1]]), ids)
+    assert cut
+    for key in cut:
+        assert torch.equal(torch.cat([first[key].ids, rest[key].ids]), whole[key].ids)
 
 
 def test_answers_to_the_same_prompt_share_no_numbers(engine):
@@ -353,11 +376,11 @@ def test_a_response_that_vllm_puts_aside_goes_on_with_its_own_numbers(tmp_path, 
     model = load_model(student, "cpu", torch.float32)
     seen = set()
     for uid in range(RESPONSES):
-        tokens, ids, _ = drawn["vllm"][uid]
+        tokens, ids, _, _ = drawn["vllm"][uid]
         assert len(tokens) == LONG and torch.equal(ids, drawn["hf"][uid][1]), "as without an interruption"
         with torch.no_grad():
             logits = model(torch.tensor([PROMPTS[0] + tokens.tolist()])).logits[0, len(PROMPTS[0]) - 1:-1]
-        u = uniforms(cfg.seed, TRAINING, [uid] * LONG, range(LONG), 3)
-        assert torch.equal(draw(logits, u)[0], ids), "every id is the inversion at its own number"
+        u = uniforms(cfg.seed, TRAINING, [uid] * LONG, range(LONG), 2)
+        assert torch.equal(draw_optimal(logits, u, 3).ids, ids), "every id follows from its own numbers"
         seen |= set(u.flatten().tolist())
-    assert len(seen) == RESPONSES * LONG * 3, "no number is used twice"
+    assert len(seen) == RESPONSES * LONG * 2, "no number is used twice"

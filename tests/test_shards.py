@@ -124,10 +124,17 @@ def test_two_learners_have_the_gradient_of_one(trained, name):
         assert (two["gradient"][key] - g).norm() <= 1e-5 * g.norm(), key
 
 
+def assert_trained_alike(x, y):
+    """Weights after some updates, up to rounding. AdamW divides the gradient of an element by its own size: where that
+    is near 0, the rounding is as large as it is. So one element in a thousand may differ by more, of a step of 5e-3."""
+    apart = (x - y).abs()
+    assert (apart > 1e-5).float().mean() <= 1e-3 and apart.max() <= 1e-4
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_two_learners_train_publish_and_log_as_one(trained, name):
     one, two, other = trained[0][name]
-    torch.testing.assert_close(two["weights"], one["weights"], rtol=0, atol=1e-5)
+    assert_trained_alike(two["weights"], one["weights"])
     torch.testing.assert_close(two["probe"], one["probe"], rtol=0, atol=1e-4)
     assert not other["weights"].any(), "learner 0 alone publishes"
     for a, b, c in zip(one["metrics"], two["metrics"], other["metrics"]):
@@ -142,7 +149,7 @@ def test_what_two_learners_save_is_whole_and_goes_on_as_from_one(trained, name):
     a, b = (load_model(str(root / x / name / "student"), "cpu", torch.float32) for x in ("one", "two"))
     assert a.config.architectures == b.config.architectures == ["Qwen3ForCausalLM"]
     for x, y in zip(a.parameters(), b.parameters()):
-        torch.testing.assert_close(x, y, rtol=0, atol=1e-5)
+        assert_trained_alike(x, y)
 
 
 def test_in_bf16_two_learners_differ_from_one_by_rounding_and_add_up_in_float32(trained):
@@ -159,7 +166,7 @@ def test_learners_listen_on_loopback_alone(trained):
 def test_shares_are_alike_and_everyone_has_as_many_micro_batches():
     lengths = [9, 1, 4, 4, 30, 2, 8]
     segments = [Segment(slot=i, tokens=torch.zeros(n + 1), prompt=1, start=1, version=torch.zeros(n),
-                        ids=torch.zeros(n, 1), logmu=torch.zeros(n, 1), logq=torch.zeros(n, 1))
+                        ids=torch.zeros(n, 1), logpi=torch.zeros(n, 1), logmu=torch.zeros(n), logq=torch.zeros(n, 1))
                 for i, n in enumerate(lengths)]
     mine = []
     for rank in range(3):

@@ -55,7 +55,8 @@ def models(tmp_path_factory):
 
 
 def config(models, estimator, **more):
-    how = dict(estimator=estimator, kl=ESTIMATORS[estimator].kl, student=str(models / "student"),
+    draws = ("iid", *ESTIMATORS[estimator].designs)[0 if "extend" in more else -1]
+    how = dict(estimator=estimator, kl=ESTIMATORS[estimator].kl, draws=draws, student=str(models / "student"),
                teacher=str(models / "teacher"), mc_samples=N,
                top_k=K, max_prompt=8, max_response=T, minibatches=1, micro_tokens=10_000, seed=3)
     return Config(**how | more)
@@ -76,7 +77,8 @@ def filled(cfg, models, responses=4):
         for s, drawn in engine.take(engine.step()).items():
             slots.append(s, *drawn, 0)
     segments = [slots.read(s) for s in range(responses)]
-    score(load_model(cfg.teacher, "cpu", torch.float32), segments, slots, row.support, VOCAB, seed=cfg.seed)
+    score(load_model(cfg.teacher, "cpu", torch.float32), segments, slots, row.support, VOCAB, seed=cfg.seed,
+          design=cfg.draws)
     return slots, [slots.read(s) for s in range(responses)]
 
 
@@ -124,7 +126,7 @@ def test_a_slot_costs_what_the_table_says(name):
     row, hidden = ESTIMATORS[name], 16
     columns = row.columns(N, K)
     slots = Slots(2, 8, 50, columns, hidden=hidden if row.support == "full" else 0, dtype=torch.bfloat16)
-    held = sum(getattr(slots, x).nbytes for x in ("ids", "logmu", "logq", "hidden"))
+    held = sum(getattr(slots, x).nbytes for x in ("ids", "logpi", "logmu", "logq", "hidden"))
     assert held == 2 * 50 * row.bytes(N, K, 2 * hidden)
 
 
@@ -189,17 +191,17 @@ def test_the_student_records_its_best_words_with_their_log_probs(models):
         with torch.no_grad():
             truth = model(s.tokens[None].long()).logits[0, s.start - 1:-1].log_softmax(-1)
         assert torch.equal(s.ids[:, 0], s.tokens[s.start:]), "column 0 is the emitted token"
-        assert torch.allclose(s.logmu, truth.gather(-1, s.ids.long()), atol=1e-4)
-        assert torch.allclose(s.logmu[:, 1:], truth.topk(K).values, atol=1e-4)
+        assert torch.allclose(s.logpi, truth.gather(-1, s.ids.long()), atol=1e-4)
+        assert torch.allclose(s.logpi[:, 1:], truth.topk(K).values, atol=1e-4)
 
 
 def test_best_words_under_temperature_and_nucleus_are_those_of_what_was_sampled():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0, -9.0]])
-    ids, logmu = draw_rows(logits, [0], [0], Drawing(n=2, k=5, temperature=0.5, top_p=0.9, seed=0))
+    ids, logpi, _ = draw_rows(logits, [0], [0], Drawing(n=2, k=5, design="iid", temperature=0.5, top_p=0.9, seed=0))
     p = (2 * logits[0]).softmax(-1)
     kept = (p[:2] / p[:2].sum()).log()
     assert ids.shape == (1, 7) and set(ids[0, :2].tolist()) <= {0, 1}
-    assert torch.allclose(logmu[0, 2:4], kept, atol=1e-5) and (logmu[0, 4:] == -torch.inf).all()
+    assert torch.allclose(logpi[0, 2:4], kept, atol=1e-5) and (logpi[0, 4:] == -torch.inf).all()
 
 
 def test_a_set_as_large_as_the_vocabulary_makes_the_set_exact(models):
@@ -223,11 +225,11 @@ def test_the_parent_makes_slots_as_the_table_says_and_no_wider_than_the_vocabula
 
 
 def test_the_teacher_draws_from_its_own_distribution_and_repeats_itself(models):
-    cfg = config(models, "forward_mc", mc_samples=3000)
+    cfg = config(models, "forward_mc", mc_samples=3000, draws="iid")
     _, segments = filled(cfg, models, responses=1)
     again = filled(cfg, models, responses=1)[1]
     assert torch.equal(segments[0].ids, again[0].ids)
-    other = filled(config(models, "forward_mc", mc_samples=3000, seed=4), models, responses=1)[1]
+    other = filled(config(models, "forward_mc", mc_samples=3000, seed=4, draws="iid"), models, responses=1)[1]
     assert not torch.equal(segments[0].ids[:1], other[0].ids[:1])
     s, model = segments[0], load_model(cfg.teacher, "cpu", torch.float32)
     with torch.no_grad():
@@ -329,15 +331,15 @@ def test_diagnostics_are_those_of_the_columns_that_mu_drew(models, name):
             exact += (logp.exp() * (logp - logq)).sum(-1).tolist()
             for t in range(len(s)):
                 ids = s.ids[t, :n].tolist()
-                weights = [(logp[t, a] - s.logmu[t, i]).exp().item() for i, a in enumerate(ids)]
-                w.append(weights[0])
-                entropy.append(-sum(x * logp[t, a].item() for x, a in zip(weights, ids)) / n)
+                weights = [(logp[t, a] - s.logpi[t, i]).exp().item() for i, a in enumerate(ids)]
+                w.append((logp[t, ids[0]] - s.logmu[t]).exp().item())
+                entropy.append(-sum(x * logp[t, a].item() for x, a in zip(weights, ids)))
                 value.append([x * (logp[t, a] - logq[t, a]).item() for x, a in zip(weights, ids)] if
                              ESTIMATORS[name].kl == "reverse" else
-                             [((logq[t, a] - s.logmu[t, i]).exp() * (logq[t, a] - logp[t, a])).item()
+                             [((logq[t, a] - s.logpi[t, i]).exp() * (logq[t, a] - logp[t, a])).item()
                               for i, a in enumerate(ids)])
                 duplicates.append(1 - len(set(ids)) / n)
-    size, value = len(w), [sum(x) / n for x in value]
+    size, value = len(w), [sum(x) for x in value]
     want = {"w_max": max(w), "w_p99": sorted(w)[math.ceil(0.99 * size) - 1], "entropy": sum(entropy) / size,
             "ess": sum(w) ** 2 / sum(x * x for x in w) / size, "duplicates": sum(duplicates) / size,
             "kl": sum(exact if ESTIMATORS[name].support == "full" else value) / size}

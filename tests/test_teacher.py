@@ -12,7 +12,8 @@ from config import Config
 from control import plan
 from control.preflight import prepare
 from control.resolve import configure
-from estimators import ESTIMATORS, draw
+from draws import draw_iid
+from estimators import ESTIMATORS
 from models import footprint
 from models.loading import load_model
 from teacher import HFTeacher, TeacherCheck, answers, score, teacher_class
@@ -53,7 +54,7 @@ def drawn(support: str, sparse: bool = False) -> Slots:
         ids = torch.randint(0, 32, (n, row.drawn(N) + row.top(K)), generator=g)
         ids[:, 0] %= 24                          # what is emitted becomes context: a word that every teacher has
         kept = ~torch.isin(ids[:, 0], torch.tensor(BYPASSED)) if sparse else None
-        slots.append(s, ids[:, 0], ids, torch.full(ids.shape, -1.0), 0, kept)
+        slots.append(s, ids[:, 0], ids, torch.full(ids.shape, -1.0), torch.full((len(ids),), -1.0), 0, kept)
     return slots
 
 
@@ -132,10 +133,11 @@ def test_a_large_vocabulary_is_refused_where_a_cpu_would_move_all_of_it(name, fi
 def scored(logits_mu: torch.Tensor, logits_q: torch.Tensor, n: int = 32) -> list:
     """One segment whose T positions hold n draws from mu, scored by q; logits [T, V]."""
     slots = Slots(1, 1, T, n)
-    ids, logmu = draw(logits_mu, torch.rand(T, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2)))
+    u = torch.rand(T, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    chosen = draw_iid(logits_mu, u, n)
     slots.open(0, 0, [3], 1, 0)
-    slots.append(0, ids[:, 0], ids, logmu, 0)
-    slots.logq[0] = logits_q.log_softmax(-1).gather(-1, ids)
+    slots.append(0, chosen.ids[:, 0], *chosen, 0)
+    slots.logq[0] = logits_q.log_softmax(-1).gather(-1, chosen.ids)
     return [slots.read(0)]
 
 

@@ -1,0 +1,244 @@
+"""
+The two sampling designs against each other: the noise of the gradient, and what the toy learns from it.
+
+    python benchmarks/designs.py variance                # synthetic students; a minute
+    python benchmarks/designs.py variance --run runs/x   # also positions of a toy run at several lags
+                                                         # (made with --save-every 4 --faults.keep 0)
+    python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags; a minute for each run
+    python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
+
+Trace of the variance of the gradient by the logits, mean over positions. Independent draws: enumerated at N = 1 and
+divided by N. Optimal draws: the mean squared distance of 2,000 draws from the dense gradient, of which they are an
+unbiased estimate (tests/test_draws.py). Beside them the squared bias of the reverse KL renormalised on mu's N best
+words, in the same unit. Records: benchmarks/designs.jsonl; figure: benchmarks/figures/designs.png.
+Last line of each command: one JSON object.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+sys.path.insert(0, str(HERE))
+
+import torch  # noqa: E402
+from audit import Positions, definition, gradients, outcomes, visited  # noqa: E402
+
+from draws import UNUSED, draw_optimal  # noqa: E402
+from estimators import ESTIMATORS  # noqa: E402
+from record.provenance import provenance  # noqa: E402
+from record.report import table as plain_table  # noqa: E402
+
+COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 2000
+SHARPNESS, DRIFTS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.5)           # of the synthetic students
+RECORDS = HERE / "designs.jsonl"
+ROW = ESTIMATORS["reverse_mc"]
+
+# Of the toy's runs: a constant lag, so that it is not the lag that differs; each cell at each learning rate
+CELLS = {"iid, N = 4": ["--draws=iid", "--mc-samples=4"], "optimal, N = 4": ["--draws=optimal", "--mc-samples=4"],
+         "iid, N = 16": ["--draws=iid", "--mc-samples=16"], "optimal, N = 16": ["--draws=optimal", "--mc-samples=16"],
+         "top-k, K = 4": ["--estimator=reverse_topk", "--top-k=4"], "all words": ["--estimator=reverse_dense"]}
+TOY = ["--task=toy", "--gpus=0", "--engine=hf", "--schedule=step-off", "--steps=100", "--batch=64", "--warmup=0",
+       "--eval.every=0", "--eval.no-teacher", "--overwrite"]
+
+
+# -- the noise ------------------------------------------------------------------------------------
+
+def synthetic(sharpness: float, drift: float, M: int = 16, V: int = 512) -> Positions:
+    """Students whose logits are scaled by `sharpness`; mu is p before a step of size `drift` in the logits."""
+    g = torch.Generator().manual_seed(0)
+    common, p, q, step = (torch.randn(M, V, generator=g, dtype=torch.float64) for _ in range(4))
+    logits = sharpness * (2 * common + p)
+    return Positions(logits, (sharpness * (2 * common + q)).log_softmax(-1),
+                     (logits + drift * step).log_softmax(-1))
+
+
+def noise_of_iid(x: Positions, n: int) -> float:
+    ids, probability = outcomes(ROW, x, 0)
+    g = gradients(ROW, x, ids)
+    off = g - (probability[..., None] * g).sum(1, keepdim=True)
+    return (probability * off.square().sum(-1)).sum(1).mean().item() / n
+
+
+def noise_of_optimal(x: Positions, n: int) -> float:
+    M, V = x.logits.shape
+    n = min(n, V)
+    dense = definition("reverse_mc", ROW, x)[:, None]
+    u = torch.rand(M * DRAWS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    total = 0.0
+    for part in u.view(M, DRAWS, 2).split(100, dim=1):
+        R = part.shape[1]
+        logits = x.logmu[:, None].expand(M, R, V).reshape(M * R, V)
+        chosen = draw_optimal(logits, part.reshape(M * R, 2), n)
+        logpi = chosen.logpi.double().masked_fill(chosen.logpi > UNUSED / 2, UNUSED)
+        g = gradients(ROW, x, chosen.ids.view(M, R, n), logpi.view(M, R, n))
+        total += (g - dense).square().sum(-1).sum(1).mean().item()
+    return total / DRAWS
+
+
+def bias_of_topk(x: Positions, k: int) -> float:
+    row = ESTIMATORS["reverse_topk"]
+    ids, _ = outcomes(row, x, k)
+    return (gradients(row, x, ids)[:, 0] - definition("reverse_mc", row, x)).square().sum(-1).mean().item()
+
+
+def measure(label: str, x: Positions, counts=COUNTS) -> dict:
+    p, mu = x.logp.exp(), x.logmu.exp()
+    entropy = -(p * x.logp).sum(-1).mean().item()
+    kl = (p * (x.logp - x.logmu)).sum(-1).mean().item()
+    second = (p * p / mu).sum(-1).mean().item()
+    return {"type": "noise", "label": label, "entropy": entropy, "kl_p_mu": kl, "second_moment": second,
+            "iid": {str(n): noise_of_iid(x, n) for n in counts},
+            "optimal": {str(n): noise_of_optimal(x, n) for n in counts},
+            "topk_squared_bias": {str(n): bias_of_topk(x, n) for n in counts}}
+
+
+def noise_table(found: list[dict]) -> list[list[str]]:
+    lines = [["positions", "entropy of p, nats", "KL(p, mu)", *(f"N = {n}" for n in COUNTS)]]
+    for r in found:
+        ratios = []
+        for n in COUNTS:
+            if str(n) not in r["iid"]:
+                ratios.append("")
+                continue
+            ours = r["optimal"][str(n)]
+            ratios.append("exact" if ours < 1e-9 * r["iid"]["1"] else f"{r['iid'][str(n)] / ours:,.1f} x")
+        lines.append([r["label"], f"{r['entropy']:.2f}", f"{r['kl_p_mu']:.3f}", *ratios])
+    return lines
+
+
+def draw_figure(found: list[dict]) -> None:
+    """Variance against N, a panel for each of some positions."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(1, len(found), figsize=(3.3 * len(found), 3.6), dpi=150, squeeze=False)
+    for ax, r in zip(axes[0], found):
+        for key, name, color in (("iid", "independent draws", "#d6604d"), ("optimal", "optimal draws", "#1a9850"),
+                                 ("topk_squared_bias", "top-k: squared bias", "#5e6fb5")):
+            counts = [n for n in COUNTS if str(n) in r[key]]
+            ax.plot(counts, [max(r[key][str(n)], 1e-14) for n in counts], "o-", color=color, label=name, markersize=4)
+        ax.set_xscale("log", base=2)
+        ax.set_yscale("log")
+        ax.set_xticks(COUNTS, [str(n) for n in COUNTS])
+        ax.set_title(f"{r['label']}\nentropy {r['entropy']:.2f}, KL(p, mu) {r['kl_p_mu']:.3f}", fontsize=9)
+        ax.set_xlabel("words per position", fontsize=9)
+        ax.grid(alpha=0.25)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0][0].set_ylabel("squared error of the gradient", fontsize=9)
+    figure.legend(*axes[0][0].get_legend_handles_labels(), loc="lower center", ncols=3, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, 0.08, 1, 1))
+    (HERE / "figures").mkdir(exist_ok=True)
+    figure.savefig(HERE / "figures" / "designs.png")
+
+
+# -- what is learnt -------------------------------------------------------------------------------
+
+def train(cell: str, lag: int, lr: float, seed: int, more: list[str]) -> dict:
+    out = f"runs/designs-{''.join(c for c in cell if c.isalnum())}-{lag}-{lr:g}-{seed}"
+    command = [sys.executable, "asyncopd.py", *TOY, *CELLS[cell], f"--max-ahead={lag}", f"--lr={lr}",
+               f"--seed={seed}", f"--out={out}", *more]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{cell}: exit code {done.returncode}\n{done.stderr[-2000:]}")
+    last = json.loads((HERE.parent / out / "log.jsonl").read_text().splitlines()[-1])
+    return {"type": "training", "cell": cell, "lag": lag, "lr": lr, "seed": seed, "accuracy": last["accuracy_after"],
+            "before": last["accuracy_before"], "kl": last["kl_after"], "tokens": last["tokens"]}
+
+
+def training_table(found: list[dict]) -> list[list[str]]:
+    """Mean and standard deviation over the seeds, at the learning rate that is best for the cell."""
+    lags = sorted({r["lag"] for r in found})
+    lines = [["cache", *(f"lag {lag}: accuracy, KL" for lag in lags)]]
+    for cell in CELLS:
+        line = [cell]
+        for lag in lags:
+            by_lr: dict[float, list[dict]] = {}
+            for r in found:
+                if (r["cell"], r["lag"]) == (cell, lag):
+                    by_lr.setdefault(r["lr"], []).append(r)
+            if not by_lr:
+                line.append("")
+                continue
+            lr, best = max(by_lr.items(), key=lambda item: statistics.mean(r["accuracy"] for r in item[1]))
+            line.append(f"{spread([100 * r['accuracy'] for r in best], 0)}%, {spread([r['kl'] for r in best], 2)} "
+                        f"(lr {lr:g}, {len(best)} seeds)")
+        lines.append(line)
+    return lines
+
+
+def spread(values: list[float], digits: int) -> str:
+    if len(values) < 2:
+        return f"{values[0]:.{digits}f}"
+    return f"{statistics.mean(values):.{digits}f} ± {statistics.stdev(values):.{digits}f}"
+
+
+# -- records --------------------------------------------------------------------------------------
+
+def records(kind: str) -> list[dict]:
+    found = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    return [r for r in found if r["type"] == kind]
+
+
+def key_of(record: dict) -> tuple:
+    return tuple(record.get(name) for name in ("type", "label", "cell", "lag", "lr", "seed"))
+
+
+def add(new: list[dict]) -> None:
+    """New records, in the place of those of the same cells."""
+    keys = {key_of(r) for r in new}
+    old = [r for kind in ("noise", "training") for r in records(kind) if key_of(r) not in keys]
+    told = provenance({}, {})
+    said = {"commit": told["commit"], "hardware": told["hardware"]}
+    RECORDS.write_text("".join(json.dumps(r) + "\n" for r in [*old, *(r | said for r in new)]))
+
+
+def noise() -> str:
+    """Markdown, from the records."""
+    return markdown(noise_table(records("noise")))
+
+
+def training() -> str:
+    return markdown(training_table(records("training")))
+
+
+def markdown(lines: list[list[str]]) -> str:
+    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
+    parser.add_argument("what", choices=("variance", "train", "table"))
+    parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
+    parser.add_argument("--positions", type=int, default=128, help="of the run")
+    parser.add_argument("--cells", nargs="*", default=list(CELLS))
+    parser.add_argument("--lags", nargs="*", type=int, default=[16])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[2e-4])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    args, more = parser.parse_known_args()       # flags of asyncopd.py, for every run
+    torch.set_num_threads(1)
+    if args.what == "variance":
+        places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
+        if args.run:
+            places += [(f"toy, lag {lag}", visited(args.run, lag, args.positions)) for lag in LAGS]
+        add([measure(label, x) for label, x in places])
+        draw_figure([r for r in records("noise") if "drift 0.5" in r["label"]])
+        print(plain_table(noise_table(records("noise"))))
+    for lag, lr, seed, cell in ((lag, lr, seed, cell) for lag in args.lags for lr in args.lrs for seed in args.seeds
+                                for cell in args.cells if args.what == "train"):
+        found = train(cell, lag, lr, seed, more)
+        add([found])
+        print(json.dumps(found), flush=True)
+    if args.what == "table":
+        print(noise(), training(), sep="\n\n")
+    print(json.dumps({"noise": len(records("noise")), "training": len(records("training"))}))
+
+
+if __name__ == "__main__":
+    main()
