@@ -168,7 +168,8 @@ def training_table(found: list[dict]) -> list[list[str]]:
             lr, best = max(by_lr.items(), key=lambda item: statistics.mean(r["accuracy"] for r in item[1]))
             line.append(f"{spread([100 * r['accuracy'] for r in best], 0)}%, {spread([r['kl'] for r in best], 2)} "
                         f"(lr {lr:g}, {len(best)} seeds)")
-        lines.append(line)
+        if any(line[1:]):
+            lines.append(line)
     return lines
 
 
