@@ -50,7 +50,7 @@ class Problem:
         self.head = torch.nn.Linear(H, V, bias=False, device=self.device)
         self.rows = torch.randn(M, H, device=self.device)
         self.ids = torch.randint(0, V, (M, N), device=self.device)
-        self.logmu, self.logq = (-torch.rand(2, M, N, device=self.device) * 3 - 10).unbind()
+        self.logpi, self.logq = (-torch.rand(2, M, N, device=self.device) * 3 - 10).unbind()
         self.chunk = chunk_size(Config(gpus=int(gpu), estimator="reverse_mc"), V)
         self.head.weight.grad, self.rows.grad = torch.zeros_like(self.head.weight), torch.zeros_like(self.rows)
         self.teacher = (torch.randn(M, H, device=self.device), torch.randn(V, H, device=self.device) / H ** 0.5
@@ -60,7 +60,7 @@ class Problem:
         with torch.autocast(self.device, self.dtype, enabled=self.dtype != torch.float32):
             logits = self.head(x)
         logp = logits.float().log_softmax(-1).gather(-1, self.ids[at])
-        return reverse_mc(logp, self.logq[at], self.logmu[at]).sum() / M
+        return reverse_mc(logp, self.logq[at], self.logpi[at]).sum() / M
 
     def naive(self):
         self.by_autograd(self.rows.requires_grad_(), slice(None)).backward()
@@ -71,7 +71,7 @@ class Problem:
         sum(checkpoint(self.by_autograd, leaf[at], at, use_reentrant=False) for at in parts).backward()
 
     def ours(self):
-        loss = lambda at, logp, every: {"loss": reverse_mc(logp, self.logq[at], self.logmu[at])}
+        loss = lambda at, logp, every: {"loss": reverse_mc(logp, self.logq[at], self.logpi[at])}
         self.rows.grad += self.by_hand(loss, False, self.chunk)
 
     def jsd(self):

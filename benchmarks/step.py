@@ -59,21 +59,21 @@ class Before(learner.Learner):
         with student.compute():
             hidden = student.model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
         rows = response_rows(hidden, group)
-        slot = {name: self.cached(group, name) for name in ("ids", "logmu", "logq")}
+        slot = {name: self.cached(group, name) for name in ("ids", "logpi", "logq")}
         leaf, parts = rows.detach().requires_grad_(), []
         for i in range(0, len(rows), 1024):
             at = slice(i, i + 1024)
-            ids, logmu, logq = (slot[name][at] for name in ("ids", "logmu", "logq"))
+            ids, logpi, logq = (slot[name][at] for name in ("ids", "logpi", "logq"))
             with student.compute():
                 logits = student.head(leaf[at])
             logp = logits.float().log_softmax(-1).gather(-1, ids.long())
-            loss = reverse_mc(logp, logq, logmu)
+            loss = reverse_mc(logp, logq, logpi)
             (loss.sum() / count).backward()
             drawn = logp.detach()
-            w = importance_weight(drawn, logmu)
+            w = importance_weight(drawn, logpi)
             distinct = ids.sort(-1).values.diff(dim=-1).ne(0).sum(-1) + 1
-            parts.append({"loss": loss.detach(), "kl": reverse_value(drawn, logq, logmu), "w": w[:, 0],
-                          "entropy": -(w * drawn).mean(-1), "duplicates": 1 - distinct / N, "y": ids[:, 0]})
+            parts.append({"loss": loss.detach(), "kl": reverse_value(drawn, logq, logpi), "w": w[:, 0],
+                          "entropy": -(w * drawn).sum(-1), "duplicates": 1 - distinct / N, "y": ids[:, 0]})
         rows.backward(leaf.grad)
         nothing = {name: torch.zeros(len(rows)) for name in learner.MEASURED}
         return nothing | {name: torch.cat([p[name] for p in parts]) for name in parts[0]}
@@ -96,7 +96,8 @@ def ready(shape: str, kind=learner.Learner, **flags):
         n = T - prompt
         ids = torch.randint(0, size["vocab_size"], (n, N), generator=g)
         slots.open(s, s, torch.randint(0, size["vocab_size"], (prompt,), generator=g), prompt, 0)
-        slots.append(s, ids[:, 0], ids, -torch.rand(n, N, generator=g) * 3 - 10, 0)
+        logpi = -torch.rand(n, N, generator=g) * 3 - 10
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
         slots.logq[s, :n] = -torch.rand(n, N, generator=g) * 3 - 10
     dtype = torch.bfloat16 if gpu else torch.float32
     return kind(cfg, "cuda" if gpu else "cpu", dtype), [slots.read(s) for s in range(B)], slots
