@@ -80,8 +80,8 @@ class Slots:
     born    version of the first new token; before there is one, of the weights its worker has
     extra   by name, [S, *shape]: an extension's tensors; used[name] [S] counts their used rows
 
-    The rows of ids, logpi, logmu, logq and hidden are compact: row j belongs to the j-th token whose
-    scores are stored. logq is nan from when a token is written until the teacher has scored it.
+    The rows of ids, logpi, logmu, logq and hidden are compact: row j belongs to the j-th token
+    whose scores are stored. logq is nan from when a token is written until the teacher has scored it.
     """
 
     def __init__(self, slots: int, max_prompt: int, max_response: int, columns: int, *,

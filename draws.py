@@ -89,7 +89,7 @@ class Line:
     """
 
     def __init__(self, weight: Tensor):
-        """weight [R, V] float32; it may be changed later where `add` is told of it."""
+        """weight [R, V] float32; `add` may change it in place."""
         if weight.shape[1] % BLOCK:          # `pad` would copy even where nothing is to be filled
             weight = pad(weight, (0, -weight.shape[1] % BLOCK))
         self.weight = weight
@@ -159,6 +159,7 @@ def draw_optimal(logits: Tensor, u: Tensor, n: int) -> Chosen:
     column = torch.arange(n, device=logits.device)[None, :]
     is_kept = column < kept
     rest.add(top.indices, top.values.masked_fill(is_kept, 0.0))
+    m = rest.length
 
     # Columns K .. N - 1: one systematic sample of the rest. Where all is kept, nothing of it is
     # used.
@@ -169,13 +170,13 @@ def draw_optimal(logits: Tensor, u: Tensor, n: int) -> Chosen:
     value = torch.where(is_kept, top.values, sampled_weight).double()
 
     mass_kept = top.values.double().masked_fill(~is_kept, 0.0)
-    length = mass_kept.sum(-1, keepdim=True) + rest.length
+    length = mass_kept.sum(-1, keepdim=True) + m
     logmu = value.log() - length.log()
-    logpi = torch.where(is_kept, 0.0, value.log() - (rest.length / places).log())
+    logpi = torch.where(is_kept, 0.0, value.log() - (m / places).log())
     empty = value == 0
     logpi = logpi.masked_fill(empty, UNUSED)
 
-    emitted = emitted_column(mass_kept, rest.length, kept, u[:, 1:2])
+    emitted = emitted_column(mass_kept, m, kept, u[:, 1:2])
     ids = ids.masked_fill(empty, 0) + ids.gather(1, emitted) * empty
     return Chosen(*to_front(emitted, ids, logpi.float()), logmu.gather(1, emitted)[:, 0].float())
 

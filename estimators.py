@@ -3,16 +3,17 @@ Every KL estimator of this repository, in one file that is read from top to bott
 
 An estimator is a loss: a function of log-probs whose gradient pulls the student towards the
 teacher. It is correct only together with the way its words were chosen, so the table at the end,
-ESTIMATORS, states for each loss which words it needs; draws.py chooses them. Everything that records, scores or trains
-obeys that table. `--kl reverse --mc-samples 4` means DEFAULT["reverse"], the row `reverse_mc`;
-its gradient is that of the function `reverse_mc`, the first loss below.
+ESTIMATORS, states for each loss which words it needs; draws.py chooses them. Everything that
+records, scores or trains obeys that table. `--kl reverse --mc-samples 4` means DEFAULT["reverse"],
+the row `reverse_mc`; its gradient is that of the function `reverse_mc`, the first loss below.
 
 Terms
     word        an entry of the vocabulary. A token is a word at its place in a sequence.
     candidates  the words at a position whose log-probs a loss receives. The position itself
                 belongs to one emitted token; further candidates are never emitted.
-    support     the sampling design: where the candidates come from. They are drawn from mu or from
-                q, or they are the most probable ("best") words of one of the two, or all words.
+    support     where the candidates come from. They are chosen from mu or from q by a design
+                (draws.py), or they are the most probable ("best") words of one of the two, or all
+                words.
     stale       a response is stale if the student has been updated since it generated it: the
                 words were drawn from mu, and the gradient is wanted under p.
     surrogate   a loss with the right gradient whose value is not the divergence.
