@@ -4,7 +4,9 @@ The two sampling designs against each other: the noise of the gradient, and what
     python benchmarks/designs.py variance                # synthetic students; a minute
     python benchmarks/designs.py variance --run runs/x   # also positions of a toy run at several lags
                                                          # (made with --save-every 4 --faults.keep 0)
-    python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags; a minute for each run
+    python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; half a minute for
+                                                         # each run on a core; finished runs are not made again
+    python benchmarks/designs.py best --seeds 0 1 2 3 4  # the same at the learning rate that won for each cell
     python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
 
 Trace of the variance of the gradient by the logits, mean over positions. Independent draws: enumerated at N = 1 and
@@ -18,8 +20,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -28,7 +31,9 @@ sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
 from audit import Positions, definition, gradients, outcomes, visited  # noqa: E402
+from step_off import distil  # noqa: E402
 
+from data.toy import toy_models  # noqa: E402
 from draws import UNUSED, draw_optimal  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
 from record.provenance import provenance  # noqa: E402
@@ -42,9 +47,9 @@ ROW = ESTIMATORS["reverse_mc"]
 # Of the toy's runs: a constant lag, so that it is not the lag that differs; each cell at each learning rate
 CELLS = {"iid, N = 4": ["--draws=iid", "--mc-samples=4"], "optimal, N = 4": ["--draws=optimal", "--mc-samples=4"],
          "iid, N = 16": ["--draws=iid", "--mc-samples=16"], "optimal, N = 16": ["--draws=optimal", "--mc-samples=16"],
-         "top-k, K = 4": ["--estimator=reverse_topk", "--top-k=4"], "all words": ["--estimator=reverse_dense"]}
-TOY = ["--task=toy", "--gpus=0", "--engine=hf", "--schedule=step-off", "--steps=100", "--batch=64", "--warmup=0",
-       "--eval.every=0", "--eval.no-teacher", "--overwrite"]
+         "top-k, K = 4": ["--estimator=reverse_topk", "--top-k=4"],
+         "top-k, K = 16": ["--estimator=reverse_topk", "--top-k=16"], "all words": ["--estimator=reverse_dense"]}
+STEPS = 100
 
 
 # -- the noise ------------------------------------------------------------------------------------
@@ -139,16 +144,31 @@ def draw_figure(found: list[dict]) -> None:
 
 # -- what is learnt -------------------------------------------------------------------------------
 
-def train(cell: str, lag: int, lr: float, seed: int, more: list[str]) -> dict:
-    out = f"runs/designs-{''.join(c for c in cell if c.isalnum())}-{lag}-{lr:g}-{seed}"
-    command = [sys.executable, "asyncopd.py", *TOY, *CELLS[cell], f"--max-ahead={lag}", f"--lr={lr}",
-               f"--seed={seed}", f"--out={out}", *more]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{cell}: exit code {done.returncode}\n{done.stderr[-2000:]}")
-    last = json.loads((HERE.parent / out / "log.jsonl").read_text().splitlines()[-1])
-    return {"type": "training", "cell": cell, "lag": lag, "lr": lr, "seed": seed, "accuracy": last["accuracy_after"],
-            "before": last["accuracy_before"], "kl": last["kl_after"], "tokens": last["tokens"]}
+def train(cell: str, lag: int, lr: float, seed: int) -> dict:
+    torch.set_num_threads(1)
+    models = [f"--{role}={folder}" for role, folder in zip(("student", "teacher"), toy_models(HERE.parent / "runs"))]
+    found = distil([*models, *CELLS[cell], f"--steps={STEPS}", f"--lr={lr}", f"--seed={seed}"], lag)
+    return {"type": "training", "cell": cell, "lag": lag, "lr": lr, "seed": seed, **found}
+
+
+def train_all(wanted: list[tuple[str, int, float, int]], jobs: int) -> None:
+    """Runs that have no record yet, `jobs` at a time."""
+    known = {tuple(r[name] for name in ("cell", "lag", "lr", "seed")) for r in records("training")}
+    toy_models(HERE.parent / "runs")             # made once, before anybody needs them
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        for run in as_completed([pool.submit(train, *run) for run in wanted if run not in known]):
+            add([run.result()])
+            print(json.dumps(run.result()), flush=True)
+
+
+def best_rate(found: list[dict], cell: str, lag: int) -> float | None:
+    """The learning rate with the lowest exact KL(p, q), mean over its seeds: of those with the most seeds in common,
+    that is over the first seed where only that one was run at all rates."""
+    mine = [r for r in found if (r["cell"], r["lag"]) == (cell, lag)]
+    if not mine:
+        return None
+    first = min(r["seed"] for r in mine)
+    return min((r["kl"], r["lr"]) for r in mine if r["seed"] == first)[1]
 
 
 def training_table(found: list[dict]) -> list[list[str]]:
@@ -158,14 +178,11 @@ def training_table(found: list[dict]) -> list[list[str]]:
     for cell in CELLS:
         line = [cell]
         for lag in lags:
-            by_lr: dict[float, list[dict]] = {}
-            for r in found:
-                if (r["cell"], r["lag"]) == (cell, lag):
-                    by_lr.setdefault(r["lr"], []).append(r)
-            if not by_lr:
+            lr = best_rate(found, cell, lag)
+            if lr is None:
                 line.append("")
                 continue
-            lr, best = max(by_lr.items(), key=lambda item: statistics.mean(r["accuracy"] for r in item[1]))
+            best = [r for r in found if (r["cell"], r["lag"], r["lr"]) == (cell, lag, lr)]
             line.append(f"{spread([100 * r['accuracy'] for r in best], 0)}%, {spread([r['kl'] for r in best], 2)} "
                         f"(lr {lr:g}, {len(best)} seeds)")
         if any(line[1:]):
@@ -215,14 +232,15 @@ def markdown(lines: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("what", choices=("variance", "train", "table"))
+    parser.add_argument("what", choices=("variance", "train", "best", "table"))
     parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
     parser.add_argument("--positions", type=int, default=128, help="of the run")
     parser.add_argument("--cells", nargs="*", default=list(CELLS))
-    parser.add_argument("--lags", nargs="*", type=int, default=[16])
-    parser.add_argument("--lrs", nargs="*", type=float, default=[2e-4])
+    parser.add_argument("--lags", nargs="*", type=int, default=[0, 4, 16, 64])
+    parser.add_argument("--lrs", nargs="*", type=float, default=[1e-4, 2e-4, 4e-4, 8e-4])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
-    args, more = parser.parse_known_args()       # flags of asyncopd.py, for every run
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
+    args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "variance":
         places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
@@ -231,11 +249,13 @@ def main() -> None:
         add([measure(label, x) for label, x in places])
         draw_figure([r for r in records("noise") if "drift 0.5" in r["label"]])
         print(plain_table(noise_table(records("noise"))))
-    for lag, lr, seed, cell in ((lag, lr, seed, cell) for lag in args.lags for lr in args.lrs for seed in args.seeds
-                                for cell in args.cells if args.what == "train"):
-        found = train(cell, lag, lr, seed, more)
-        add([found])
-        print(json.dumps(found), flush=True)
+    if args.what == "train":
+        train_all([(cell, lag, lr, seed) for seed in args.seeds for lr in args.lrs for lag in args.lags
+                   for cell in args.cells], args.jobs)
+    if args.what == "best":
+        found = records("training")
+        train_all([(cell, lag, best_rate(found, cell, lag), seed) for seed in args.seeds for lag in args.lags
+                   for cell in args.cells], args.jobs)
     if args.what == "table":
         print(noise(), training(), sep="\n\n")
     print(json.dumps({"noise": len(records("noise")), "training": len(records("training"))}))

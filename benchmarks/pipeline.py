@@ -41,8 +41,7 @@ from control import controller  # noqa: E402
 from control.plan import plan  # noqa: E402
 from control.preflight import Job  # noqa: E402
 from control.resolve import resolve  # noqa: E402
-from draws import Chosen  # noqa: E402
-from engines.base import joined  # noqa: E402
+from engines.drawn import Drawn  # noqa: E402
 from engines.table import ENGINES  # noqa: E402
 from learner import Divisors  # noqa: E402
 from record.account import Account  # noqa: E402
@@ -99,7 +98,8 @@ class StandIn:
         out = {}
         for key in keys:
             n = self.rows.pop(key)[1]
-            out[key] = joined([Chosen(torch.zeros(1, dtype=torch.int64), torch.zeros(1), torch.zeros(()))] * n, 1)
+            out[key] = Drawn(torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64),
+                             torch.zeros(n, 1), torch.zeros(n))
         return out
 
 

@@ -11,32 +11,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from draws import Chosen
+from engines.drawn import Drawn
 from engines.sampling import Drawing
 from engines.uniforms import EVALUATION
-
-
-class Drawn(NamedTuple):
-    """L tokens of a response: the emitted ones [L]; the candidate words and their logpi [L, n + k];
-    logmu [L] of the emitted ones."""
-    tokens: Tensor
-    ids: Tensor
-    logpi: Tensor
-    logmu: Tensor
-
-
-def joined(positions: list[Chosen], columns: int) -> Drawn:
-    """The positions of a response, [columns] each, one after the other, on the CPU."""
-    if not positions:
-        nothing = torch.empty(0, columns)
-        return Drawn(nothing[:, 0].long(), nothing.long(), nothing, nothing[:, 0])
-    ids, logpi, logmu = (torch.stack(x).cpu() for x in zip(*positions))
-    return Drawn(ids[:, 0], ids, logpi, logmu)
 
 
 def probe_tolerance(dtype: torch.dtype) -> float:

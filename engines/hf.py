@@ -8,16 +8,16 @@ Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from config import Config
-from draws import Chosen
-from engines.base import Drawn, Engine, joined
-from engines.sampling import Drawing, draw_rows, training_drawing
+from engines.base import Engine
+from engines.drawn import Drawn, DrawnTable
+from engines.sampling import draw_rows, training_drawing
 from models.head import sequence_logp
 from models.loading import load_model, stop_ids
 
@@ -30,18 +30,8 @@ class Response:
     budget: int                                  # most new tokens
     uid: int
     position: int                                # of its first new token, in the response
-    drawing: Drawing
-    drawn: list[Chosen] = field(default_factory=list)        # per new token, [n + k]
-
-    @property
-    def last(self) -> int:
-        """The token emitted last."""
-        return int(self.drawn[-1].ids[0])
-
-    @property
-    def next_position(self) -> int:
-        """Where in the response the next token will stand."""
-        return self.position + len(self.drawn)
+    length: int = 0                              # new tokens so far
+    last: int = -1                               # the token emitted last
 
 
 class HFEngine(Engine):
@@ -61,6 +51,7 @@ class HFEngine(Engine):
         self.ends = set(stop_ids(cfg.student, cfg.teacher))
         self.rows: list[Response] = []           # in the order of the cache's batch dimension
         self.new: list[Response] = []            # not in the cache yet
+        self.drawn = DrawnTable(model.device)
         self.cache = None                        # transformers' DynamicCache
         self.mask: Tensor | None = None          # [R, L], bool
 
@@ -74,7 +65,7 @@ class HFEngine(Engine):
         return sequence_logp(self.model, tokens).detach().cpu()
 
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
-        self.new.append(Response(key, tokens, budget, uid, position, self.drawing))
+        self.new.append(Response(key, tokens, budget, uid, position))
 
     @torch.no_grad()
     def step(self) -> list[int]:
@@ -89,14 +80,16 @@ class HFEngine(Engine):
             logits = self.decode([r.last for r in rows])
         else:
             return []
-        chosen = draw_rows(logits, [r.uid for r in rows], [r.next_position for r in rows],
+        chosen = draw_rows(logits, [r.uid for r in rows], [r.position + r.length for r in rows],
                            self.drawing)
-        for row, *position in zip(rows, *(x.cpu() for x in chosen)):
-            row.drawn.append(Chosen(*position))
-        return [r.key for r in rows if len(r.drawn) == r.budget or r.last in self.ends]
+        self.drawn.write([r.key for r in rows], [r.length for r in rows], chosen)
+        for row, token in zip(rows, chosen.ids[:, 0].tolist()):
+            row.last = token
+            row.length += 1
+        return [r.key for r in rows if r.length == r.budget or r.last in self.ends]
 
     def take(self, keys: list[int]) -> dict[int, Drawn]:
-        found = {r.key: joined(r.drawn, r.drawing.n + r.drawing.k)
+        found = {r.key: self.drawn.take(r.key, r.length)
                  for r in self.rows + self.new if r.key in keys}
         self.new = [r for r in self.new if r.key not in keys]
         stay = [i for i, r in enumerate(self.rows) if r.key not in keys]

@@ -31,8 +31,8 @@ from vllm.sampling_params import RequestOutputKind  # noqa: E402
 from vllm.v1.sample.logits_processor import LogitsProcessor, MoveDirectionality  # noqa: E402
 
 from config import Config  # noqa: E402
-from draws import Chosen  # noqa: E402
-from engines.base import Drawn, Engine, joined  # noqa: E402
+from engines.base import Engine  # noqa: E402
+from engines.drawn import Drawn, DrawnTable  # noqa: E402
 from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
@@ -114,23 +114,23 @@ class VLLMEngine(Engine):
             return {}
         names = [self.names.pop(key) for key in keys]
         self.engine.abort_request(names)
-        taken = self.llm.collective_rpc("take_draws", args=(names,))[0]
+        emitted = [self.emitted.pop(key) for key in keys]
+        lengths = [len(tokens) for tokens in emitted]
+        taken = self.llm.collective_rpc("take_draws", args=(names, lengths))[0]
         found = {}
-        for key, name, (positions, preempted) in zip(keys, names, taken):
+        for key, name, tokens, (drawn, preempted) in zip(keys, names, emitted, taken):
             self.preempted += preempted
             del self.keys[name]
-            emitted = self.emitted.pop(key)
-            drawn = joined(positions[:len(emitted)], self.drawing.n + self.drawing.k)
-            assert drawn.tokens.tolist() == emitted, (
-                f"emitted {emitted}, drawn {drawn.tokens.tolist()}")
+            assert drawn.tokens.tolist() == tokens, (
+                f"emitted {tokens}, drawn {drawn.tokens.tolist()}")
             found[key] = drawn
         return found
 
 
 # -- inside vLLM ---------------------------------------------------------------------------------
 
-# By the name of a request, per token, [n + k], on the device
-DRAWN: dict[str, list[Chosen]] = {}
+# By the name of a request; `Draws` puts it on its device
+DRAWN = DrawnTable("cpu")
 # By the name of a request, how often vLLM has put it aside for want of memory and added it again
 PREEMPTED: Counter[str] = Counter()
 
@@ -152,9 +152,10 @@ class Extension:
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
-    def take_draws(self, names: list[str]) -> list[tuple[list[Chosen], int]]:
+    def take_draws(self, names: list[str], lengths: list[int]) -> list[tuple[Drawn, int]]:
         """What was drawn for each request, and how often it was put aside; forgotten here."""
-        return [(DRAWN.pop(name, []), PREEMPTED.pop(name, 0)) for name in names]
+        return [(DRAWN.take(name, length), PREEMPTED.pop(name, 0))
+                for name, length in zip(names, lengths)]
 
 
 @dataclass
@@ -175,6 +176,7 @@ class Draws(LogitsProcessor):
 
     def __init__(self, vllm_config, device, is_pin_memory):
         self.rows: dict[int, Row] = {}       # by their index in the batch
+        DRAWN.device = device
 
     def is_argmax_invariant(self) -> bool:
         """False, so that vLLM runs it for greedy requests: ours are, and emit the raised word."""
@@ -210,9 +212,7 @@ class Draws(LogitsProcessor):
         ours = logits if len(at) == len(logits) else logits[index]
         chosen = draw_rows(ours, [row.request.uid for row in rows],
                            [row.next_position for row in rows], rows[0].request.drawing)
-        for row, *position in zip(rows, *chosen):
-            drawn = DRAWN.setdefault(row.request.name, [])
-            del drawn[len(row.output):]      # of a step that vLLM threw away and repeats
-            drawn.append(Chosen(*position))
+        # A step that vLLM threw away and repeats is written again, to the same place
+        DRAWN.write([row.request.name for row in rows], [len(row.output) for row in rows], chosen)
         logits[index, chosen.ids[:, 0]] = torch.inf     # no second pass over the vocabulary
         return logits

@@ -55,6 +55,8 @@ SMOKES = {
     "same_weights.py": Smoke(".", "m.RUNS = dict(reverse=m.RUNS['reverse']); m.COMMON.append('--steps=2')\n"
                                     "m.main = lambda main=m.main: main(sys.argv[1:])"),
     "soak.py": Smoke("--steps 40", "sleep = m.time.sleep; m.time.sleep = lambda _: sleep(0.05)"),
+    "step_off.py": Smoke("", "m.STEPS, m.LAG, m.toy_models = 3, 1, lambda root: ('{student}', '{teacher}')\n"
+                             "m.TOY += ['--batch=4']"),
     "step.py": Smoke("toy", "m.toy = lambda pairs, toy=m.toy: toy(1)"),
     "toy.py": Smoke("run lag --engine=hf --steps=2 --batch=4 --eval.n=4 --max-prompt=8 --max-response=8 "
                     "--warmup=0 " + TOY_MODELS,

@@ -150,9 +150,9 @@ def test_with_one_word_it_is_the_plain_draw_and_with_all_words_it_is_exact():
     assert squared_error(chance, chosen, torch.randn(V).double()) == pytest.approx(0, abs=1e-9)
 
 
-def mutant_prefers_kept(kept, rest, number, u):
-    """The emitted token is a kept word whenever there is one."""
-    return torch.where(number > 0, draws_emitted(kept, rest * 0, number, u), draws_emitted(kept, rest, number, u))
+def mutant_prefers_kept(part, u):
+    """Kept words, whose parts are the larger ones, are emitted more often than mu says."""
+    return draws_emitted(part ** 2, u)
 
 
 draws_emitted = draws.emitted_column
@@ -218,6 +218,21 @@ def test_the_tail_is_summed_and_not_what_is_left_of_one():
     chosen = draw_optimal(logits, u, 3)
     assert (chosen.logpi[0] == 0).sum() == 1
     assert chosen.logpi.exp().sum().item() == pytest.approx(1 + 2 * (2 / 6))
+
+
+@pytest.mark.parametrize("size, n", [(64, 1), (64, 4), (640, 3), (640, 10), (640, 64), (6400, 64)])
+@pytest.mark.parametrize("kind", ["spread out", "in one block", "ties"])
+def test_the_largest_words_are_found_through_their_blocks(size, n, kind):
+    g = torch.Generator().manual_seed(size + n)
+    weight = torch.rand(20, size, generator=g)
+    if kind == "in one block":
+        weight[:, 64 * (size // 128):64 * (size // 128) + 64] += 1
+    if kind == "ties":
+        weight = (weight * 5).floor()
+    value, ids = draws.largest(weight, n)
+    assert torch.equal(value, weight.topk(n).values)
+    assert torch.equal(weight.gather(1, ids), value)
+    assert all(len(set(row)) == n for row in ids.tolist())
 
 
 @pytest.mark.parametrize("size", [3, 64, 65, 1000])

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from cache import Slots
 from config import Config
 from control.scheduler import Scheduler
-from engines.base import Drawn
+from engines.drawn import Drawn
 from rollout import Worker
 from transport.shared import SharedMemory
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cache import Segment, Slots
 from control.resolve import configure
-from engines.base import Drawn
+from engines.drawn import Drawn
 from engines.hf import HFEngine
 from estimators import ESTIMATORS
 from extension import ModelPair, Step
