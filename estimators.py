@@ -152,6 +152,30 @@ def reverse_old_adv(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
     return -(w * advantage * logp).mean(-1)
 
 
+@in_float32
+def vopd(logp: Tensor, logq: Tensor, logmu: Tensor) -> Tensor:
+    """The emitted token, with the advantage less a baseline from the student's best words.
+
+    Target      KL(p || q)
+    Candidates  the emitted token, drawn from mu, and for the baseline mu's top K at generation
+    Gradient    E[ -w (A - b) dlogp ] = -sum_V p A dlogp: the target's, for every K, because
+                b = sum of p A over the top K is the same whichever token is drawn
+    Value       not the KL
+    Stale mu    unbiased if mu > 0 wherever p > 0, up to the clamp at w = e^20; variance grows with
+                E_mu[w^2]
+    Not covered the prefix
+
+    logp, logq, logmu: [..., 1 + K], the emitted token first. Source: vOPD (arXiv 2605.07865), the
+    value function -KL(p || q) as a baseline, in the form that sums over K words; w is ours, for
+    tokens that an older student drew.
+    """
+    advantage = (logq - logp).detach()
+    p = logp.detach().exp()
+    baseline = (p * advantage)[..., 1:].sum(-1)
+    w = importance_weight(logp[..., 0], logmu[..., 0])
+    return -w * (advantage[..., 0] - baseline) * logp[..., 0]
+
+
 def clipped(r: Tensor, advantage: Tensor, low: float | Tensor, high: float | Tensor) -> Tensor:
     """PPO's loss: no gradient once r has left [1 - low, 1 + high] in the advantage's direction."""
     return -torch.minimum(r * advantage, r.clamp(1 - low, 1 + high) * advantage)
@@ -510,6 +534,7 @@ class Estimator:
     sampled       the emitted token alone
     candidates    N words drawn by the student, of which the emitted token is the first
     student_topk  the emitted token, then the student's K best words at generation
+    sampled_topk  the same words, all of which the loss receives
     teacher_topk  the emitted token, then the teacher's K best words at scoring
     teacher_mc    the emitted token, then N words drawn by the teacher
     full          the emitted token, and the teacher's last hidden state, from which the learner
@@ -520,7 +545,8 @@ class Estimator:
     token drawn by the student logpi is logmu; for its best words it is logmu too."""
     kl: Literal["reverse", "forward"]
     """The KL that is logged."""
-    support: Literal["sampled", "candidates", "student_topk", "teacher_topk", "teacher_mc", "full"]
+    support: Literal["sampled", "candidates", "student_topk", "sampled_topk", "teacher_topk",
+                     "teacher_mc", "full"]
     unbiased: bool = False
     """The expected gradient is that of the divergence over all words, for every mu with mu > 0
     wherever p > 0, up to the clamps of rule 4."""
@@ -541,8 +567,8 @@ class Estimator:
 
     def columns(self, n: int, k: int) -> int:
         """The number of columns. The logged KL needs column 0, whatever the loss needs."""
-        by_support = {"sampled": 1, "candidates": n, "student_topk": 1 + k, "teacher_topk": 1 + k,
-                      "teacher_mc": 1 + n, "full": 1}
+        by_support = {"sampled": 1, "candidates": n, "student_topk": 1 + k, "sampled_topk": 1 + k,
+                      "teacher_topk": 1 + k, "teacher_mc": 1 + n, "full": 1}
         return by_support[self.support]
 
     def drawn(self, n: int) -> int:
@@ -551,7 +577,7 @@ class Estimator:
 
     def top(self, k: int) -> int:
         """The number of its own best words that the student records after the drawn ones."""
-        return k if self.support == "student_topk" else 0
+        return k if self.support in ("student_topk", "sampled_topk") else 0
 
     def scored(self, x: Tensor, selective: bool = False) -> Tensor:
         """Of all columns [..., C] of a slot, those that `fn` receives: its candidates.
@@ -559,7 +585,7 @@ class Estimator:
         `selective`: positions are weighed or left out by their emitted token. Then that token is
         no draw from mu, the other candidates are, and `fn` receives these alone.
         """
-        if self.support == "sampled":
+        if self.support in ("sampled", "sampled_topk"):
             return x
         if self.support == "candidates" and not selective:
             return x
@@ -581,7 +607,7 @@ class Estimator:
         the selection does not touch. `n`: --mc-samples."""
         if self.support == "candidates":
             return n > 1
-        return self.support != "sampled"
+        return self.support not in ("sampled", "sampled_topk")
 
     def bytes(self, n: int, k: int, hidden: int) -> int:
         """Per token in a slot: logmu, and id, logpi and logq of every column, 4 bytes each, and
@@ -611,6 +637,7 @@ ESTIMATORS = {      # the choices of --estimator: the loss, the logged KL, the s
     "reverse_mc_no_is": Estimator(reverse_mc_no_is, "reverse", "candidates", designs=("iid",)),
     "reverse_ppo": Estimator(reverse_ppo, "reverse", "sampled"),
     "reverse_ppo_recomputed": Estimator(reverse_ppo_recomputed, "reverse", "sampled"),
+    "vopd": Estimator(vopd, "reverse", "sampled_topk", unbiased=True),
     "reverse_old_adv": Estimator(reverse_old_adv, "reverse", "sampled"),
     "decoupled_ppo": Estimator(decoupled_ppo, "reverse", "sampled", batch=batch_prox),
     "m2po": Estimator(m2po, "reverse", "sampled", batch=m2po_margins),

@@ -42,13 +42,13 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import AutoTokenizer
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 from cache import Slots  # noqa: E402
 from config import NESTED, Config  # noqa: E402
-from data import tasks, toy  # noqa: E402
-from data.prompts import encode  # noqa: E402
+from control.preflight_prompts import load_task, read_texts  # noqa: E402
 from engines.hf import HFEngine  # noqa: E402
 from estimators import ESTIMATORS, Estimator  # noqa: E402
 from models.alignment import response_rows  # noqa: E402
@@ -57,6 +57,7 @@ from record.provenance import provenance  # noqa: E402
 from record.report import table  # noqa: E402
 
 COUNTS, LAGS, DRIFTS = (1, 4, 16, 64), (0, 4, 16, 64), (0.0, 0.25, 0.5, 1.0, 1.5)
+RESPONSES = 64               # whose positions are looked at in a run
 HIDDEN_BYTES = 2 * 2048
 ROWS = {name: row for name, row in ESTIMATORS.items() if row.head}
 
@@ -87,7 +88,8 @@ def small_softmax(drift: float, seed: int = 0, M: int = 16, V: int = 64) -> Posi
 
 @torch.no_grad()
 def visited(run: Path, lag: int, M: int) -> Positions:
-    """M positions of toy responses, drawn by weights `lag` versions older than the run's last."""
+    """M positions of responses to held-out prompts of the run's task, or to the last of its prompts where none are
+    held out. They are drawn by weights `lag` versions older than the run's last."""
     lines = map(json.loads, open(run / "log.jsonl"))
     recorded = next(x for x in lines if x["type"] == "run")["config"]
     groups = {name: kind(**recorded[name]) for name, kind in NESTED.items()}
@@ -97,8 +99,8 @@ def visited(run: Path, lag: int, M: int) -> Positions:
         raise SystemExit(f"audit: {old} is missing: of {LAGS} versions before the end "
                          "(--save-every 4 --faults.keep 0)")
     engine = HFEngine(replace(cfg, student=str(old)), "cpu", torch.float32)
-    tokenizer = toy.toy_tokenizer()
-    prompts = encode(tasks.toy_task(64).eval, tokenizer)
+    texts = read_texts(cfg, AutoTokenizer.from_pretrained(cfg.student), load_task(cfg))
+    prompts = (texts.eval_prompts or texts.prompts[-RESPONSES:])[:RESPONSES]
     columns = engine.drawing.n + engine.drawing.k
     slots = Slots(len(prompts), cfg.max_prompt, cfg.max_response, columns)
     for s, prompt in enumerate(prompts):
@@ -145,6 +147,9 @@ def outcomes(row: Estimator, x: Positions, k: int) -> tuple[Tensor, Tensor]:
     words = torch.arange(V).expand(M, V)
     if row.support in ("sampled", "candidates", "teacher_mc"):
         return words[..., None], (x.logq if row.support == "teacher_mc" else x.logmu).exp()
+    if row.support == "sampled_topk":            # each word as the emitted token, before the best
+        best = x.logmu.topk(min(k, V)).indices[:, None].expand(M, V, -1)
+        return torch.cat([words[..., None], best], -1), x.logmu.exp()
     best = {"student_topk": x.logmu, "teacher_topk": x.logq}
     ids = best[row.support].topk(min(k, V)).indices if row.support in best else words
     return ids[:, None], torch.ones(M, 1, dtype=torch.float64)
@@ -193,7 +198,7 @@ def audit(name: str, x: Positions, k: int, counts=COUNTS) -> dict:
     return {"bias": ((got - want).norm() / want.norm()).item(),
             "cosine": torch.cosine_similarity(got.flatten(), want.flatten(), 0).item(),
             "variance": {str(n): variance(row, x, n, k) for n in counts},
-            "ess": (1 / w2).item() if row.support in ("sampled", "candidates") else None,
+            "ess": (1 / w2).item() if row.support in ("sampled", "sampled_topk", "candidates") else None,
             "cache_bytes_per_token": row.bytes(4, 16, HIDDEN_BYTES)}
 
 

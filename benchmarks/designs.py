@@ -2,17 +2,18 @@
 The two sampling designs against each other: the noise of the gradient, and what the toy learns from it.
 
     python benchmarks/designs.py variance                # synthetic students; a minute
-    python benchmarks/designs.py variance --run runs/x   # also positions of a toy run at several lags
-                                                         # (made with --save-every 4 --faults.keep 0)
+    python benchmarks/designs.py variance --run runs/x   # positions of a toy run at several lags (made with
+                                                         # --save-every 4 --faults.keep 0)
     python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; half a minute for
                                                          # each run on a core; finished runs are not made again
     python benchmarks/designs.py best --seeds 0 1 2 3 4  # the same at the learning rate that won for each cell
     python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
 
 Trace of the variance of the gradient by the logits, mean over positions. Independent draws: enumerated at N = 1 and
-divided by N. Optimal draws: the mean squared distance of 2,000 draws from the dense gradient, of which they are an
-unbiased estimate (tests/test_draws.py). Beside them the squared bias of the reverse KL renormalised on mu's N best
-words, in the same unit. Records: benchmarks/designs.jsonl; figure: benchmarks/figures/designs.png.
+divided by N. Optimal draws: the mean squared distance of --draws draws from the dense gradient, of which they are an
+unbiased estimate (tests/test_draws.py), with and without a baseline. Beside them the squared bias of the reverse KL
+renormalised on mu's N best words, in the same unit.
+Records: benchmarks/designs.jsonl; figure: benchmarks/figures/designs.png.
 Last line of each command: one JSON object.
 """
 from __future__ import annotations
@@ -39,7 +40,7 @@ from estimators import ESTIMATORS  # noqa: E402
 from record.provenance import provenance  # noqa: E402
 from record.report import table as plain_table  # noqa: E402
 
-COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 2000
+COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 1000
 SHARPNESS, DRIFTS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.5)           # of the synthetic students
 RECORDS = HERE / "designs.jsonl"
 ROW = ESTIMATORS["reverse_mc"]
@@ -63,27 +64,64 @@ def synthetic(sharpness: float, drift: float, M: int = 16, V: int = 512) -> Posi
                      (logits + drift * step).log_softmax(-1))
 
 
+def squared_error(x: Positions, ids: torch.Tensor, c: torch.Tensor) -> torch.Tensor:
+    """Squared distance [M, R] of the estimated gradient by the logits from the dense one.
+
+    Of R draws at each of M positions: ids [M, R, n], no word twice with c != 0, and c [M, R, n], what each counts, so
+    that the estimate is -sum over the words of c dlogp, with dlogp_a = e_a - p.
+    """
+    p = x.logp.exp()
+    advantage = x.logq - x.logp
+    dense = -p * (advantage - (p * advantage).sum(-1, keepdim=True))
+
+    def at(y: torch.Tensor) -> torch.Tensor:
+        return y[:, None].expand(-1, ids.shape[1], -1).gather(-1, ids)
+
+    total = c.sum(-1)
+    of_estimate = (c * c).sum(-1) - 2 * total * (c * at(p)).sum(-1) + total ** 2 * (p * p).sum(-1)[:, None]
+    with_dense = total * (p * dense).sum(-1)[:, None] - (c * at(dense)).sum(-1)
+    return of_estimate - 2 * with_dense + (dense * dense).sum(-1)[:, None]
+
+
+def check_squared_error() -> None:
+    """Against autograd, on one draw of each of some positions."""
+    x = synthetic(2.0, 0.5, M=4, V=50)
+    chosen = draw_optimal(x.logmu, torch.full((4, 2), 0.4, dtype=torch.float64), 6)
+    ids, logpi = chosen.ids, chosen.logpi.double()
+    logp, logq = (y.gather(-1, ids) for y in (x.logp, x.logq))
+    ours = squared_error(x, ids[:, None], ((logp - logpi).exp() * (logq - logp))[:, None])[:, 0]
+    off = gradients(ROW, x, ids[:, None], logpi[:, None])[:, 0] - definition("reverse_mc", ROW, x)
+    torch.testing.assert_close(ours, off.square().sum(-1))
+
+
 def noise_of_iid(x: Positions, n: int) -> float:
-    ids, probability = outcomes(ROW, x, 0)
-    g = gradients(ROW, x, ids)
-    off = g - (probability[..., None] * g).sum(1, keepdim=True)
-    return (probability * off.square().sum(-1)).sum(1).mean().item() / n
+    """Every word enumerated as the only draw; the mean of n independent draws has an n-th of its variance."""
+    M, V = x.logits.shape
+    c = (x.logp - x.logmu).exp() * (x.logq - x.logp)
+    off = squared_error(x, torch.arange(V).expand(M, V)[..., None], c[..., None])
+    return (x.logmu.exp() * off).sum(-1).mean().item() / n
 
 
-def noise_of_optimal(x: Positions, n: int) -> float:
+def noise_of_optimal(x: Positions, n: int, draws: int, baseline: bool = False) -> float:
+    """Over so many draws at every position. `baseline`: the expected advantage over the words that are kept for certain
+    is subtracted from all advantages; these words are the same in every draw, so that the mean does not change."""
     M, V = x.logits.shape
     n = min(n, V)
-    dense = definition("reverse_mc", ROW, x)[:, None]
-    u = torch.rand(M * DRAWS, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
+    u = torch.rand(M, draws, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(n))
     total = 0.0
-    for part in u.view(M, DRAWS, 2).split(100, dim=1):
+    for part in u.split(max(1, 50_000_000 // (M * V)), dim=1):
         R = part.shape[1]
-        logits = x.logmu[:, None].expand(M, R, V).reshape(M * R, V)
-        chosen = draw_optimal(logits, part.reshape(M * R, 2), n)
-        logpi = chosen.logpi.double().masked_fill(chosen.logpi > UNUSED / 2, UNUSED)
-        g = gradients(ROW, x, chosen.ids.view(M, R, n), logpi.view(M, R, n))
-        total += (g - dense).square().sum(-1).sum(1).mean().item()
-    return total / DRAWS
+        chosen = draw_optimal(x.logmu[:, None].expand(M, R, V).reshape(M * R, V), part.reshape(M * R, 2), n)
+        ids = chosen.ids.view(M, R, n)
+        logpi = chosen.logpi.double().view(M, R, n)
+        logp, logq = (y[:, None].expand(M, R, V).gather(-1, ids) for y in (x.logp, x.logq))
+        advantage = logq - logp
+        if baseline:
+            kept = logp.exp() * (logpi == 0)
+            advantage = advantage - (kept * advantage).sum(-1, keepdim=True)
+        weight = torch.where(logpi > UNUSED / 2, 0.0, (logp - logpi).exp())
+        total += squared_error(x, ids, weight * advantage).sum(1).mean().item()
+    return total / draws
 
 
 def bias_of_topk(x: Positions, k: int) -> float:
@@ -92,14 +130,15 @@ def bias_of_topk(x: Positions, k: int) -> float:
     return (gradients(row, x, ids)[:, 0] - definition("reverse_mc", row, x)).square().sum(-1).mean().item()
 
 
-def measure(label: str, x: Positions, counts=COUNTS) -> dict:
+def measure(label: str, x: Positions, draws: int = DRAWS, counts=COUNTS) -> dict:
     p, mu = x.logp.exp(), x.logmu.exp()
     entropy = -(p * x.logp).sum(-1).mean().item()
     kl = (p * (x.logp - x.logmu)).sum(-1).mean().item()
     second = (p * p / mu).sum(-1).mean().item()
     return {"type": "noise", "label": label, "entropy": entropy, "kl_p_mu": kl, "second_moment": second,
             "iid": {str(n): noise_of_iid(x, n) for n in counts},
-            "optimal": {str(n): noise_of_optimal(x, n) for n in counts},
+            "optimal": {str(n): noise_of_optimal(x, n, draws) for n in counts},
+            "with_baseline": {str(n): noise_of_optimal(x, n, draws, baseline=True) for n in counts},
             "topk_squared_bias": {str(n): bias_of_topk(x, n) for n in counts}}
 
 
@@ -114,6 +153,18 @@ def noise_table(found: list[dict]) -> list[list[str]]:
             ours = r["optimal"][str(n)]
             ratios.append("exact" if ours < 1e-9 * r["iid"]["1"] else f"{r['iid'][str(n)] / ours:,.1f} x")
         lines.append([r["label"], f"{r['entropy']:.2f}", f"{r['kl_p_mu']:.3f}", *ratios])
+    return lines
+
+
+def baseline_table(found: list[dict]) -> list[list[str]]:
+    """How many times less noise a baseline from the kept words leaves; below 1 it adds some."""
+    lines = [["positions", *(f"N = {n}" for n in COUNTS[1:])]]
+    for r in found:
+        ratios = []
+        for n in map(str, COUNTS[1:]):
+            ours, with_it = (r.get(key, {}).get(n, 0) for key in ("optimal", "with_baseline"))
+            ratios.append("exact" if ours < 1e-9 * r["iid"]["1"] else f"{ours / with_it:.2f}")
+        lines.append([r["label"], *ratios])
     return lines
 
 
@@ -221,6 +272,10 @@ def noise() -> str:
     return markdown(noise_table(records("noise")))
 
 
+def baseline() -> str:
+    return markdown(baseline_table([r for r in records("noise") if "with_baseline" in r]))
+
+
 def training() -> str:
     return markdown(training_table(records("training")))
 
@@ -234,19 +289,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("what", choices=("variance", "train", "best", "table"))
     parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
+    parser.add_argument("--label", default="toy", help="what the run is called in tables")
+    parser.add_argument("--draws", type=int, default=DRAWS, help="of the optimal design, at every position")
     parser.add_argument("--positions", type=int, default=128, help="of the run")
     parser.add_argument("--cells", nargs="*", default=list(CELLS))
-    parser.add_argument("--lags", nargs="*", type=int, default=[0, 4, 16, 64])
+    parser.add_argument("--lags", nargs="*", type=int, default=list(LAGS))
     parser.add_argument("--lrs", nargs="*", type=float, default=[1e-4, 2e-4, 4e-4, 8e-4])
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, a core for each")
     args = parser.parse_args()
     torch.set_num_threads(1)
     if args.what == "variance":
-        places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
+        check_squared_error()
         if args.run:
-            places += [(f"toy, lag {lag}", visited(args.run, lag, args.positions)) for lag in LAGS]
-        add([measure(label, x) for label, x in places])
+            places = [(f"{args.label}, lag {lag}", visited(args.run, lag, args.positions)) for lag in args.lags]
+        else:
+            places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
+        for label, x in places:
+            add([measure(label, x, draws=args.draws)])
         draw_figure([r for r in records("noise") if "drift 0.5" in r["label"]])
         print(plain_table(noise_table(records("noise"))))
     if args.what == "train":
@@ -257,7 +317,7 @@ def main() -> None:
         train_all([(cell, lag, best_rate(found, cell, lag), seed) for seed in args.seeds for lag in args.lags
                    for cell in args.cells], args.jobs)
     if args.what == "table":
-        print(noise(), training(), sep="\n\n")
+        print(noise(), baseline(), training(), sep="\n\n")
     print(json.dumps({"noise": len(records("noise")), "training": len(records("training"))}))
 
 

@@ -39,7 +39,7 @@ PAGES = {
         "faults": kills.table,
     },
     "estimators.md": {"estimators": estimator_table},
-    "optimal-cache.md": {"noise": designs.noise, "training": designs.training},
+    "optimal-cache.md": {"noise": designs.noise, "baseline": designs.baseline, "training": designs.training},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},
     "extensions/oprd.md": {

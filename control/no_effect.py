@@ -39,7 +39,8 @@ def draws_no_candidates(c: Config) -> bool:
 
 
 def has_no_top_words(c: Config) -> bool:
-    return ESTIMATORS[c.estimator].support not in ("student_topk", "teacher_topk")
+    return ESTIMATORS[c.estimator].support not in ("student_topk", "sampled_topk",
+                                                   "teacher_topk")
 
 
 NO_EFFECT = (

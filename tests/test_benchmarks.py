@@ -32,8 +32,8 @@ TOY_MODELS = "--student {student} --teacher {teacher}"
 PAIR = "m.models = lambda: {{'sharpening': dict(student='{student}', teacher='{teacher}')}}\n"
 SMOKES = {
     "audit.py": Smoke("--k 4", "m.DRIFTS = m.DRIFTS[:2]"),
-    "designs.py": Smoke("variance", "m.COUNTS, m.DRAWS, m.SHARPNESS = (1, 4), 50, (1.0,)\n"
-                                    "m.measure.__defaults__ = ((1, 4),)"),
+    "designs.py": Smoke("variance --draws 50", "m.COUNTS, m.SHARPNESS = (1, 4), (1.0,)\n"
+                                               "m.measure.__defaults__ = (50, (1, 4))"),
     "effopd.py": Smoke("--only sharpening;kl --seeds 1 --steps 2 --jobs 1 --out effopd.jsonl",
                        PAIR + "m.PAIRS = {{'sharpening': ['kl, x1']}}; m.FLAGS |= dict(eval__n=4)"),
     "gsm8k_lm.py": Smoke("run --data data --steps=2 --batch=4 --max-response=8 --max-running=4 --engine=hf "

@@ -66,6 +66,9 @@ def draws(row: Estimator, x: Case) -> tuple[Tensor, Tensor]:
         words = (source > -torch.inf).nonzero().flatten().tolist()
         ids = torch.tensor(list(itertools.product(words, repeat=1 if row.support == "sampled" else N)))
         return ids, source[ids].sum(-1).exp()
+    if row.support == "sampled_topk":
+        words = x.inside.nonzero()
+        return torch.cat([words, x.top().expand(len(words), -1)], 1), x.logmu[words[:, 0]].exp()
     ids = {"student_topk": x.top(), "teacher_topk": x.logq.topk(K).indices, "full": torch.arange(V)}[row.support]
     return ids[None], torch.ones(1, dtype=torch.float64)
 
@@ -80,8 +83,12 @@ def further(name: str, x: Case, ids: Tensor) -> dict:
 def expected(name: str, x: Case) -> Tensor:
     row = ESTIMATORS[name]
     ids, probability = draws(row, x)
-    logpi = {"candidates": x.logmu + math.log(N), "teacher_mc": x.logq + math.log(N)}.get(row.support, x.logmu)
-    return probability @ gradients(row.fn, x.logits, x.logq, logpi, ids, **further(name, x, ids))
+    return probability @ gradients(row.fn, x.logits, x.logq, logpi_of(row, x), ids, **further(name, x, ids))
+
+
+def logpi_of(row: Estimator, x: Case) -> Tensor:
+    """[V], as the slots hold it."""
+    return {"candidates": x.logmu + math.log(N), "teacher_mc": x.logq + math.log(N)}.get(row.support, x.logmu)
 
 
 def dense(name: str, x: Case) -> Tensor:
@@ -122,9 +129,15 @@ def best_of_q(x: Case, tail: bool):
                    - tail * q_tail * logp[~S].logsumexp(-1), x.logits)
 
 
+def baseline(x: Case) -> Tensor:
+    """The expected advantage over mu's best words, for vopd."""
+    return (x.logp.exp() * (x.logq - x.logp))[x.top()].sum()
+
+
 STATED = {
     "reverse_mc": lambda x: sum_of(x, x.logp.exp() * (x.logq - x.logp)),
     "reverse_mc_no_is": lambda x: sum_of(x, x.logmu.exp() * (x.logq - x.logp)),
+    "vopd": lambda x: sum_of(x, x.logp.exp() * (x.logq - x.logp - baseline(x))),
     "reverse_old_adv": lambda x: sum_of(x, x.logp.exp() * (x.logq - x.logmu)),
     "reverse_ppo": lambda x: sum_of(x, unclipped((x.logp - x.logmu).exp(), x.logq - x.logmu, 0.2, 0.2)
                                     * x.logp.exp() * (x.logq - x.logmu)),
@@ -161,8 +174,8 @@ def test_unbiased_means_the_divergence_over_all_words_unless_top_p_hides_some_fr
     for seed in range(4):
         x = case(seed, **CASES[how])
         bias = dense(name, x) - expected(name, x)
-        hidden = torch.where(x.inside, 0.0, x.logp.exp() * (x.logq - x.logp))
-        drawn_by_mu = ESTIMATORS[name].support == "candidates"
+        hidden = torch.where(x.inside, 0.0, x.logp.exp() * (x.logq - x.logp - (baseline(x) if name == "vopd" else 0)))
+        drawn_by_mu = ESTIMATORS[name].support in ("candidates", "sampled_topk")
         assert x.inside.all() == (how not in TRUNCATED)
         assert error(bias, drawn_by_mu * weighted((x.logits, x.logq, x.logmu), hidden)) < TINY
         assert (bias.abs().max() > 1e-3) == (drawn_by_mu and how in TRUNCATED)
@@ -182,9 +195,7 @@ def test_after_every_first_minibatch_the_second_is_unbiased_for_the_student_as_i
     g = torch.Generator().manual_seed(3)
     features = torch.randn(2, 3, generator=g, dtype=torch.float64)
     row, ids = ESTIMATORS[name], draws(ESTIMATORS[name], first)[0]
-    source = first.logq if row.support == "teacher_mc" else first.logmu
-    moved = gradients(row.fn, first.logits, first.logq, source + math.log(ids.shape[1]), ids,
-                      **further(name, first, ids))
+    moved = gradients(row.fn, first.logits, first.logq, logpi_of(row, first), ids, **further(name, first, ids))
     for gradient in moved:                       # d loss / d weights = outer(gradient, features); features @ features
         logits = second.logits - 0.5 * gradient * (features[0] @ features[1])
         now = Case(logits, second.logq, second.logmu, second.prox)

@@ -109,6 +109,21 @@ def test_reverse_mc_is_unbiased_under_a_stale_student(seed, n):
     assert is_reverse_gradient(estimators.reverse_mc, seed, n) < TINY
 
 
+def is_reverse_gradient_with_baseline(fn, seed=0, k=2):
+    """Every emitted token, before the k best words of mu."""
+    logits, logq, logmu = problem(seed)
+    words = torch.arange(V)[:, None]
+    ids = torch.cat([words, logmu.topk(k).indices.expand(V, -1)], 1)
+    got = logmu.exp() @ gradients(fn, logits, logq, logmu, ids)
+    return error(got, dense(problem(seed), "reverse"))
+
+
+@pytest.mark.parametrize("k", [1, 2, V])
+@pytest.mark.parametrize("seed", SEEDS)
+def test_a_baseline_from_the_best_words_takes_nothing_from_vopd(seed, k):
+    assert is_reverse_gradient_with_baseline(estimators.vopd, seed, k) < TINY
+
+
 @pytest.mark.parametrize("n", [1, 2, 3])
 @pytest.mark.parametrize("seed", SEEDS)
 def test_forward_mc_is_unbiased_when_the_teacher_draws(seed, n):
@@ -134,7 +149,7 @@ def test_jsd_ends_at_the_two_divergences():
 
 def test_every_row_that_claims_to_be_unbiased_is_proved_above():
     assert {name for name, e in ESTIMATORS.items() if e.unbiased} == {
-        "reverse_mc", "forward_mc", "forward_dense", "reverse_dense", "jsd_dense"}
+        "reverse_mc", "vopd", "forward_mc", "forward_dense", "reverse_dense", "jsd_dense"}
 
 
 @pytest.mark.parametrize("seed", SEEDS)
@@ -581,6 +596,12 @@ MUTANTS = {      # what is wrong -> (the check, the right one, the wrong one)
     "softmax over the candidates": (is_reverse_gradient, estimators.reverse_mc, renormalised(estimators.reverse_mc)),
     "duplicates dropped": (is_reverse_gradient, estimators.reverse_mc, lambda p, q, m: -(
         w_(p, m) * (q - p).detach() * p * torch.tensor([1.0, 0.0]).double().where(p[:, :1] == p[:, 1:], 1.0)).sum(-1)),
+    "baseline of the emitted token too": (is_reverse_gradient_with_baseline, estimators.vopd, lambda p, q, m: -(
+        w_(p, m) * ((q - p) - (p.exp() * (q - p)).sum(-1, keepdim=True)).detach() * p)[:, 0]),
+    "baseline differentiated": (is_reverse_gradient_with_baseline, estimators.vopd, lambda p, q, m: -(
+        w_(p, m)[:, 0] * ((q - p)[:, 0].detach() - (p.exp() * (q - p))[:, 1:].sum(-1)) * p[:, 0])),
+    "baseline alone weighed": (is_reverse_gradient_with_baseline, estimators.vopd, lambda p, q, m: -(
+        ((q - p)[:, 0] - w_(p, m)[:, 0] * (p.exp() * (q - p))[:, 1:].sum(-1)).detach() * p[:, 0])),
     "teacher's draws counted as one each": (is_forward_gradient, estimators.forward_mc,
                                             lambda p, q, m: (q - p).sum(-1)),
     "forward for reverse": (is_dense_gradient, estimators.reverse_dense, estimators.forward_dense),

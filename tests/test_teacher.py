@@ -109,7 +109,7 @@ def test_a_gpu_is_asked_for_a_row_per_new_token_and_for_no_word_beyond_its_head(
 @pytest.mark.parametrize("name", [name for name, row in ESTIMATORS.items() if row.head])
 def test_what_vllm_cannot_score_is_refused_with_the_remedy(name):
     args = ["--task=toy", "--gpus=0", f"--estimator={name}", "--teacher-engine=vllm"]
-    if ESTIMATORS[name].support in ("sampled", "candidates", "student_topk", "teacher_topk"):
+    if ESTIMATORS[name].support in ("sampled", "candidates", "student_topk", "sampled_topk", "teacher_topk"):
         assert configure(args).teacher_engine == "vllm"
     else:
         with pytest.raises(ValueError, match=rf"--teacher-engine vllm: {name} needs .*--teacher-engine hf"):
