@@ -7,6 +7,7 @@ The two sampling designs against each other: the noise of the gradient, and what
     python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; half a minute for
                                                          # each run on a core; finished runs are not made again
     python benchmarks/designs.py best --seeds 0 1 2 3 4  # the same at the learning rate that won for each cell
+    python benchmarks/designs.py picture                 # how words are chosen: benchmarks/figures/design.png
     python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
 
 Trace of the variance of the gradient by the logits, mean over positions. Independent draws: enumerated at N = 1 and
@@ -193,6 +194,48 @@ def draw_figure(found: list[dict]) -> None:
     figure.savefig(HERE / "figures" / "designs.png")
 
 
+def draw_picture() -> None:
+    """How the words of one position are chosen, for people: eight words, N = 4. Figure: design.png."""
+    import matplotlib
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    mu = torch.tensor([0.42, 0.27, 0.09, 0.07, 0.06, 0.04, 0.03, 0.02], dtype=torch.float64)
+    n, u = 4, torch.tensor([[0.35, 0.9]], dtype=torch.float64)
+    chosen = draw_optimal(mu.log()[None], u, n)
+    K = int((chosen.logpi[0] == 0).sum())
+    m = mu[K:].sum()
+    c = m / (n - K)
+    kept, taken, left = "#1a9850", "#d6604d", "#c8c8c8"
+    colors = [kept if a < K else taken if a in chosen.ids[0].tolist() else left for a in range(len(mu))]
+    figure, (bars, line) = plt.subplots(2, 1, figsize=(7, 4.4), dpi=150, height_ratios=(2.2, 1))
+    bars.bar(range(1, len(mu) + 1), mu, color=colors)
+    bars.axhline(c, color="black", linewidth=1, linestyle="--")
+    bars.text(8.45, c + 0.01, "c", ha="right")
+    bars.text(1.5, 0.45, "kept for certain, pi = 1", color=kept, ha="center", fontsize=9)
+    bars.text(6, 0.17, "the rest, pi = mu / c", color=taken, ha="center", fontsize=9)
+    bars.set_ylim(0, 0.5)
+    bars.set_ylabel("mu", fontsize=9)
+    bars.set_xlabel("word", fontsize=9)
+    start = 0.0
+    for a in range(K, len(mu)):
+        line.barh(0, mu[a], left=start, color=colors[a], edgecolor="white", height=0.5)
+        line.text(start + mu[a] / 2, 0, str(a + 1), ha="center", va="center", fontsize=9)
+        start += mu[a].item()
+    for i in range(n - K):
+        at = (u[0, 0] + i) * c
+        line.annotate("", (at, 0.25), (at, 0.75), arrowprops={"arrowstyle": "->", "color": "black"})
+        line.text(at, 0.8, f"(u + {i}) c", ha="center", fontsize=9)
+    line.set_ylim(-0.4, 1.1)
+    line.set_xlim(0, float(m))
+    line.set_title("the rest, end to end: two points, c apart, no word longer than c", fontsize=9)
+    line.set_yticks([])
+    for ax in (bars, line):
+        ax.spines[["top", "right"]].set_visible(False)
+    line.spines["left"].set_visible(False)
+    figure.tight_layout()
+    figure.savefig(HERE / "figures" / "design.png")
+
+
 # -- what is learnt -------------------------------------------------------------------------------
 
 def train(cell: str, lag: int, lr: float, seed: int) -> dict:
@@ -287,7 +330,7 @@ def markdown(lines: list[list[str]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("what", choices=("variance", "train", "best", "table"))
+    parser.add_argument("what", choices=("variance", "train", "best", "table", "picture"))
     parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
     parser.add_argument("--label", default="toy", help="what the run is called in tables")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the optimal design, at every position")
@@ -316,6 +359,8 @@ def main() -> None:
         found = records("training")
         train_all([(cell, lag, best_rate(found, cell, lag), seed) for seed in args.seeds for lag in args.lags
                    for cell in args.cells], args.jobs)
+    if args.what == "picture":
+        draw_picture()
     if args.what == "table":
         print(noise(), baseline(), training(), sep="\n\n")
     print(json.dumps({"noise": len(records("noise")), "training": len(records("training"))}))
