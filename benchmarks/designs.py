@@ -43,6 +43,7 @@ from record.report import table as plain_table  # noqa: E402
 
 COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 1000
 SHARPNESS, DRIFTS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.5)           # of the synthetic students
+PANELS = ("synthetic, x 1, drift 0.5", "synthetic, x 2, drift 0.5", "synthetic, x 4, drift 0.5", "toy, lag 16")
 RECORDS = HERE / "designs.jsonl"
 ROW = ESTIMATORS["reverse_mc"]
 
@@ -178,10 +179,11 @@ def draw_figure(found: list[dict]) -> None:
     for ax, r in zip(axes[0], found):
         for key, name, color in (("iid", "independent draws", "#d6604d"), ("optimal", "optimal draws", "#1a9850"),
                                  ("topk_squared_bias", "top-k: squared bias", "#5e6fb5")):
-            counts = [n for n in COUNTS if str(n) in r[key]]
-            ax.plot(counts, [max(r[key][str(n)], 1e-14) for n in counts], "o-", color=color, label=name, markersize=4)
+            counts = [n for n in COUNTS if r[key].get(str(n), 0) > 1e-12]       # below that it is exact
+            ax.plot(counts, [r[key][str(n)] for n in counts], "o-", color=color, label=name, markersize=4)
         ax.set_xscale("log", base=2)
         ax.set_yscale("log")
+        ax.set_xlim(0.8, 80)
         ax.set_xticks(COUNTS, [str(n) for n in COUNTS])
         ax.set_title(f"{r['label']}\nentropy {r['entropy']:.2f}, KL(p, mu) {r['kl_p_mu']:.3f}", fontsize=9)
         ax.set_xlabel("words per position", fontsize=9)
@@ -350,7 +352,8 @@ def main() -> None:
             places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
         for label, x in places:
             add([measure(label, x, draws=args.draws)])
-        draw_figure([r for r in records("noise") if "drift 0.5" in r["label"]])
+        by_label = {r["label"]: r for r in records("noise")}
+        draw_figure([by_label[label] for label in PANELS if label in by_label])
         print(plain_table(noise_table(records("noise"))))
     if args.what == "train":
         train_all([(cell, lag, lr, seed) for seed in args.seeds for lr in args.lrs for lag in args.lags
