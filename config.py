@@ -16,6 +16,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Annotated, Any, Literal, get_type_hints
 
+import torch
+
 from estimators import DEFAULT, ESTIMATORS
 
 
@@ -158,6 +160,9 @@ class Machines:
     """GPUs, and how many workers of each role share them."""
     gpus: Annotated[int, Bound(least=-1, most=1024)] = -1
     """GPUs to use; 0 runs everything on the CPU, -1 uses all that this machine has"""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """numbers that all models compute in; the learner's own weights, what it adds up and every
+    log-prob stay float32; auto is bfloat16 on GPUs and float32 on a CPU"""
     rollouts: Workers = 0
     """rollout workers, which generate; 0 chooses by --gpus"""
     teachers: Workers = 0
@@ -262,6 +267,17 @@ class Config(Objective, Models, Staleness, Training, Machines, Run):
 
 
 NESTED = {"data": Data, "eval": Eval, "faults": Faults}      # --data.filter, --eval.n, ...
+
+
+def compute_dtype(cfg: Config) -> torch.dtype:
+    """The dtype of --dtype: of matrix products, published weights and what the engines hold."""
+    if cfg.dtype == "auto":
+        return torch.bfloat16 if cfg.gpus > 0 else torch.float32
+    return getattr(torch, cfg.dtype)
+
+
+def in_bf16(cfg: Config) -> bool:
+    return compute_dtype(cfg) == torch.bfloat16
 
 
 def flag_of(name: str) -> str:

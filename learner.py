@@ -466,7 +466,7 @@ def summarize(measured: list[Measured]) -> dict[str, float]:
     w = x.pop("w")
     p99 = w.kthvalue(math.ceil(0.99 * len(w))).values
     means = {name: v.mean().item() for name, v in x.items()}
-    return means | {"w_max": w.max().item(), "w_p99": p99.item(),
+    return means | {"w_mean": w.mean().item(), "w_max": w.max().item(), "w_p99": p99.item(),
                     "ess": (w.sum() ** 2 / (w ** 2).sum() / len(w)).item()}
 
 

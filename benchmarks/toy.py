@@ -6,6 +6,7 @@ Every number of the toy in docs/: runs of the shipped command, a row each, and t
     python benchmarks/toy.py run estimators m2po --engine=hf          # one of them, with more flags
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
+    python benchmarks/toy.py run dtype         # float32 and bf16, synchronous, one learner and two; 20 minutes
     python benchmarks/toy.py table demo        # the table in docs/, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 
@@ -26,6 +27,7 @@ ROWS = HERE / "toy.jsonl"
 
 def groups() -> dict[str, dict[str, list[str]]]:
     from estimators import ESTIMATORS
+    in_step = ["--steps=100", "--eval.every=0", "--lr=0.0002", "--schedule=sync", "--engine=hf"]
     short = ["--steps=100", "--eval.every=0", "--max-ahead=4", "--lr=0.0002"]
     return {
         "demo": {"reverse, seed 0": ["--seed=0"], "reverse, seed 1": ["--seed=1"], "reverse, seed 2": ["--seed=2"],
@@ -38,7 +40,9 @@ def groups() -> dict[str, dict[str, list[str]]]:
                 "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
                 "keep, A = 4": [*short, "--overdue=keep"]},
         "pairs": {f"{schedule} {i}": [*short, f"--schedule={schedule}"] for i in (1, 2, 3)
-                  for schedule in ("sync", "async")}}
+                  for schedule in ("sync", "async")},
+        "dtype": {"float32": [*in_step, "--dtype=float32"], "bfloat16": [*in_step, "--dtype=bfloat16"],
+                  "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]}}
 
 
 def read(group: str, label: str, folder: str) -> dict:
@@ -48,8 +52,29 @@ def read(group: str, label: str, folder: str) -> dict:
                 versions=run["versions"], seed=run["config"]["seed"], done=done,
                 finite=all(math.isfinite(v) for s in steps for v in s.values() if isinstance(v, (int, float))),
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
-                gap_max=max(s["engine_gap_max"] for s in steps), cuts=sum(x.get("what") == "cut" for x in log),
+                gap_max=max(s["engine_gap_max"] for s in steps), w=weights(steps),
+                cuts=sum(x.get("what") == "cut" for x in log),
                 accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"})
+
+
+def weights(steps: list[dict]) -> dict:
+    """Of the importance weights of all emitted tokens: the mean, the mean of the batches' 99th percentiles, the
+    largest."""
+    n = len(steps)
+    return dict(mean=sum(s["w_mean"] for s in steps) / n, p99=sum(s["w_p99"] for s in steps) / n,
+                max=max(s["w_max"] for s in steps))
+
+
+def dtype_table() -> str:
+    """Markdown: what bf16 does to accuracy, KL and, at lag 0, to w = p / mu."""
+    out = ["| run | accuracy before → after | KL per token before → after | w at lag 0: mean | 99th percentile | max "
+           "| largest gap on the probe, nats |", "|---|--:|--:|--:|--:|--:|--:|"]
+    for r in rows("dtype"):
+        d = r["done"]
+        out.append(f"| {r['label']} | {d['accuracy_before']:.1%} → {d['accuracy_after']:.1%} | {d['kl_before']:.3f} → "
+                   f"{d['kl_after']:.3f} | {r['w']['mean']:.5f} | {r['w']['p99']:.4f} | {r['w']['max']:.3f} | "
+                   f"{r['gap_max']:.2g} |")
+    return "\n".join(out)
 
 
 def add(row: dict) -> None:
@@ -95,7 +120,7 @@ def pairs(by_label: dict[str, dict]) -> str:
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("what", choices=("run", "table", "add"))
-    parser.add_argument("group", choices=("demo", "estimators", "lag", "pairs"))
+    parser.add_argument("group", choices=tuple(groups()))
     parser.add_argument("label", nargs="?", default="")
     parser.add_argument("folder", nargs="?", default="")
     args, more = parser.parse_known_args()       # flags of asyncopd.py, for every run

@@ -2,7 +2,7 @@
 --dry-run: what a run would be, from the flags and two model configurations. No weight is read and
 no GPU is needed.
 
-The memory is that of plan.py. The seconds are an estimate from five numbers of one GPU (`GPU`,
+The memory is that of plan.py. The seconds are an estimate from the peaks of one GPU (`GPU`,
 `SHARE`) and a guess at the length of responses: they say which role the others will wait for, not
 how long a run takes.
 
@@ -30,9 +30,9 @@ from models.footprint import Shape
 from record import report
 from record.report import table
 
-# An H100 SXM: memory, peak in bf16, peak of its memory; and guesses: the share of these peaks that
+# An H100 SXM: memory, peak by dtype, peak of its memory; and guesses: the share of these peaks that
 # a well-fed model reaches, and the part of --max-prompt and --max-response that is used
-GPU = {"gb": 80.0, "flops": 989e12, "bytes_s": 3.35e12}
+GPU = {"gb": 80.0, "flops": {"bfloat16": 989e12, "float32": 67e12}, "bytes_s": 3.35e12}
 SHARE = {"flops": 0.4, "bytes_s": 0.6}
 LENGTH = {"prompt": 0.25, "response": 0.5}
 WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
@@ -115,6 +115,7 @@ def pipeline_rows(cfg: Config, teacher: Shape, added: plan.Additions,
     tensors = [[f"bytes per row of {name}", f"{size:,}"] for name, size in sizes.items()]
     shared = next(n for n in needs if n.worker == "shared")
     return [["slots, (max-ahead + 1) x batch", f"{slots:,}"],
+            ["dtype of compute", cfg.dtype],
             [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
             *tensors,
             ["kB per slot", f"{shared.parts['cache'] / slots * 1e6:,.0f}"],
@@ -184,7 +185,8 @@ def estimate(cfg: Config, student: Shape, teacher: KnownModel,
     generation reads the weights and the keys and values of every running response once.
     """
     prompt, response = expected_lengths(cfg)
-    flops = GPU["flops"] * SHARE["flops"]
+    flops = GPU["flops"][cfg.dtype] * SHARE["flops"]
+    size = plan.itemsize(cfg)
     bandwidth = GPU["bytes_s"] * SHARE["bytes_s"]
 
     def forward(shape: Shape, parameters: int) -> float:
@@ -192,11 +194,11 @@ def estimate(cfg: Config, student: Shape, teacher: KnownModel,
         return cfg.batch * (2 * parameters * n + 2 * shape.L * shape.A * n ** 2) / flops
 
     rollout = next(n for n in needs if n.worker == "rollout0")
-    room = rollout.parts["cache"] * 1e9 / student.cached(2)                # tokens
+    room = rollout.parts["cache"] * 1e9 / student.cached(size)             # tokens
     slots = (cfg.max_ahead + 1) * cfg.batch
     running = max(1, int(min(cfg.max_running, slots / cfg.rollouts, room / (prompt + response))))
-    reading = (2 * student.P + running * (prompt + response / 2) * student.cached(2)) / bandwidth
-    engine_step = max(reading, 2 * running * student.P / flops)
+    held = size * student.P + running * (prompt + response / 2) * student.cached(size)
+    engine_step = max(held / bandwidth, 2 * running * student.P / flops)
     passes = 4 if cfg.gradient_checkpointing else 3
     seconds = {"generate": cfg.batch * response / (cfg.rollouts * running / engine_step),
                "score": forward(teacher.shape, teacher.active) / cfg.teachers,
@@ -222,7 +224,7 @@ def bottleneck(cfg: Config, seconds: dict[str, float], running: int) -> str:
     prompt, response = expected_lengths(cfg)
     return "\n".join([
         f"expected bottleneck: an estimate, for responses of {response:,.0f} tokens after prompts "
-        f"of {prompt:,.0f}, on GPUs with {GPU['flops'] / 1e12:,.0f} TFLOP/s",
+        f"of {prompt:,.0f}, on GPUs with {GPU['flops'][cfg.dtype] / 1e12:,.0f} TFLOP/s",
         f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches {SHARE['flops']:.0%} and "
         f"{SHARE['bytes_s']:.0%}; not counted: kernel launches, Python, pushes",
         table([["seconds per train batch", *seconds],

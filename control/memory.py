@@ -6,10 +6,8 @@ Tests: tests/test_pipeline.py
 """
 from __future__ import annotations
 
-import torch
-
 from cache import Slots
-from config import Config, each_flag
+from config import Config, compute_dtype, each_flag
 from control import plan
 from control.preflight import Job
 from control.resolve import default_values
@@ -20,26 +18,21 @@ from transport.shared import SharedMemory
 from transport.weights import IN_USE, TRANSPORTS
 
 
-def dtype_of(cfg: Config) -> torch.dtype:
-    """The dtype in which the engines compute."""
-    return torch.bfloat16 if cfg.gpus > 0 else torch.float32
-
-
 def allocate(cfg: Config, job: Job) -> SharedMemory:
     """Make what all processes share. The number of slots is explained in scheduler.Scheduler."""
     estimator = ESTIMATORS[cfg.estimator]
     extra = {name: (t.shape, t.dtype) for name, t in job.slot_tensors.items()}
     slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
                   estimator.columns(cfg.mc_samples, cfg.top_k),
-                  hidden=job.hidden if estimator.support == "full" else 0, dtype=dtype_of(cfg),
-                  extra=extra, sparse=Extensions.load(cfg).sparse)
-    weights = TRANSPORTS[IN_USE](job.layout, job.probe, dtype_of(cfg))
+                  hidden=job.hidden if estimator.support == "full" else 0,
+                  dtype=compute_dtype(cfg), extra=extra, sparse=Extensions.load(cfg).sparse)
+    weights = TRANSPORTS[IN_USE](job.layout, job.probe, compute_dtype(cfg))
     return SharedMemory(slots, weights, job.shared_tensors, job.eval_prompts)
 
 
 def memory_rows(cfg: Config, job: Job, shared: SharedMemory) -> list[list[str]]:
     """The table of the shared memory."""
-    hidden_bytes = job.hidden * dtype_of(cfg).itemsize
+    hidden_bytes = job.hidden * compute_dtype(cfg).itemsize
     scores = ESTIMATORS[cfg.estimator].bytes(cfg.mc_samples, cfg.top_k, hidden_bytes)
     tensors = [[f"a row of {name}", f"{size:,} bytes"]
                for name, size in plan.row_bytes(job.slot_tensors).items()]

@@ -13,7 +13,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from config import Config
+from config import Config, compute_dtype, in_bf16
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair, SlotTensor
 from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
@@ -156,8 +156,8 @@ def row_bytes(slot_tensors: Mapping[str, SlotTensor]) -> dict[str, int]:
 
 
 def itemsize(cfg: Config) -> int:
-    """Bytes of a number in the dtype of compute: bf16 on a GPU, float32 on a CPU."""
-    return 2 if cfg.gpus > 0 else 4
+    """Bytes of a number in the dtype of compute."""
+    return compute_dtype(cfg).itemsize
 
 
 # -- what each worker takes -----------------------------------------------------------------------
@@ -213,17 +213,18 @@ def micro_batch(cfg: Config) -> int:
 def learner_parts(cfg: Config, student: Shape, teacher: Shape,
                   added: Additions) -> dict[str, float]:
     """Bytes of one learner: its shard of the student in float32, and a micro-batch."""
-    half = cfg.gpus > 0
+    half = in_bf16(cfg)
     support = ESTIMATORS[cfg.estimator].support
     tokens = micro_batch(cfg)
     n = cfg.learners
     trained = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
-    compute = 2 * student.P if half else 0   # bf16 copies, made by autocast or FSDP for backward
+    compute = 2 * student.P if half else 0   # bf16 copies, kept for the backward pass
     if n > 1:                                # two layers at a time, and embedding and head
         compute = itemsize(cfg) * (2 * student.P // student.L + 2 * student.V * student.H)
     teacher_head = teacher.V * teacher.H * itemsize(cfg) if support == "full" else 0
     # the head's weight in bf16, and its gradient; the positions whose logits exist at once
     head_copies = 4 * student.V * student.H if half else 0
+    head_copies += longer_head(cfg, student)
     positions = min(tokens, chunk_size(cfg, student.V))
     per_token = student.activations(half, cfg.gradient_checkpointing) + 4 * added.row_values
     parts = {"weights": 4 * student.P / n + compute + teacher_head,
@@ -244,16 +245,22 @@ def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float,
     width = 4 * teacher.H + teacher.A + 2 * teacher.K + 3 * teacher.I
     if added.states:
         width += teacher.L * teacher.H
-    per_logit = 10 if cfg.gpus > 0 else 8
+    per_logit = 10 if in_bf16(cfg) else 8
     parts = {"weights": itemsize(cfg) * teacher.P / cfg.teacher_gpus,
              "activations": itemsize(cfg) * micro_batch(cfg) * width,
-             "logits": 1024 * teacher.V * per_logit}
+             "logits": 1024 * teacher.V * per_logit + longer_head(cfg, teacher)}
     if cfg.teacher_engine == "vllm":
         parts["cache"] = cache_bytes(cfg, teacher, "vllm", gpu_gb)
     elif cfg.eval.teacher:                         # one answer at least
         longest = cfg.max_prompt + cfg.max_response
         parts["cache"] = longest * teacher.cached(itemsize(cfg)) / cfg.teacher_gpus
     return parts
+
+
+def longer_head(cfg: Config, model: Shape) -> int:
+    """Bytes of a bf16 head's weight in float32, which a CPU needs for a float32 product
+    (models/head.product)."""
+    return 4 * model.V * model.H if in_bf16(cfg) and cfg.gpus == 0 else 0
 
 
 def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from config import Config, require
+from config import Config, in_bf16, require
 from control import plan
 from extension import ModelPair
 from models import footprint
@@ -31,10 +31,10 @@ def check_disk(cfg: Config, student: Shape, added: plan.Additions) -> None:
     Files of an earlier run in --out count as free: they are among these checkpoints, or are
     deleted.
     """
-    half = cfg.gpus > 0
+    half = in_bf16(cfg)
     weights = student.P * (2 if half else 4)
     learned = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
-    training = learned * (12 if half else 8)     # AdamW's moments; on a GPU float32 masters too
+    training = learned * (12 if half else 8)     # AdamW's moments; float32 weights unless they are
     training += 1e9 * added.gb.get("checkpoint", 0.0)
     kept = checkpoints_at_once(cfg)
     need = weights + kept * (weights + training)

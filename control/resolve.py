@@ -18,7 +18,7 @@ from dataclasses import replace
 import torch
 
 import extension
-from config import Config, each_flag, require
+from config import Config, compute_dtype, each_flag, require
 from control.command_line import Given, parse
 from control.plan import split
 from engines.table import ENGINES, PACKAGES
@@ -168,7 +168,7 @@ def resolve_staleness(cfg: Config) -> Config:
 # -- machines ------------------------------------------------------------------------------------
 
 def resolve_workers(cfg: Config) -> Config:
-    """How many GPUs there are, and how many workers of each role."""
+    """How many GPUs there are, how many workers of each role, and what they compute in."""
     available = torch.cuda.device_count()
     require(cfg.gpus <= available or cfg.dry_run,
             f"--gpus {cfg.gpus}: this machine has {available} (--gpus 0 runs on the CPU; "
@@ -186,7 +186,8 @@ def resolve_workers(cfg: Config) -> Config:
         require(rollouts + teachers * cfg.teacher_gpus + learners <= gpus,
                 f"--rollouts {rollouts}, --teachers {teachers}{spread} and --learners {learners}: "
                 f"more than --gpus {gpus}")
-    return replace(cfg, gpus=gpus, rollouts=rollouts, teachers=teachers, learners=learners)
+    cfg = replace(cfg, gpus=gpus, rollouts=rollouts, teachers=teachers, learners=learners)
+    return replace(cfg, dtype=str(compute_dtype(cfg)).removeprefix("torch."))
 
 
 def check_spread_teacher(cfg: Config) -> None:

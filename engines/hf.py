@@ -18,7 +18,7 @@ from config import Config
 from engines.base import Engine
 from engines.drawn import Drawn, DrawnTable
 from engines.sampling import draw_rows, training_drawing
-from models.head import sequence_logp
+from models.head import float32_logits, sequence_logp
 from models.loading import load_model, stop_ids
 
 
@@ -148,6 +148,7 @@ class HFEngine(Engine):
 
     def forward(self, tokens: Tensor, mask: Tensor, cache) -> Tensor:
         position = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens.shape[1]:]
-        out = self.model(input_ids=tokens, attention_mask=mask, position_ids=position,
-                         past_key_values=cache, use_cache=True, logits_to_keep=1)
-        return out.logits[:, -1]
+        out = self.model.base_model(input_ids=tokens, attention_mask=mask, position_ids=position,
+                                    past_key_values=cache, use_cache=True)
+        # The model's own head would round its logits to bf16
+        return float32_logits(self.model.get_output_embeddings(), out.last_hidden_state[:, -1])

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, in_bf16
 from estimators import ESTIMATORS
 
 CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words
@@ -55,12 +55,11 @@ class Shape:
         """Bytes per token that one layer keeps for the backward pass: exact for Qwen3, a little
         less without q-norm.
 
-        In bf16 (autocast) the residual stream, the norms' inputs and what q and k are before
-        theirs stay float32.
+        In bf16 the norms of a layer, and those of q and k, keep what they compute in float32.
         """
         H, I, A, K = self.H, self.I, self.A, self.K  # noqa: E741
         if half:
-            return 26 * H + 10 * A + 10 * K + 8 * I
+            return 16 * H + 10 * A + 10 * K + 8 * I
         return 4 * (6 * H + 4 * A + 4 * K + 4 * I)
 
     def activations(self, half: bool, again: bool) -> int:
@@ -69,7 +68,9 @@ class Shape:
 
         The additional layer is the one that is being differentiated.
         """
-        kept = 4 * self.H if again else self.layer(half)
+        kept = self.layer(half)
+        if again:
+            kept = (2 if half else 4) * self.H
         return self.L * kept + self.layer(half) + 16 * self.H
 
     def cached(self, itemsize: int) -> int:
@@ -87,7 +88,7 @@ def mlp_width(c: Any) -> int:
 
 
 def logit_bytes(support: str, half: bool) -> int:
-    """Bytes per logit of a chunk: a float32 buffer, and on a GPU one in bf16. Where the estimator
+    """Bytes per logit of a chunk: a float32 buffer, and with --dtype bfloat16 one in that. Where the estimator
     sees all words, also the teacher's log-probs, the gradient, and what autograd keeps of the
     divergence."""
     float32 = 40 if support == "full" else 4
@@ -97,7 +98,7 @@ def logit_bytes(support: str, half: bool) -> int:
 def chunk_size(cfg: Config, vocab: int, free_gb: float = math.inf) -> int:
     """Positions whose logits exist at once in the learner: as many as fit in CHUNK_GB and in an
     eighth of what is free."""
-    per_position = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, cfg.gpus > 0) / 1e9
+    per_position = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, in_bf16(cfg)) / 1e9
     return max(16, int(min(CHUNK_GB, free_gb / 8) / per_position))
 
 

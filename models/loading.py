@@ -6,6 +6,9 @@ tests/test_teacher.py
 """
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import torch
 
 
@@ -25,6 +28,14 @@ def load_model(folder: str, device: str, dtype: torch.dtype):
 def load_head(folder: str, device: str, dtype: torch.dtype) -> torch.nn.Linear:
     """The LM head of a model; the rest of the model is released."""
     return load_model(folder, "cpu", dtype).get_output_embeddings().to(device)
+
+
+def correct_dtype(config: Path, dtype: torch.dtype) -> None:
+    """Let the config.json of a saved model name the dtype of its tensors. `save_pretrained` names
+    that of the model, even where it is given other tensors."""
+    content = json.loads(config.read_text())
+    content["dtype"] = str(dtype).removeprefix("torch.")
+    config.write_text(json.dumps(content, indent=2, sort_keys=True) + "\n")
 
 
 def text_config(folder: str):

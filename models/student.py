@@ -1,9 +1,9 @@
 """
 The student: forward and backward pass, publishing and saving. LoRA and sharding are hidden here.
 
-Master weights and every log-prob are float32; on a GPU the matrix products run in bf16. A bf16
-master copy would lose 96% of a step of size 3e-6: most updates round to nothing. The logits are
-head.py's, one chunk at a time and only at response positions.
+Master weights and every log-prob are float32; with --dtype bfloat16 the matrix products run in
+that. A bf16 master copy would lose 96% of a step of size 3e-6: most updates round to nothing. The
+logits are head.py's, one chunk at a time and only at response positions.
 
 What is left out: the loss and the optimizer (learner.py); sequence parallelism.
 Shapes: M new tokens of a micro-batch, m of them with cached scores; H width; C columns of a slot.
@@ -23,7 +23,7 @@ from config import Config
 from models.alignment import as_response, kept_rows, pad, response_rows
 from models.footprint import chunk_size, free_gb
 from models.head import Loss, head_backward, head_logp
-from models.loading import load_model, stop_ids
+from models.loading import correct_dtype, load_model, stop_ids
 from models.lora import Merged, merged_state, save_adapter, with_lora
 from models.sharding import Ranks, recompute
 
@@ -134,6 +134,7 @@ class Student:
         self.model.generation_config.eos_token_id = ends         # as it was trained
         in_dtype = {name: x.to(self.dtype) for name, x in state.items()}
         self.model.save_pretrained(folder, state_dict=in_dtype)
+        correct_dtype(folder / "config.json", self.dtype)
         AutoTokenizer.from_pretrained(self.cfg.student).save_pretrained(folder)
 
     def write_adapter(self, folder: Path) -> None:

@@ -3,7 +3,8 @@ Checkpoints: all that a run needs to go on, in a folder that is either complete 
 
     step-N/
         config.json, model.safetensors, tokenizer    the student, for transformers and vLLM
-        train.safetensors      AdamW's moments, the number of updates; on a GPU the float32 weights
+        train.safetensors      AdamW's moments, the number of updates; the float32 weights where
+                               model.safetensors is bf16
         tickets.safetensors    responses that were begun and not trained: uid [n], length [n], and
                                the tokens of all their contexts, one after the other
         state.json             counters, and the size of every other file: written last

@@ -35,9 +35,10 @@ BY_LEARNER = {                 # filled by learner.py, while it trains and publi
                "cut",
     "stored": "share of the batch's positions whose scores were cached; where it is below 1, what "
               "is measured from scores, as `kl` is, covers these positions only",
-    "w_max": "largest importance weight w = p / mu of an emitted token",
-    "w_p99": "99th percentile of the same",
-    "ess": "effective sample size of these weights: (sum w)^2 / sum w^2 / n, 1 = on-policy",
+    "w_mean": "importance weight w = p / mu of the emitted tokens, mean; 1 in expectation",
+    "w_max": "the largest of these weights",
+    "w_p99": "their 99th percentile",
+    "ess": "their effective sample size: (sum w)^2 / sum w^2 / n, 1 = on-policy",
     "duplicates": "share of drawn candidates that repeat an earlier one at their position",
     "publish_s": "seconds the learner spent on publishing",
     "push_bytes": "bytes that it published, and that every engine reads: the student in the dtype "

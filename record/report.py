@@ -200,6 +200,7 @@ def card_facts(run: dict, done: dict) -> dict[str, str]:
         "student before": f"`{config['student']}`",
         "teacher": f"`{config['teacher']}`",
         "prompts": prompts,
+        "precision": config["dtype"] + ", learnt in float32" * (config["dtype"] != "float32"),
         "objective": f"{config['kl']} KL, estimator `{config['estimator']}`",
         "training": f"{done['steps']} batches of {config['batch']} responses, "
                     f"{done['tokens_trained']:,} tokens, AdamW, learning rate {config['lr']:g} "

@@ -196,6 +196,6 @@ def test_three_steps_on_gpus(flags, gpus):
     import torch
     if torch.cuda.device_count() < gpus:
         pytest.skip(f"{gpus} GPUs are not here")
-    done = run(flags | dict(gpus=gpus, steps=3, engine="vllm", learners=2 if gpus == 4 else 1, gap_max=1))
+    done = run(flags | dict(gpus=gpus, steps=3, engine="vllm", learners=2 if gpus == 4 else 1))
     assert done.returncode == 0, done.stderr
     assert [s["step"] for s in steps(flags)] == [1, 2, 3] and all(s["push_bytes"] > 0 for s in steps(flags))

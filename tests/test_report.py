@@ -22,7 +22,7 @@ LINES = [
          config=dict(student="Org/Small", teacher="Org/Large", task="hf:a/b",
                      data=dict(filter="level > 3", suffix="", eval_task=""),
                      kl="reverse", estimator="reverse_mc", batch=8, lr=3e-6, lr_schedule="constant", seed=4,
-                     schedule="async", eval=dict(temperature=1.0)),
+                     dtype="bfloat16", schedule="async", eval=dict(temperature=1.0)),
          versions={"torch": "2"}, hardware={"cpu": "a processor", "cores": 2, "gpus": []}),
     dict(type="eval", step=0, who="student", **SAID),
     dict(type="eval", step=9, who="student", **SAID | {"accuracy": 1.0}),
@@ -81,9 +81,10 @@ def test_the_card_states_the_runs_facts_and_nothing_else(tmp_path):
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(line) for line in LINES))
     card = report.model_card(tmp_path / "log.jsonl")
     for fact in ("base_model: Org/Small\n", "`Org/Large`", "`hf:a/b`, filter `level > 3`", "estimator `reverse_mc`",
-                 "29 batches of 8 responses, 1,234 tokens", "learning rate 3e-06", "seed 4", "mean 1.50, max 3",
-                 "60 s on a processor", "asyncopd abc; torch 2", "| 0 | student | 25.0% | 10.0% to 40.0% | 10 | 2 |",
-                 "| 9 | student | 100.0% |", "temperature 1", "0.5000 in the first ten batches, 0.2500 in the last ten",
+                 "bfloat16, learnt in float32", "29 batches of 8 responses, 1,234 tokens", "learning rate 3e-06",
+                 "seed 4", "mean 1.50, max 3", "60 s on a processor", "asyncopd abc; torch 2",
+                 "| 0 | student | 25.0% | 10.0% to 40.0% | 10 | 2 |", "| 9 | student | 100.0% |", "temperature 1",
+                 "0.5000 in the first ten batches, 0.2500 in the last ten",
                  "    .venv/bin/python asyncopd.py --task=hf:a/b '--data.filter=level > 3'"):
         assert fact in card, fact
     (tmp_path / "log.jsonl").write_text("\n".join(json.dumps(x) for x in (LINES[0], LINES[-1] | {"steps": 19})))

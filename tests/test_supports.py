@@ -340,7 +340,8 @@ def test_diagnostics_are_those_of_the_columns_that_mu_drew(models, name):
                               for i, a in enumerate(ids)])
                 duplicates.append(1 - len(set(ids)) / n)
     size, value = len(w), [sum(x) for x in value]
-    want = {"w_max": max(w), "w_p99": sorted(w)[math.ceil(0.99 * size) - 1], "entropy": sum(entropy) / size,
+    want = {"w_mean": sum(w) / size, "w_max": max(w), "w_p99": sorted(w)[math.ceil(0.99 * size) - 1],
+            "entropy": sum(entropy) / size,
             "ess": sum(w) ** 2 / sum(x * x for x in w) / size, "duplicates": sum(duplicates) / size,
             "kl": sum(exact if ESTIMATORS[name].support == "full" else value) / size}
     assert {k: got[k] for k in want} == pytest.approx(want, rel=1e-3, abs=1e-4)

@@ -29,7 +29,7 @@ import torch
 import torch.multiprocessing
 from torch import Tensor
 
-from config import Config
+from config import Config, compute_dtype
 from data.printable import PrintableFile
 from transport.link import Incurable, Link, ParentGone
 
@@ -58,12 +58,12 @@ def start_server() -> None:
 def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: Tensor, log: str,
                 cfg: Config, device: str, args: tuple) -> None:
     """The target of a worker's process. Whatever the worker raises is sent to the parent."""
-    device, dtype = begin(log, device)
+    device = begin(log, device)
     if device == "cpu":
         use_cores(role, index)
     link = Link(pipe, pulse)
     try:
-        worker(cfg, link, *args, device, dtype)
+        worker(cfg, link, *args, device, compute_dtype(cfg))
     except ParentGone:
         pass
     except BaseException as e:
@@ -71,11 +71,11 @@ def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: 
         raise
 
 
-def begin(log: str, device: str) -> tuple[str, torch.dtype]:
+def begin(log: str, device: str) -> str:
     """What every process does first.
 
     It ends with its parent, leaves signals and the terminal to it, and sees only its own GPUs.
-    Returns its device, by the name that is valid in this process, and the dtype to compute in.
+    Returns its device, by the name that is valid in this process.
     """
     threading.Thread(target=end_with_parent, daemon=True).start()
     signal.signal(signal.SIGINT, signal.SIG_IGN)     # for the parent, which stops its workers
@@ -86,10 +86,10 @@ def begin(log: str, device: str) -> tuple[str, torch.dtype]:
     sys.stdout = PrintableFile(1)                    # a traceback may hold text of a model
     sys.stderr = PrintableFile(2)
     if device == "cpu":
-        return device, torch.float32
+        return device
     visible, device = visible_gpus(device, os.environ.get("CUDA_VISIBLE_DEVICES"))
     os.environ["CUDA_VISIBLE_DEVICES"] = visible
-    return device, torch.bfloat16
+    return device
 
 
 def end_with_parent() -> None:
@@ -271,9 +271,9 @@ def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
 
 def alone_main(pipe: Connection, fn: Callable, cfg: Config, data: object, device: str) -> None:
     """The target of the process of `alone`."""
-    device, dtype = begin(os.devnull, device)
+    device = begin(os.devnull, device)
     try:
-        found = fn(cfg, data, device, dtype)
+        found = fn(cfg, data, device, compute_dtype(cfg))
     except ValueError as e:
         found = e
     except BaseException:
