@@ -2,9 +2,10 @@
 --dry-run: what a run would be, from the flags and two model configurations. No weight is read and
 no GPU is needed.
 
-The memory is that of plan.py. The seconds are an estimate from the peaks of one GPU (`GPU`,
+The memory is that of plan.py. On GPUs the seconds are an estimate from the peaks of one GPU (`GPU`,
 `SHARE`) and a guess at the length of responses: they say which role the others will wait for, not
-how long a run takes.
+how long a run takes. On a CPU two numbers are measured here and now, and prompts and responses
+count with their greatest length: the time of a run, for responses that long.
 
 What is left out: the texts (no prompt is read), disks, and the links between GPUs.
 Tests: tests/test_dryrun.py
@@ -13,10 +14,16 @@ from __future__ import annotations
 
 import functools
 import json
+import math
+import os
+import time
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from config import Config
 from control import no_effect, plan
@@ -35,7 +42,19 @@ from record.report import table
 GPU = {"gb": 80.0, "flops": {"bfloat16": 989e12, "float32": 67e12}, "bytes_s": 3.35e12}
 SHARE = {"flops": 0.4, "bytes_s": 0.6}
 LENGTH = {"prompt": 0.25, "response": 0.5}
+# The share of what `this_cpu` measures that a model reaches: products of matrices and reading are
+# not all that it does
+CPU_SHARE = {"flops": 0.6, "bytes_s": 0.8}
 WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """What one worker computes and reads per second, and how it is described."""
+    flops: float
+    bytes_s: float
+    name: str
+    at_once: float = math.inf                    # workers that the cores serve without loss
 
 
 @dataclass(frozen=True)
@@ -72,13 +91,13 @@ def show(cfg: Config, given: Given = NOTHING) -> None:
     report.show(f"\nwho runs where, and what it takes at most{size}")
     report.show(f"  {plan.why(cfg)}")
     report.show(table(plan.rows(needs, free)))
+    if cfg.gpus == 0:
+        report.show(f"  {sum(n.gb for n in needs):,.2f} GB in all, of the same memory")
     report.show("\npipeline")
     report.show(table(pipeline_rows(cfg, teacher.shape, added, needs)))
-    if cfg.gpus > 0:
-        seconds, running = estimate(cfg, student.shape, teacher, needs)
-        report.show("\n" + bottleneck(cfg, seconds, running))
-    else:
-        report.show("\nno estimate of the bottleneck on a CPU")
+    machine = gpu(cfg) if cfg.gpus > 0 else this_cpu(cfg)
+    seconds, running = estimate(cfg, student.shape, teacher, needs, machine)
+    report.show("\n" + bottleneck(cfg, seconds, running, machine))
     plan.check(needs, free)
 
 
@@ -175,8 +194,56 @@ def idle_parameters(config: Any, shape: Shape) -> int:
 
 # -- the bottleneck -------------------------------------------------------------------------------
 
-def estimate(cfg: Config, student: Shape, teacher: KnownModel,
-             needs: list[plan.Need]) -> tuple[dict[str, float], int]:
+def gpu(cfg: Config) -> Machine:
+    flops = GPU["flops"][cfg.dtype]
+    return Machine(flops=flops * SHARE["flops"], bytes_s=GPU["bytes_s"] * SHARE["bytes_s"],
+                   name=f"on GPUs with {flops / 1e12:,.0f} TFLOP/s\n"
+                        f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches "
+                        f"{SHARE['flops']:.0%} and {SHARE['bytes_s']:.0%}; not counted: kernel "
+                        "launches, Python, pushes")
+
+
+def this_cpu(cfg: Config) -> Machine:
+    """What a worker gets of this machine as it is now, other work included: half of the cores, as
+    in transport/process.py."""
+    cores = usable_cores()
+    threads = max(1, cores // 2)
+    flops, bandwidth = measured(threads, getattr(torch, cfg.dtype))
+    return Machine(flops=flops * CPU_SHARE["flops"], bytes_s=bandwidth * CPU_SHARE["bytes_s"],
+                   at_once=cores / threads,
+                   name=f"on {threads} of {cores} cores each, measured\nnow: "
+                        f"{flops / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, of which a "
+                        f"model reaches {CPU_SHARE['flops']:.0%} and {CPU_SHARE['bytes_s']:.0%}; "
+                        "not counted: the start, evaluations, saving")
+
+
+def usable_cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def measured(threads: int, dtype: torch.dtype) -> tuple[float, float]:
+    """FLOP/s of a product of matrices, and bytes read per second; the best of five times."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        a = torch.ones(1024, 1024, dtype=dtype)
+        row = torch.ones(1, 8192, dtype=dtype)
+        matrix = torch.ones(8192, 8192, dtype=dtype)         # too large for any cache
+        product_s = min(seconds_of(lambda: a @ a) for _ in range(5))
+        read_s = min(seconds_of(lambda: row @ matrix) for _ in range(5))
+    finally:
+        torch.set_num_threads(before)
+    return 2 * 1024 ** 3 / product_s, matrix.nbytes / read_s
+
+
+def seconds_of(work: Callable[[], object]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def estimate(cfg: Config, student: Shape, teacher: KnownModel, needs: list[plan.Need],
+             machine: Machine) -> tuple[dict[str, float], int]:
     """Seconds per train batch of every role, and the responses that run at the same time in a
     rollout worker.
 
@@ -185,9 +252,8 @@ def estimate(cfg: Config, student: Shape, teacher: KnownModel,
     generation reads the weights and the keys and values of every running response once.
     """
     prompt, response = expected_lengths(cfg)
-    flops = GPU["flops"][cfg.dtype] * SHARE["flops"]
+    flops = machine.flops
     size = plan.itemsize(cfg)
-    bandwidth = GPU["bytes_s"] * SHARE["bytes_s"]
 
     def forward(shape: Shape, parameters: int) -> float:
         n = prompt + response
@@ -198,7 +264,7 @@ def estimate(cfg: Config, student: Shape, teacher: KnownModel,
     slots = (cfg.max_ahead + 1) * cfg.batch
     running = max(1, int(min(cfg.max_running, slots / cfg.rollouts, room / (prompt + response))))
     held = size * student.P + running * (prompt + response / 2) * student.cached(size)
-    engine_step = max(held / bandwidth, 2 * running * student.P / flops)
+    engine_step = max(held / machine.bytes_s, 2 * running * student.P / flops)
     passes = 4 if cfg.gradient_checkpointing else 3
     seconds = {"generate": cfg.batch * response / (cfg.rollouts * running / engine_step),
                "score": forward(teacher.shape, teacher.active) / cfg.teachers,
@@ -207,28 +273,43 @@ def estimate(cfg: Config, student: Shape, teacher: KnownModel,
 
 
 def expected_lengths(cfg: Config) -> tuple[float, float]:
-    """Tokens of a prompt and of a response: a guess."""
+    """Tokens of a prompt and of a response: a guess; on a CPU, where lengths are small, the most.
+    """
+    if cfg.gpus == 0:
+        return cfg.max_prompt, cfg.max_response
     return LENGTH["prompt"] * cfg.max_prompt, LENGTH["response"] * cfg.max_response
 
 
-def bottleneck(cfg: Config, seconds: dict[str, float], running: int) -> str:
-    """The estimate as text. Roles on one device take turns; with --schedule sync all of them do.
+def bottleneck(cfg: Config, seconds: dict[str, float], running: int, machine: Machine) -> str:
+    """The estimate as text. Roles on one GPU take turns; with --schedule sync all of them do. On a
+    CPU they share the cores.
     """
     busy: dict[str, float] = defaultdict(float)
-    for worker in plan.plan(cfg):
+    workers = plan.plan(cfg)
+    for worker in workers:
         busy[worker.device] += seconds[WORK[worker.role]]
-    in_turn = cfg.schedule == "sync" or len(busy) == 1
-    whole = sum(seconds.values()) if in_turn else max(busy.values())
+    in_turn = cfg.schedule == "sync" or (len(busy) == 1 and cfg.gpus > 0)
     turns = ", one role after the other" if in_turn else ""
+    if in_turn:
+        whole = sum(seconds.values())
+    elif cfg.gpus > 0:
+        whole = max(busy.values())
+    else:
+        whole = max(*seconds.values(), sum(busy.values()) / machine.at_once)
+        turns = ", all roles on the same cores"
     slowest = max(seconds, key=seconds.get)
     prompt, response = expected_lengths(cfg)
     return "\n".join([
         f"expected bottleneck: an estimate, for responses of {response:,.0f} tokens after prompts "
-        f"of {prompt:,.0f}, on GPUs with {GPU['flops'][cfg.dtype] / 1e12:,.0f} TFLOP/s",
-        f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches {SHARE['flops']:.0%} and "
-        f"{SHARE['bytes_s']:.0%}; not counted: kernel launches, Python, pushes",
+        f"of {prompt:,.0f}, {machine.name}",
         table([["seconds per train batch", *seconds],
                ["", *(f"{s:,.1f}" for s in seconds.values())]]),
         f"  the others wait for: {slowest}. {whole:,.1f} s a batch{turns}, "
-        f"{whole * cfg.steps / 3600:,.1f} h for {cfg.steps} batches",
+        f"{run_time(whole * cfg.steps)} for {cfg.steps} batches",
         f"  {running} responses at a time per rollout worker"])
+
+
+def run_time(seconds: float) -> str:
+    if seconds < 3600:
+        return f"{seconds / 60:,.1f} min"
+    return f"{seconds / 3600:,.1f} h"

@@ -49,6 +49,9 @@ SMOKES = {
                             "m.segments = lambda n, *how, made=m.segments: made(min(n, 3), 8, 16)"),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
+    "prune.py": Smoke("grid --rates 1e-3 --tokens 8 --batch=2 --max-prompt=100 --max-response=4 " + TOY_MODELS,
+                      "import data.everyday as e; e.FILE.write_text(e.as_json_lines())\n"
+                      "m.METHODS = {{name: m.METHODS[name] for name in (m.SUPERVISED, 'reverse, all words')}}"),
     "tables.py": Smoke(),
     "rock.py": Smoke("run bypassed --seeds=0 --steps=4 --jobs=1",
                      "m.MADE = {{k: how | dict(steps=2) for k, how in m.MADE.items()}}; m.FLAGS |= dict(eval__n=4)"),
@@ -92,6 +95,7 @@ def checkout(tmp_path_factory):
     folder = tmp_path_factory.mktemp("checkout")
     shutil.copytree(ROOT / "benchmarks", folder / "benchmarks", ignore=shutil.ignore_patterns("__pycache__"))
     shutil.copytree(ROOT / "docs", folder / "docs")
+    shutil.copytree(ROOT / "configs", folder / "configs")
     shutil.copy(ROOT / "README.md", folder)
     for module in core().values():
         (folder / module.path).parent.mkdir(parents=True, exist_ok=True)

@@ -110,7 +110,7 @@ def test_architecture_names_every_file():
 def test_every_file_that_is_named_exists():
     named = {(page, name) for page, text in TEXT.items()
              for name in re.findall(r"`([\w./-]+\.(?:py|yaml|toml|cff|json|jsonl))`", text)}
-    of_a_run = {"log.jsonl", "trace.json", "rocks.json", "prompts.jsonl"}
+    of_a_run = {"log.jsonl", "trace.json", "rocks.json", "prompts.jsonl", "evaluation.json"}
     missing = sorted((page, name) for page, name in named
                      if name not in of_a_run and not name.endswith("/NAME.py") and not (ROOT / name).exists())
     assert missing == []
@@ -139,6 +139,7 @@ def test_every_flag_that_the_pages_name_exists():
     own = {name: vars(flags) for name, flags in default_flags(extensions).items()}
     known = {flag_of(name) for name, _ in each_flag(Config(extensions=own))}
     known |= {"--help", "--run", "--data"}                 # the last two: of benchmarks/audit.py and gsm8k_lm.py
+    known |= {"--drop", "--mlp-width", "--held-out"}       # of examples/prune_and_distil.py
     if_only_there = {"docs/extending.md": ("--emphasis.", "--norms.", "--NAME.")}
     named = {(page, flag) for page, text in TEXT.items()
              for flag in re.findall(r"(?<![\w-])--[a-z][a-z.-]*[a-z]", text)

@@ -1,0 +1,371 @@
+"""
+SmolLM2 pruned and distilled: what docs/prune-and-distil.md says, and which method wins back most.
+
+    python benchmarks/prune.py shipped                   # `make smollm2` without the installation, against its dry run
+    python benchmarks/prune.py grid --seeds 0 1 2        # methods x learning rates x seeds; finished runs are not made
+                                                         # again, and the last seeds only at each method's best rate
+    python benchmarks/prune.py pairs                     # synchronous against asynchronous, the shipped command
+    python benchmarks/prune.py table                     # the tables of the page, from the records
+
+The grid trains in one process, with the engine, teacher and learner of the pipeline, every method on the same number
+of tokens: a run ends with the first batch that reaches --tokens. "Supervised" trains by cross-entropy on answers that
+the teacher has drawn to the same prompts. All are measured over all words on held-out prompts (against_teacher.py).
+Records: benchmarks/prune.jsonl. Last line of each command: one JSON object.
+"""
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+import examples.prune_and_distil as prune_and_distil  # noqa: E402
+from cache import Segment, Slots  # noqa: E402
+from control.resolve import configure  # noqa: E402
+from data.prompts import Row, encode, prompt_number, read_rows  # noqa: E402
+from engines.hf import HFEngine  # noqa: E402
+from estimators import ESTIMATORS  # noqa: E402
+from examples.against_teacher import ROWS, Teacher, interval, per_token, table  # noqa: E402
+from learner import Learner  # noqa: E402
+from models.alignment import by_length  # noqa: E402
+from models.head import head_backward  # noqa: E402
+from record.provenance import provenance  # noqa: E402
+from teacher import HFTeacher  # noqa: E402
+
+RECORDS = HERE / "prune.jsonl"
+CONFIG = ROOT / "configs" / "smollm2.yaml"
+METHODS = {                                              # flags of asyncopd.py; () is supervised
+    "MC, iid draws, N = 4": ["--draws=iid", "--mc-samples=4"],
+    "optimal draws, N = 4": ["--draws=optimal", "--mc-samples=4"],
+    "optimal draws, N = 16": ["--draws=optimal", "--mc-samples=16"],
+    "forward top-k, K = 16": ["--kl=forward", "--top-k=16"],
+    "reverse, all words": ["--estimator=reverse_dense"],
+    "supervised on the teacher's answers": [],
+}
+SUPERVISED = "supervised on the teacher's answers"
+RATES = (2e-5, 5e-5, 1e-4)
+TOKENS = 24_000
+PAIRS = ("sync", "async")
+
+
+# -- one run of the grid, in one process ----------------------------------------------------------
+
+class Run:
+    """Student, teacher and learner of a configuration; synchronous, so that no method has a lag."""
+
+    def __init__(self, flags: list[str], supervised: bool):
+        self.cfg = cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", "--schedule=sync", *flags])
+        self.supervised = supervised
+        self.rows: list[Row] = read_rows(cfg.task, cfg.data.prompt_key, cfg.data.answer_key, cfg.data.filter)
+        self.learner = Learner(cfg, "cpu", torch.float32)
+        self.teacher = HFTeacher(cfg, "cpu", torch.float32)
+        self.engine = HFEngine(cfg, "cpu", torch.float32)
+        if supervised:                           # the teacher answers
+            self.engine.use(cfg, self.teacher.model)
+        estimator = ESTIMATORS[cfg.estimator]
+        width = self.teacher.model.config.hidden_size if estimator.support == "full" else 0
+        self.slots = Slots(cfg.batch, cfg.max_prompt, cfg.max_response,
+                           estimator.columns(cfg.mc_samples, cfg.top_k), hidden=width)
+        from transformers import AutoTokenizer
+        self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
+        self.updates = 0
+        self.tokens = 0
+
+    def step(self) -> None:
+        segments = self.generate()
+        if self.supervised:
+            self.imitate(segments)
+        else:
+            for group in by_length(segments, self.cfg.micro_tokens):
+                self.teacher.score(group, self.slots)
+            self.learner.step(segments, self.updates)
+        self.updates += 1
+        self.tokens += sum(map(len, segments))
+
+    def generate(self) -> list[Segment]:
+        """One batch of answers, in the order in which the pipeline hands out prompts."""
+        cfg = self.cfg
+        if not self.supervised:
+            weights = self.learner.student.parameters()
+            self.engine.load({name: p.detach().clone() for name, p in weights.items()})
+        uids = range(self.updates * cfg.batch, (self.updates + 1) * cfg.batch)
+        chosen = [self.rows[prompt_number(uid, len(self.rows), cfg.seed)] for uid in uids]
+        for s, (uid, prompt) in enumerate(zip(uids, encode(chosen, self.tokenizer))):
+            self.slots.open(s, uid, prompt, len(prompt), self.updates)
+            self.engine.add(s, prompt, cfg.max_response, uid=uid, position=0)
+        left = cfg.batch
+        while left:
+            for s, drawn in self.engine.take(self.engine.step()).items():
+                self.slots.append(s, *drawn, self.updates)
+                left -= 1
+        return [self.slots.read(s) for s in range(cfg.batch)]
+
+    def imitate(self, segments: list[Segment]) -> None:
+        """One update by cross-entropy on the new tokens, with the learner's optimizer and clipping."""
+        student = self.learner.student
+        count = sum(map(len, segments))
+        for group in by_length(segments, self.cfg.micro_tokens):
+            rows = student.rows(group)
+            y = torch.cat([s.new_tokens for s in group]).long()[:, None]
+            gradient, _ = head_backward(student.head, rows.detach(), y, cross_entropy, count=count, all_words=False,
+                                        chunk=student.chunk, dtype=torch.float32)
+            rows.backward(gradient)
+        self.learner.update(self.learner.learning_rate())
+
+
+def cross_entropy(at: slice, logp: torch.Tensor, every: None) -> dict[str, torch.Tensor]:
+    return {"loss": -logp[:, 0]}
+
+
+def grid_run(teacher: Teacher, method: str, lr: float, seed: int, tokens: int, flags: list[str]) -> dict:
+    """Train one student and compare it with its teacher."""
+    start = time.monotonic()
+    run = Run([*METHODS[method], f"--lr={lr}", f"--seed={seed}", *flags], method == SUPERVISED)
+    while run.tokens < tokens:
+        run.step()
+    trained_s = time.monotonic() - start
+    with tempfile.TemporaryDirectory() as folder:
+        run.learner.student.write(Path(folder))
+        found = teacher.compare(folder)
+    return {"type": "grid", "method": method, "lr": lr, "seed": seed, "tokens_wanted": tokens, "tokens": run.tokens,
+            "batches": run.updates, "seconds": round(trained_s, 1), "sums": rounded(found)}
+
+
+def rounded(found: dict) -> dict:
+    return {answers: {name: [round(x, 4) for x in values] for name, values in sums.items()}
+            for answers, sums in found.items()}
+
+
+def grid(methods: list[str], rates: list[float], seeds: list[int], tokens: int, flags: list[str]) -> dict:
+    """All rates with the first seed; the other seeds at the best rate of each method only."""
+    teacher, student = held_out_teacher(flags)
+    if not [r for r in records("before") if r["flags"] == flags]:
+        add([{"type": "before", "flags": flags, "sums": rounded(teacher.compare(student))}])
+    first, *others = seeds
+    for method in methods:
+        for lr in rates:
+            once(teacher, method, lr, first, tokens, flags)
+        for seed in others:
+            once(teacher, method, best_rate(method, tokens), seed, tokens, flags)
+    best = {method: best_rate(method, tokens) for method in methods}
+    return {r["method"]: round(per_token(r["sums"]["student"], "kl_pq"), 4) for r in records("grid")
+            if r["tokens_wanted"] == tokens and r["lr"] == best.get(r["method"])}
+
+
+def held_out_teacher(flags: list[str]) -> tuple[Teacher, str]:
+    cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", *flags])
+    rows = read_rows(cfg.task, cfg.data.prompt_key, cfg.data.answer_key, "split==held-out")
+    return Teacher(cfg.teacher, rows, cfg.max_response), cfg.student
+
+
+def once(teacher: Teacher, method: str, lr: float, seed: int, tokens: int, flags: list[str]) -> None:
+    key = (method, lr, seed, tokens)
+    if key not in {(r["method"], r["lr"], r["seed"], r["tokens_wanted"]) for r in records("grid")}:
+        record = grid_run(teacher, *key, flags)
+        add([record])
+        print(f"{method}, lr {lr:g}, seed {seed}: KL(p || q) {per_token(record['sums']['student'], 'kl_pq'):.3f}, "
+              f"{record['seconds']:.0f} s", flush=True)
+
+
+def best_rate(method: str, tokens: int) -> float:
+    """The rate with the lowest KL(p || q) on the student's answers, of the seed that has all rates."""
+    mine = [r for r in records("grid") if (r["method"], r["tokens_wanted"]) == (method, tokens)]
+    first = min(r["seed"] for r in mine)
+    return min((per_token(r["sums"]["student"], "kl_pq"), r["lr"]) for r in mine if r["seed"] == first)[1]
+
+
+# -- the shipped command --------------------------------------------------------------------------
+
+def shipped(flags: list[str]) -> dict:
+    """Make, distil and evaluate, with the peak of memory, and what the dry run had promised."""
+    steps, job = prune_and_distil.job_of(["all", "--root=runs/smollm2", *flags])
+    prune_and_distil.make(job)
+    promise = dry_run(job)
+    peak = PeakMemory()
+    start = time.monotonic()
+    with peak:
+        prune_and_distil.distil(job)
+    distil_s = time.monotonic() - start
+    prune_and_distil.evaluate(job)
+    record = shipped_record(job, promise, peak.gb, distil_s)
+    add([record])
+    return {name: record[name] for name in ("promised", "peak_gb", "distil_s", "evaluate_s", "lowered")}
+
+
+def shipped_record(job: prune_and_distil.Job, promise: dict, peak_gb: float, distil_s: float) -> dict:
+    found = json.loads((job.out / "evaluation.json").read_text())
+    log = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
+    steps = [x for x in log if x["type"] == "step"]
+    return {"type": "shipped", "argv": log[0]["argv"], "promised": promise, "peak_gb": round(peak_gb, 2),
+            "distil_s": round(distil_s, 1), "evaluate_s": round(found["seconds"], 1), "done": log[-1],
+            "kl": [round(x["kl"], 4) for x in steps], "entropy": [round(x["entropy"], 4) for x in steps],
+            "engine_gap_max": max(x["engine_gap_max"] for x in steps), "engine": log[0]["config"]["engine"],
+            "lowered": found["lowered"], "samples": found["samples"],
+            "sums": {name: rounded(sums) for name, sums in found["sums"].items()}}
+
+
+def dry_run(job: prune_and_distil.Job) -> dict[str, float]:
+    """GB in all, seconds per batch, and seconds of all batches."""
+    command = [sys.executable, "asyncopd.py", *prune_and_distil.train_flags(job), "--dry-run"]
+    text = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    batch_s = float(re.search(r"([\d,.]+) s a batch", text)[1])
+    steps = int(re.search(r"for (\d+) batches", text)[1])
+    return {"gb": float(re.search(r"([\d,.]+) GB in all", text)[1]), "batch_s": batch_s, "all_s": batch_s * steps}
+
+
+class PeakMemory(threading.Thread):
+    """GB that the processes started from here hold at most, shared pages counted once (PSS)."""
+
+    def __init__(self):
+        super().__init__(daemon=True)
+        self.gb = 0.0
+        self.ended = threading.Event()
+
+    def __enter__(self):
+        self.start()
+        return self
+
+    def __exit__(self, *_):
+        self.ended.set()
+        self.join()
+
+    def run(self):
+        while not self.ended.wait(10.0):         # reading takes a while: the kernel visits every page
+            self.gb = max(self.gb, sum(map(pss_gb, descendants())))
+
+
+def descendants() -> list[int]:
+    """Every process below this one."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text().rpartition(")")[2].split()
+        except OSError:                          # it has ended meanwhile
+            continue
+        parents[int(stat.parent.name)] = int(fields[1])
+    found, todo = [], [threading.main_thread().native_id]
+    while todo:
+        parent = todo.pop()
+        children = [pid for pid, p in parents.items() if p == parent]
+        found += children
+        todo += children
+    return found
+
+
+def pss_gb(pid: int) -> float:
+    try:
+        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    except OSError:
+        return 0.0
+    return int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) * 1024 / 1e9
+
+
+def pairs(flags: list[str]) -> dict:
+    """The shipped command with both schedules; the same number of batches."""
+    for schedule in PAIRS:
+        _, job = prune_and_distil.job_of(["distil", "--root=runs/smollm2", f"--out=runs/smollm2/{schedule}",
+                                          f"--schedule={schedule}", *flags])
+        prune_and_distil.make(job)
+        prune_and_distil.distil(job)
+        done = json.loads((job.out / "log.jsonl").read_text().splitlines()[-1])
+        add([{"type": "pair", "schedule": schedule, "flags": flags, "done": done}])
+    return {r["schedule"]: r["done"]["train_tok_s"] for r in records("pair")}
+
+
+# -- records and tables ---------------------------------------------------------------------------
+
+def records(kind: str) -> list[dict]:
+    found = [json.loads(line) for line in RECORDS.read_text().splitlines()] if RECORDS.exists() else []
+    return [r for r in found if r["type"] == kind]
+
+
+def add(new: list[dict]) -> None:
+    made = provenance({}, {})
+    how = {name: made[name] for name in ("commit", "hardware", "versions")}
+    with RECORDS.open("a") as file:
+        file.writelines(json.dumps(r | how) + "\n" for r in new)
+
+
+def before_and_after() -> str:
+    """Markdown: the newest shipped run, with 95% intervals over held-out prompts."""
+    return markdown(table(records("shipped")[-1]["sums"]))
+
+
+def comparison() -> str:
+    """Markdown: each method at its best rate, mean over seeds and their range."""
+    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in ROWS[:3]), "seconds"]]
+    for r in records("before")[-1:]:
+        lines.append(["before", "", "", *(f"{per_token(r['sums'][a], n):.2f}" for _, a, n in ROWS[:3]), ""])
+    found = records("grid")
+    for method in METHODS:
+        mine = [r for r in found if r["method"] == method]
+        if not mine:
+            continue
+        tokens = max(r["tokens_wanted"] for r in mine)
+        lr = best_rate(method, tokens)
+        best = [r for r in mine if (r["lr"], r["tokens_wanted"]) == (lr, tokens)]
+        cells = [spread([r["sums"] for r in best], a, n) for _, a, n in ROWS[:3]]
+        lines.append([method, f"{lr:g}", str(len(best)), *cells,
+                      f"{statistics.mean(r['seconds'] for r in best):.0f}"])
+    return markdown(lines)
+
+
+def spread(sums: list[dict], answers: str, name: str) -> str:
+    """Mean over seeds ± standard deviation; of one seed the interval over prompts."""
+    means = [per_token(s[answers], name) for s in sums]
+    if len(means) == 1:
+        return "{:.2f} ({:.2f} to {:.2f})".format(means[0], *interval(sums[0][answers], name))
+    return f"{statistics.mean(means):.2f} ± {statistics.stdev(means):.2f}"
+
+
+def markdown(lines: list[list[str]]) -> str:
+    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
+    escaped = [[x.replace("|", "\\|") for x in line] for line in [lines[0], rule, *lines[1:]]]
+    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
+
+
+def answers() -> str:
+    """Markdown: the answers of the newest shipped run."""
+    blocks = []
+    for sample in records("shipped")[-1]["samples"]:
+        lines = [f"**{sample['prompt']}**", ""]
+        for who in ("before", "after", "teacher"):
+            lines.append(f"- {who}: {' '.join(sample[who].split())}")
+        blocks.append("\n".join(lines))
+    return "\n\n".join(blocks)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
+    parser.add_argument("what", choices=("shipped", "grid", "pairs", "table"))
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--tokens", type=int, default=TOKENS, help="to train each student on, at least")
+    args, flags = parser.parse_known_args()      # flags of asyncopd.py
+    result: dict = {}
+    if args.what == "shipped":
+        result = shipped(flags)
+    elif args.what == "grid":
+        result = grid(args.methods, args.rates, args.seeds, args.tokens, flags)
+    elif args.what == "pairs":
+        result = pairs(flags)
+    if records("grid"):
+        print(comparison())
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
