@@ -10,7 +10,8 @@ Terms
     link     this end of the pipe to the parent: orders come in, reports go out. `link.span` times
              the work for the trace (transport/link.py)
     probe    a fixed sequence of tokens. The learner publishes its log-probs of them with every
-             version; an engine that computes the same ones has the right weights
+             version, and a checksum of every tensor; an engine that holds the same bits and
+             computes the same log-probs has the right weights
     overdue  a response whose oldest token would exceed --max-lag if it were not in the next batch
     flush    to write a response that the engine holds into its slot
 
@@ -31,6 +32,7 @@ from engines.base import Engine, probe_tolerance
 from engines.table import engine_class
 from extension import Extensions
 from transport.link import Incurable, Link, ParentGone
+from transport.published import Published
 from transport.shared import SharedMemory
 
 
@@ -44,7 +46,7 @@ def rollout_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
         engine = engine_class(cfg.engine)(cfg, device, dtype)
     except Exception as e:                       # whatever an engine raises
         raise RuntimeError(engine_fault(cfg.engine, "has not started", e)) from e
-    worker = Worker(cfg, link, shared, engine, probe_tolerance(dtype))
+    worker = Worker(cfg, link, shared, engine, dtype)
     link.send("ready")
     try:
         work(worker, link)
@@ -81,21 +83,22 @@ class Worker:
     """
 
     def __init__(self, cfg: Config, link: Link, shared: SharedMemory, engine: Engine,
-                 tolerance: float = 1e-3):
-        """`tolerance`: how far engine and learner may differ on the probe, in nats."""
+                 dtype: torch.dtype = torch.float32):
+        """`dtype`: in which the engine computes."""
         self.cfg = cfg
         self.link = link
         self.shared = shared
         self.slots = shared.slots
         self.weights = shared.weights
         self.engine = engine
-        self.tolerance = tolerance
+        self.dtype = dtype
         self.extensions = Extensions.load(cfg)
         # Whether weights may change while responses run
         self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"
         self.orders = {"take": self.take, "cut": self.cut, "drop": self.drop,
                        "evaluate": self.evaluate, "stop": self.stop}
         self.version = -1                        # of the weights in the engine
+        self.probe_logp: Tensor | None = None    # of the same weights, in the learner
         self.tokens = 0                          # drawn so far, for the record
         self.has_generated = False               # the engine has made a step
         self.stopped = False
@@ -196,30 +199,58 @@ class Worker:
     # -- weights
 
     def load(self, version: int | None) -> None:
-        """Replace the weights of the engine by those of `version`; None: by the newest.
-
-        The engine proves that they have arrived: its log-probs of the probe must be the learner's.
-        Otherwise raises Incurable: a restart of this worker would not help.
-        """
+        """Replace the weights of the engine by those of `version`; None: by the newest. The engine
+        proves that they have arrived."""
         if not self.behind(version):
             return
         with self.paused(), self.link.span("push"):
             start = time.monotonic()
-            self.version, tensors, probe_logp = self.weights.read(version)
-            self.check_finite(probe_logp)
-            self.engine.load(tensors)
-            gap = (self.engine.logp(self.weights.probe) - probe_logp).abs()
-        if not gap.max() <= self.tolerance:              # `not <=`, so that nan counts as wrong
-            raise Incurable(f"weights of version {self.version} did not arrive in the engine: its "
-                            f"log-probs differ from the learner's by up to {gap.max():.3g} on the "
-                            f"probe (tolerance {self.tolerance:g})")
+            published = self.copy_weights(version)
+            gap = self.check_arrival(published)
+            self.version = published.version
+            self.probe_logp = published.probe_logp
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
-    def check_finite(self, probe_logp: Tensor) -> None:
+    def copy_weights(self, version: int | None) -> Published:
+        """Load into the engine what lies in shared memory, again if the learner has overwritten it
+        meanwhile: that takes two more versions, so it is rare."""
+        while True:
+            published = self.weights.read(version)
+            self.check_finite(published)
+            self.engine.load(published.tensors)
+            if self.weights.holds(published.version):
+                return published
+            assert version is None, f"version {version} was overwritten while it was read"
+
+    def check_arrival(self, published: Published) -> Tensor:
+        """The engine must hold the bits that were published, as far as it can show them, and must
+        compute the learner's log-probs of the probe. Returns how far these differ, [len - 1].
+
+        Raises Incurable: a restart of this worker would not help.
+        """
+        failed = f"weights of version {published.version} did not arrive in the engine: "
+        layout = {name: x.shape for name, x in published.tensors.items()}
+        shown = self.engine.checksums(layout)
+        wrong = sorted({name for name, found in shown if found != published.checksums[name]})
+        if wrong:
+            raise Incurable(f"{failed}it has other numbers than were published in {len(wrong)} of "
+                            f"{len(layout)} tensors, the first of them {wrong[0]}")
+        gap = (self.engine.logp(self.weights.probe) - published.probe_logp).abs()
+        moved = 0.0
+        if self.probe_logp is not None:
+            moved = (published.probe_logp - self.probe_logp).abs().max().item()
+        proven = {name for name, _ in shown} == layout.keys()
+        tolerance = probe_tolerance(self.dtype, moved, proven)
+        if not gap.max() <= tolerance:                   # `not <=`, so that nan counts as wrong
+            raise Incurable(f"{failed}its log-probs differ from the learner's by up to "
+                            f"{gap.max():.3g} on the probe (tolerance {tolerance:.3g})")
+        return gap
+
+    def check_finite(self, published: Published) -> None:
         """No engine can prove that nan has arrived: then the update is to blame, not the way."""
-        if not probe_logp.isfinite().all():
-            raise Incurable(f"version {self.version} of the student is useless: the learner itself "
+        if not published.probe_logp.isfinite().all():
+            raise Incurable(f"version {published.version} of the student is useless: the learner itself "
                             "computes log-probs of nan or inf with it. Its last update was too "
                             f"large (--lr {self.cfg.lr:g}, --clip {self.cfg.clip:g}; grad_norm in "
                             "the log): lower --lr, or raise --warmup")

@@ -38,6 +38,7 @@ PAGES = {
         "step": step.table,
         "faults": kills.table,
     },
+    "using.md": {"dtype": toy.dtype_table},
     "estimators.md": {"estimators": estimator_table},
     "optimal-cache.md": {"noise": designs.noise, "baseline": designs.baseline, "training": designs.training},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},

@@ -9,7 +9,7 @@ Tests: tests/test_rollout.py
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 
 import torch
@@ -19,11 +19,25 @@ from engines.drawn import Drawn
 from engines.sampling import Drawing
 from engines.uniforms import EVALUATION
 
+# Differences of log-probs, nats, between an engine and the learner on the probe, by dtype: what
+# rounding does in most models, and more than it does in any
+ROUNDING = {torch.float32: 1e-4, torch.bfloat16: 0.1}
+MORE_THAN_ROUNDING = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 
-def probe_tolerance(dtype: torch.dtype) -> float:
-    """The largest difference of log-probs, nats, between an engine and the learner on the probe
-    that rounding explains. Beyond it the weights did not arrive."""
-    return 1e-3 if dtype == torch.float32 else 1.0
+
+def probe_tolerance(dtype: torch.dtype, moved: float, proven: bool) -> float:
+    """The largest difference on the probe, nats, with which weights count as arrived.
+
+    moved    how far the new weights are from the engine's last ones on the probe, in the learner
+    proven   the engine has shown all of its weights, bit by bit: then only the way from weights to
+             log-probs is left to be doubted
+
+    Otherwise a tenth of the move may be missing, but no less than rounding explains. A move that
+    is smaller than that goes unseen until what did not arrive adds up.
+    """
+    if proven:
+        return MORE_THAN_ROUNDING[dtype]
+    return min(max(moved / 10, ROUNDING[dtype]), MORE_THAN_ROUNDING[dtype])
 
 
 class Engine(ABC):
@@ -34,7 +48,13 @@ class Engine(ABC):
 
     @abstractmethod
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the weights. No response may be in the engine."""
+        """Replace the weights by copies of these. No response may be in the engine."""
+
+    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
+        """(published name, checksum) of the weights that the engine really computes with, as far
+        as it can show them in the shapes of `layout`; a name may come twice. It is what tells that
+        a push has arrived whole; what is not shown here, the probe has to tell."""
+        return []
 
     @abstractmethod
     def logp(self, tokens: list[int]) -> Tensor:

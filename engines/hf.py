@@ -8,6 +8,7 @@ Tests: tests/test_rollout.py
 """
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ from engines.drawn import Drawn, DrawnTable
 from engines.sampling import draw_rows, training_drawing
 from models.head import float32_logits, sequence_logp
 from models.loading import load_model, stop_ids
+from transport.checksum import checksum
 
 
 @dataclass
@@ -60,6 +62,9 @@ class HFEngine(Engine):
         missing = set(self.model.load_state_dict(tensors, strict=False).missing_keys)
         tied = {"lm_head.weight"}                # a tied head is the embedding, which is published
         assert missing <= tied, f"weights that were not published: {missing}"
+
+    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
+        return [(name, checksum(p)) for name, p in self.model.named_parameters() if name in layout]
 
     def logp(self, tokens: list[int]) -> Tensor:
         return sequence_logp(self.model, tokens).detach().cpu()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 # One process, the worker's own; the model runner in which custom logits processors work; no
@@ -23,6 +24,7 @@ os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
 from vllm.model_executor.model_loader.reload import (  # noqa: E402
     finalize_layerwise_reload,
     initialize_layerwise_reload,
@@ -36,6 +38,7 @@ from engines.drawn import Drawn, DrawnTable  # noqa: E402
 from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
+from transport.checksum import checksum  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class VLLMEngine(Engine):
                        max_model_len=length, max_num_seqs=cfg.max_running,
                        max_num_batched_tokens=max(length, cfg.micro_tokens),
                        gpu_memory_utilization=gpu_share(cfg), enforce_eager=device == "cpu",
+                       hf_overrides={"head_dtype": "float32"},       # logits are not rounded
                        enable_prefix_caching=False, skip_tokenizer_init=True,
                        disable_log_stats=True, distributed_executor_backend="uni",
                        logits_processors=["engines.vllm:Draws"],
@@ -77,6 +81,9 @@ class VLLMEngine(Engine):
     def load(self, tensors: dict[str, Tensor]) -> None:
         assert not self.names, "weights may only change between responses"
         self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
+
+    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
+        return self.llm.collective_rpc("checksums", args=(dict(layout),))[0]
 
     def logp(self, tokens: list[int]) -> Tensor:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -129,6 +136,8 @@ class VLLMEngine(Engine):
 
 # -- inside vLLM ---------------------------------------------------------------------------------
 
+# Inputs of the widest layer whose packed weights are shown: it takes as long as so many tokens
+WIDEST = 1024
 # By the name of a request; `Draws` puts it on its device
 DRAWN = DrawnTable("cpu")
 # By the name of a request, how often vLLM has put it aside for want of memory and added it again
@@ -152,10 +161,53 @@ class Extension:
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
+    def checksums(self, layout: dict[str, torch.Size]) -> list[tuple[str, int]]:
+        """Of what the model computes with; see engines.base.Engine.checksums."""
+        return [(name, checksum(x)) for name, x in held(self.model_runner.model, layout)]
+
     def take_draws(self, names: list[str], lengths: list[int]) -> list[tuple[Drawn, int]]:
         """What was drawn for each request, and how often it was put aside; forgotten here."""
         return [(DRAWN.take(name, length), PREEMPTED.pop(name, 0))
                 for name, length in zip(names, lengths)]
+
+
+def held(model, layout: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
+    """(published name, tensor) of what a vLLM model computes with. It holds q, k and v in one
+    tensor, one below the other, and gate and up in another; a head or an embedding may have more
+    rows than were published; a tied head is the embedding."""
+    fused = getattr(model, "packed_modules_mapping", {})
+    names: dict[int, list[str]] = {}             # by id of a parameter, what was published for it
+    for path, module in model.named_modules():
+        above, _, last = path.rpartition(".")
+        for kind, p in module.named_parameters(recurse=False):
+            parts = [f"{above}.{part}.{kind}".lstrip(".") for part in fused.get(last, [last])]
+            known = [name for name in parts if name in layout] or names.get(id(p), [])
+            names[id(p)] = known
+            whole = computed_with(module, kind, p)
+            first = 0
+            for name in known:
+                end = first + layout[name][0]
+                if whole is not None and whole[first:end].shape == layout[name]:
+                    yield name, whole[first:end]
+                first = end
+
+
+@torch.no_grad()
+def computed_with(module, kind: str, parameter: Tensor) -> Tensor | None:
+    """The parameter as the module computes with it; None if it cannot be shown.
+
+    On a CPU linear layers compute with a packed copy, and hold no other. Its product with the
+    identity matrix is the copy unpacked, exactly: each sum has one term that is not 0.
+    """
+    packed = hasattr(module, "cpu_linear") and kind == "weight"
+    looked_up = hasattr(module, "num_embeddings") and not isinstance(module, ParallelLMHead)
+    if not packed or looked_up:                  # an embedding has a packed copy too, unused
+        return parameter
+    width = getattr(module, "input_size", None) or parameter.shape[-1]
+    if width > WIDEST:
+        return None
+    one = torch.eye(width, dtype=parameter.dtype)
+    return module.cpu_linear(one, parameter, None).T
 
 
 @dataclass

@@ -9,6 +9,7 @@ from models.alignment import by_length, pad, response_rows
 from models.head import sequence_logp
 from models.loading import load_model
 from teacher import score
+from transport.checksum import checksum
 from transport.weights import Weights
 
 
@@ -70,9 +71,11 @@ def test_weights_come_back_by_version_with_their_probe():
     w = weights(10)
     for v in range(3):
         w.publish({"a": torch.full((10,), float(v)), "b": torch.full((2, 3), -float(v))}, v, torch.full((2,), float(v)))
-    version, tensors, probe = w.read()
-    assert version == 2 and tensors["a"].eq(2).all() and tensors["b"].eq(-2).all() and probe.eq(2).all()
-    assert w.read(1)[1]["a"].eq(1).all(), "the one before is still there"
+    found = w.read()
+    assert found.version == 2 and found.tensors["a"].eq(2).all() and found.tensors["b"].eq(-2).all()
+    assert found.probe_logp.eq(2).all() and found.checksums == {n: checksum(x) for n, x in found.tensors.items()}
+    assert w.read(1).tensors["a"].eq(1).all(), "the one before is still there"
+    assert found.tensors["a"].data_ptr() == w.views(0)["a"].data_ptr(), "they are read in place"
     with pytest.raises(AssertionError, match="overwritten"):
         w.read(0)
 
@@ -86,12 +89,18 @@ def test_a_reader_never_sees_half_of_a_version():
         while not stop.is_set():
             v += 1
             w.publish({"a": torch.full((200_000,), v), "b": torch.full((2, 3), v)}, v, torch.full((2,), v))
+    kept = 0
     writer = threading.Thread(target=write)
     writer.start()
     try:
         for _ in range(200):
-            version, tensors, probe = w.read()
-            assert tensors["a"].min() == tensors["a"].max() == tensors["b"].max() == probe.max() == version
+            found = w.read()
+            a, b = (x.clone() for x in found.tensors.values())
+            if w.holds(found.version):
+                kept += 1
+                assert a.min() == a.max() == b.max() == found.probe_logp.max() == found.version
+                assert found.checksums == {"a": checksum(a), "b": checksum(b)}
+        assert kept > 0
     finally:
         stop.set()
         writer.join()

@@ -224,7 +224,8 @@ def test_what_is_published_is_the_model(config):
     learner = Learner(config(), "cpu", torch.float32)
     weights = Weights({n: p.shape for n, p in learner.student.model.named_parameters()}, [3, 4, 5, 6], torch.float32)
     learner.publish(weights, version=0)
-    version, tensors, probe = weights.read()
+    found = weights.read()
+    version, tensors, probe = found.version, found.tensors, found.probe_logp
     assert version == 0 and all(torch.equal(tensors[n], p) for n, p in learner.student.model.named_parameters())
     torch.testing.assert_close(probe, sequence_logp(learner.student.model, weights.probe).detach())
 

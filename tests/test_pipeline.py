@@ -130,26 +130,41 @@ def test_workers_do_not_outlive_a_killed_parent(flags):
     assert not alive(pids.values())
 
 
-WRONG_PUSH = """
+WRONG_PUBLISH = """
 import learner
 published = learner.LearnerWorker.publish
-def wrong(self):                         # version 3, as published, is not what the probe was measured on
+def wrong(self):                         # version 3 is damaged on its way
     seconds = published(self)
     if self.version == 3:
         self.shared.weights.flat[self.version % 2] *= 1.5
     return seconds
 learner.LearnerWorker.publish = wrong
 """
+WRONG_LOAD = """
+import engines.hf
+NAME = 'model.layers.0.self_attn.q_proj.weight'
+load = engines.hf.HFEngine.load
+def wrong(self, tensors):                # from the fourth push on one tensor stays as it was
+    self.pushes = getattr(self, 'pushes', 0) + 1
+    if self.pushes > 3:
+        tensors = tensors | {NAME: self.model.get_parameter(NAME).detach().clone()}
+    load(self, tensors)
+engines.hf.HFEngine.load = wrong
+"""
 
 
-def test_a_wrong_push_ends_the_run(flags, tmp_path):
-    """The learner's process gets a publish that damages version 3: the engine's probe must notice."""
+@pytest.mark.parametrize("dtype, code, said", [
+    ("float32", WRONG_PUBLISH, "weights of version 3 did not arrive"),
+    ("bfloat16", WRONG_LOAD, "in 1 of 14 tensors, the first of them model.layers.0.self_attn.q_proj.weight")])
+def test_a_wrong_push_ends_the_run(flags, tmp_path, dtype, code, said):
     (tmp_path / "asyncopd_wrong.py").write_text(
-        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{WRONG_PUSH}\n"
+        f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{code}\n"
         "import asyncopd\n"
         "if __name__ == '__main__':\n    sys.exit(asyncopd.main(sys.argv[1:]))\n")
-    done = complete([sys.executable, str(tmp_path / "asyncopd_wrong.py"), *command(flags | dict(steps=50))[2:]])
-    assert done.returncode == 1 and "version 3 did not arrive" in done.stderr and "rollout0" in done.stderr, done.stderr
+    how = command(flags | dict(steps=50, dtype=dtype))[2:]
+    done = complete([sys.executable, str(tmp_path / "asyncopd_wrong.py"), *how])
+    assert done.returncode == 1 and said in done.stderr and "rollout0" in done.stderr, done.stderr
+    assert "did not arrive" in done.stderr and not any(e.get("what") == "restarted" for e in lines(flags))
 
 
 # -- vLLM ------------------------------------------------------------------------------------------

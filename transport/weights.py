@@ -14,12 +14,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from transport.checksum import checksum
+from transport.published import Published
+
 
 class WeightTransport(Protocol):
     """Made by the parent and passed to every worker. The learner publishes, the rollouts read.
 
     probe   a fixed sequence of tokens. With each version the learner publishes its log-probs of
-            them; an engine that has loaded the version proves it by reproducing these numbers.
+            them, and a checksum of each tensor; an engine that has loaded the version proves it by
+            reproducing these numbers.
     """
     probe: list[int]
 
@@ -38,8 +42,9 @@ class WeightTransport(Protocol):
     def holds(self, version: int) -> bool:
         """Can this version still be read, or will it be, once it is published?"""
 
-    def read(self, version: int | None = None) -> tuple[int, dict[str, Tensor], Tensor]:
-        """(version, tensors, log-probs of the probe): the newest, or exactly the one asked for."""
+    def read(self, version: int | None = None) -> Published:
+        """The newest version, or exactly the one asked for. Its tensors may be read in place:
+        whoever has used them asks `holds` afterwards whether they were still those."""
 
 
 def unsharded(parameter: Tensor) -> Tensor:
@@ -52,6 +57,7 @@ class Weights:
 
     flat         [2, P] in the dtype the engines compute in; version v lies in half v % 2
     probe_logp   [2, len(probe) - 1], of the version in the same half
+    checksums    [2, number of tensors], of the version in the same half
     clock        [2]: the version being written, and the newest that is published
     """
 
@@ -61,6 +67,7 @@ class Weights:
         size = sum(shape.numel() for shape in layout.values())
         self.flat = torch.zeros(2, size, dtype=dtype).share_memory_()
         self.probe_logp = torch.zeros(2, len(probe) - 1).share_memory_()
+        self.checksums = torch.zeros(2, len(layout), dtype=torch.int64).share_memory_()
         self.clock = torch.full((2,), -1, dtype=torch.int64).share_memory_()
 
     @property
@@ -89,21 +96,24 @@ class Weights:
         assert parameters.keys() == self.layout.keys(), parameters.keys() ^ self.layout.keys()
         half = version % 2
         self.clock[0] = version
-        for name, view in self.views(half).items():
-            view.copy_(gather(parameters[name].detach()))
+        for i, (name, view) in enumerate(self.views(half).items()):
+            # in the dtype of compute where it lies, so that half of the bytes leave a GPU
+            whole = gather(parameters[name].detach()).to(view.dtype)
+            view.copy_(whole)
+            self.checksums[half, i] = checksum(whole)
         self.probe_logp[half] = probe_logp
         self.clock[1] = version
 
-    def read(self, version: int | None = None) -> tuple[int, dict[str, Tensor], Tensor]:
-        """Copies. Read again if the learner overwrites the newest version meanwhile."""
+    def read(self, version: int | None = None) -> Published:
+        """The tensors are views."""
         while True:
             wanted = self.version if version is None else version
             assert wanted >= 0, "nothing is published yet"
             half = wanted % 2
-            copies = {name: view.clone() for name, view in self.views(half).items()}
+            checksums = dict(zip(self.layout, self.checksums[half].tolist()))
             probe_logp = self.probe_logp[half].clone()
             if self.holds(wanted):
-                return wanted, copies, probe_logp
+                return Published(wanted, self.views(half), checksums, probe_logp)
             assert version is None, (f"version {version} was overwritten by {int(self.clock[0])} "
                                      "while it was read")
 

@@ -1,0 +1,19 @@
+"""
+One version of the student on its way from the learner to a rollout worker, whatever the transport.
+
+Tests: tests/test_push.py, tests/test_cache.py
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Published:
+    """One version of the student, as a rollout worker reads it."""
+    version: int
+    tensors: dict[str, Tensor]       # by name; the learner overwrites them two versions later
+    checksums: dict[str, int]        # of the same names, of what the learner meant to publish
+    probe_logp: Tensor               # [len(probe) - 1]
