@@ -29,6 +29,7 @@ from extension import Extensions
 from models.alignment import by_length, kept_rows, pad, response_rows
 from models.head import teacher_logq
 from models.loading import load_model, stop_ids, vocab_size
+from models.sharding import last_hidden
 from transport.link import Link
 from transport.shared import SharedMemory
 
@@ -102,16 +103,14 @@ def score(model, segments: list[Segment], slots: Slots, support: str, vocab: int
     `design`: how words of its own are drawn. `vocab`: the number of the student's words. `chunk`:
     positions whose logits exist at once.
     """
-    tokens, mask = pad(segments, model.device)
+    tokens, _ = pad(segments, model.device)
     head = model.get_output_embeddings()
     layers = extensions.teacher_layers if extensions else []
-    out = model.base_model(input_ids=tokens, attention_mask=mask,
-                           output_hidden_states=bool(layers))
+    last, states = last_hidden(model, tokens, layers)
     if layers:
-        # hidden_states[0] is the embedding
-        states = {layer: response_rows(out.hidden_states[1 + layer], segments) for layer in layers}
-        extensions.record(states, segments, slots)
-    rows = response_rows(out.last_hidden_state, segments).to(head.weight.device)
+        extensions.record({layer: response_rows(x, segments) for layer, x in zip(layers, states)},
+                          segments, slots)
+    rows = response_rows(last, segments).to(head.weight.device)
     rows = kept_rows(rows, segments)                             # [m, H]
     ids = torch.cat([s.ids for s in segments]).long().to(rows.device)
     logpi = None

@@ -83,8 +83,8 @@ def score(cfg: Config, segments: list[Segment]) -> None:
     teacher = load_model(cfg.teacher, "cpu", torch.float32)
     head = teacher.get_output_embeddings()
     for group in by_length(segments, cfg.micro_tokens):           # micro-batches
-        tokens, mask = pad(group, "cpu")
-        hidden = teacher.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
+        tokens, _ = pad(group, "cpu")     # padded on the right, where a causal model never looks
+        hidden = teacher.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         states = response_rows(hidden, group)      # [M, H]: the state that predicts each new token
         every = teacher_logq(head, states, len(head.weight))                             # [M, V]
         logq = every.gather(-1, torch.cat([s.ids for s in group]))                       # [M, N]

@@ -61,6 +61,7 @@ SMOKES = {
     "step_off.py": Smoke("", "m.STEPS, m.LAG, m.toy_models = 3, 1, lambda root: ('{student}', '{teacher}')\n"
                              "m.TOY += ['--batch=4']"),
     "step.py": Smoke("toy", "m.toy = lambda pairs, toy=m.toy: toy(1)"),
+    "teacher.py": Smoke("", "m.LENGTHS, m.ROUNDS = (12, 5), 1"),
     "toy.py": Smoke("run lag --engine=hf --steps=2 --batch=4 --eval.n=4 --max-prompt=8 --max-response=8 "
                     "--warmup=0 " + TOY_MODELS,
                     "m.groups = lambda groups=m.groups: {{'lag': dict(list(groups()['lag'].items())[:1])}}"),

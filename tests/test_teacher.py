@@ -15,6 +15,8 @@ from control.resolve import configure
 from draws import draw_iid
 from estimators import ESTIMATORS
 from models import footprint
+from models.alignment import pad, response_rows
+from models.head import teacher_logq
 from models.loading import load_model
 from teacher import HFTeacher, TeacherCheck, answers, score, teacher_class
 from teacher import complete as complete_for_real
@@ -102,6 +104,30 @@ def test_a_gpu_is_asked_for_a_row_per_new_token_and_for_no_word_beyond_its_head(
             assert (ids[~s.kept] == -1).all(), "nothing is asked of what is bypassed"
     finally:
         vllm.on_gpu = torch.cuda.is_available()
+
+
+def test_padding_costs_the_teacher_neither_a_mask_nor_a_cache(models, monkeypatch):
+    """With a mask attention takes a slow kernel; a cache is read by nobody. The scores are those with both."""
+    model, slots = load_model(models["teacher"], DEVICE, torch.float32), drawn("candidates")
+    segments = [slots.read(s) for s in range(4)]
+    attend = torch.nn.functional.scaled_dot_product_attention
+    seen = []
+
+    def spy(*args, attn_mask=None, is_causal=False, **how):
+        seen.append((attn_mask, is_causal))
+        return attend(*args, attn_mask=attn_mask, is_causal=is_causal, **how)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", spy)
+    monkeypatch.setattr("transformers.DynamicCache.update", lambda *_, **__: pytest.fail("a cache"))
+    score(model, segments, slots, "candidates", 32)
+    assert len(seen) == 2 and all(mask is None and causal for mask, causal in seen)
+    monkeypatch.undo()
+    tokens, mask = pad(segments, DEVICE)
+    with torch.no_grad():
+        hidden = model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
+    want = teacher_logq(model.get_output_embeddings(), response_rows(hidden, segments), 32)
+    got = torch.cat([slots.read(s).logq for s in range(4)])
+    ids = torch.cat([s.ids for s in segments]).long().to(DEVICE)
+    torch.testing.assert_close(got, want.gather(-1, ids).cpu(), rtol=0, atol=1e-5)
 
 
 # -- what vLLM is refused for ----------------------------------------------------------------------

@@ -20,13 +20,14 @@ def checksum(x: Tensor) -> int:
     The work is done where x lies. -0 counts as 0: an engine that shows its weights as a product
     with the identity matrix cannot tell them apart.
     """
-    flat = x.reshape(-1)
+    in_word = 8 // x.itemsize
+    most = -(-min(x.numel(), CHUNK) // in_word)
+    odd = torch.arange(1, 2 * most, 2, device=x.device)
     total = torch.zeros((), dtype=torch.int64, device=x.device)
     first = 0                                    # index of a chunk's first word
-    for chunk in flat.split(CHUNK):
+    for chunk in x.reshape(-1).split(CHUNK):
         chunk = chunk + 0                        # -0 + 0 = 0; and a copy is aligned to words
-        words = pad(chunk, (0, -len(chunk) % (8 // x.itemsize))).view(torch.int64)
-        odd = torch.arange(2 * first + 1, 2 * (first + len(words)), 2, device=x.device)
-        total += (words * odd).sum()             # int64 wraps around
+        words = pad(chunk, (0, -len(chunk) % in_word)).view(torch.int64)
+        total += (words * odd[:len(words)]).sum() + 2 * first * words.sum()  # int64 wraps around
         first += len(words)
     return int(total)

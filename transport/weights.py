@@ -97,10 +97,11 @@ class Weights:
         half = version % 2
         self.clock[0] = version
         for i, (name, view) in enumerate(self.views(half).items()):
-            # in the dtype of compute where it lies, so that half of the bytes leave a GPU
-            whole = gather(parameters[name].detach()).to(view.dtype)
+            whole = gather(parameters[name].detach())
+            if whole.is_cuda:                    # cast there, so that half of the bytes travel
+                whole = whole.to(view.dtype)
             view.copy_(whole)
-            self.checksums[half, i] = checksum(whole)
+            self.checksums[half, i] = checksum(whole if whole.is_cuda else view)
         self.probe_logp[half] = probe_logp
         self.clock[1] = version
 
