@@ -76,6 +76,9 @@ class StandIn:
     def load(self, tensors):
         self.debt += 0.01 * STEP_S
 
+    def checksums(self, layout):
+        return []
+
     def logp(self, tokens):
         return torch.zeros(len(tokens) - 1)
 

@@ -12,6 +12,7 @@ from config import Config
 from control.scheduler import Scheduler
 from engines.drawn import Drawn
 from rollout import Worker
+from transport.published import Published
 from transport.shared import SharedMemory
 
 T = 60
@@ -30,6 +31,9 @@ class Engine:
 
     def load(self, tensors):
         assert not self.rows
+
+    def checksums(self, layout):
+        return []
 
     def logp(self, tokens):
         return torch.zeros(1)
@@ -80,7 +84,7 @@ class Pipeline:
         self.weights = SimpleNamespace(version=0, probe=[1, 2], read=self.read, holds=lambda version: True)
         self.began = 0
         shared = SharedMemory(self.slots, self.weights)
-        self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of, room), tolerance=1.0)
+        self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of, room))
         self.again = lambda: Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.workers = [self.start() for _ in range(workers)]
         self.deaths, self.resumes, self.jumps = deaths, resumes, jumps
@@ -93,7 +97,7 @@ class Pipeline:
 
     def read(self, version):
         assert version is None or self.began <= version <= self.weights.version, "was never published in this run"
-        return self.weights.version if version is None else version, {}, torch.zeros(1)
+        return Published(self.weights.version if version is None else version, {}, {}, torch.zeros(1))
 
     def route(self):
         handed_out = self.scheduler.handed_out
@@ -293,9 +297,9 @@ def test_after_a_push_the_oldest_responses_go_on_first():
     """Whatever slots they are in."""
     slots = Slots(5, 1, T, 1)
     weights = SimpleNamespace(version=0, probe=[1, 2], holds=lambda version: True,
-                              read=lambda version: (weights.version, {}, torch.zeros(1)))
+                              read=lambda version: Published(weights.version, {}, {}, torch.zeros(1)))
     engine = Engine(lambda uid: T)
-    worker = Worker(Config(max_response=T), Link(), SharedMemory(slots, weights), engine, tolerance=1.0)
+    worker = Worker(Config(max_response=T), Link(), SharedMemory(slots, weights), engine)
     for slot, uid in enumerate([7, 2, 9, 4, 3]):
         slots.open(slot, uid, [0], 1, version=0)
         worker.take([(None, slot)])
