@@ -70,7 +70,6 @@ class VLLMEngine(Engine):
                        gpu_memory_utilization=gpu_share(cfg), enforce_eager=device == "cpu",
                        hf_overrides={"head_dtype": "float32"},       # logits are not rounded
                        enable_prefix_caching=False, skip_tokenizer_init=True,
-                       hf_overrides={"head_dtype": "float32"},
                        disable_log_stats=True, distributed_executor_backend="uni",
                        logits_processors=["engines.vllm:Draws"],
                        worker_extension_cls="engines.vllm.Extension")
