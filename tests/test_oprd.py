@@ -554,11 +554,11 @@ def test_what_ends_the_command_ends_the_fit(flags, how):
 
 def test_a_fit_that_dies_is_a_failure_and_no_refusal():
     with pytest.raises(RuntimeError, match="died with exit code 3"):
-        alone(dies, None, 3, "cpu")
+        alone(dies, Config(gpus=0), 3, "cpu")
     with pytest.raises(RuntimeError, match="KeyError"):
-        alone(dies, None, "key", "cpu")
+        alone(dies, Config(gpus=0), "key", "cpu")
     with pytest.raises(ValueError, match="^no$"):
-        alone(dies, None, "no", "cpu")
+        alone(dies, Config(gpus=0), "no", "cpu")
 
 
 def dies(cfg, how, device, dtype):
