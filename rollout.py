@@ -250,9 +250,9 @@ class Worker:
     def check_finite(self, published: Published) -> None:
         """No engine can prove that nan has arrived: then the update is to blame, not the way."""
         if not published.probe_logp.isfinite().all():
-            raise Incurable(f"version {published.version} of the student is useless: the learner itself "
-                            "computes log-probs of nan or inf with it. Its last update was too "
-                            f"large (--lr {self.cfg.lr:g}, --clip {self.cfg.clip:g}; grad_norm in "
+            raise Incurable(f"version {published.version} of the student is useless: the learner "
+                            "itself computes log-probs of nan or inf with it. Its last update was "
+                            f"too large (--lr {self.cfg.lr:g}, --clip {self.cfg.clip:g}; grad_norm in "
                             "the log): lower --lr, or raise --warmup")
 
     def answer(self) -> None:

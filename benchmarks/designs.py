@@ -4,8 +4,8 @@ The two sampling designs against each other: the noise of the gradient, and what
     python benchmarks/designs.py variance                # synthetic students; a minute
     python benchmarks/designs.py variance --run runs/x   # positions of a toy run at several lags (made with
                                                          # --save-every 4 --faults.keep 0)
-    python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; half a minute for
-                                                         # each run on a core; finished runs are not made again
+    python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; a minute for each
+                                                         # run on a core; finished runs are not made again
     python benchmarks/designs.py best --seeds 0 1 2 3 4  # the same at the learning rate that won for each cell
     python benchmarks/designs.py picture                 # how words are chosen: benchmarks/figures/design.png
     python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
@@ -258,8 +258,7 @@ def train_all(wanted: list[tuple[str, int, float, int]], jobs: int) -> None:
 
 
 def best_rate(found: list[dict], cell: str, lag: int) -> float | None:
-    """The learning rate with the lowest exact KL(p, q), mean over its seeds: of those with the most seeds in common,
-    that is over the first seed where only that one was run at all rates."""
+    """The learning rate with the lowest exact KL(p, q) for the first seed, with which all rates are run."""
     mine = [r for r in found if (r["cell"], r["lag"]) == (cell, lag)]
     if not mine:
         return None
@@ -280,7 +279,7 @@ def training_table(found: list[dict]) -> list[list[str]]:
                 continue
             best = [r for r in found if (r["cell"], r["lag"], r["lr"]) == (cell, lag, lr)]
             line.append(f"{spread([100 * r['accuracy'] for r in best], 0)}%, {spread([r['kl'] for r in best], 2)} "
-                        f"(lr {lr:g}, {len(best)} seeds)")
+                        f"(lr {lr:g}, {len(best)} seed{'s' * (len(best) > 1)})")
         if any(line[1:]):
             lines.append(line)
     return lines

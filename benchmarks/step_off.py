@@ -26,14 +26,16 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from cache import Segment, Slots  # noqa: E402
+from config import compute_dtype  # noqa: E402
 from control.resolve import configure  # noqa: E402
 from data.prompts import encode, prompt_number  # noqa: E402
 from data.tasks import Task, toy_task  # noqa: E402
 from data.toy import toy_models  # noqa: E402
 from engines.hf import HFEngine  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
+from examples.against_teacher import answered, every_logp  # noqa: E402
 from learner import Learner  # noqa: E402
-from models.alignment import by_length, pad, response_rows  # noqa: E402
+from models.alignment import by_length  # noqa: E402
 from teacher import HFTeacher  # noqa: E402
 
 STEPS, LAG = 12, 4           # of the comparison with the command
@@ -49,9 +51,9 @@ class Toy:
         self.lag = lag
         self.task: Task = toy_task(cfg.eval.n)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-        self.engine = HFEngine(cfg, "cpu", torch.float32)
-        self.teacher = HFTeacher(cfg, "cpu", torch.float32)
-        self.learner = Learner(cfg, "cpu", torch.float32)
+        self.engine = HFEngine(cfg, "cpu", compute_dtype(cfg))
+        self.teacher = HFTeacher(cfg, "cpu", compute_dtype(cfg))
+        self.learner = Learner(cfg, "cpu", compute_dtype(cfg))
         estimator = ESTIMATORS[cfg.estimator]
         width = self.teacher.model.config.hidden_size if estimator.support == "full" else 0
         self.slots = Slots(cfg.batch, cfg.max_prompt, cfg.max_response,
@@ -103,26 +105,12 @@ class Toy:
         sampled = self.engine.complete(prompts, self.cfg.max_response, temperature=1.0)
         kl = forward_kl = 0.0
         tokens = 0
-        for group in by_length([answered(p, a) for p, a in zip(prompts, sampled)], 4096):
-            logp, logq = (all_logp(model, group) for model in (self.engine.model, self.teacher.model))
+        for group in by_length([answered(0, p, a) for p, a in zip(prompts, sampled)], 4096):
+            logp, logq = (every_logp(model, group) for model in (self.engine.model, self.teacher.model))
             kl += (logp.exp() * (logp - logq)).sum().item()
             forward_kl += (logq.exp() * (logq - logp)).sum().item()
             tokens += len(logp)
         return {"accuracy": sum(right) / len(right), "kl": kl / tokens, "forward_kl": forward_kl / tokens}
-
-
-def answered(prompt: list[int], answer: list[int]) -> Segment:
-    """A prompt and its answer, of which the answer is new."""
-    nothing = torch.empty(len(answer), 0)
-    return Segment(slot=-1, tokens=torch.tensor([*prompt, *answer]), prompt=len(prompt), start=len(prompt),
-                   version=torch.zeros(len(answer)), ids=nothing, logpi=nothing, logmu=nothing, logq=nothing)
-
-
-def all_logp(model, group: list[Segment]) -> Tensor:
-    """[M, V], float64: log-probs of all words at the new positions."""
-    tokens, mask = pad(group, "cpu")
-    hidden = model.base_model(input_ids=tokens, attention_mask=mask).last_hidden_state
-    return model.get_output_embeddings()(response_rows(hidden, group)).double().log_softmax(-1)
 
 
 def distil(flags: list[str], lag: int) -> dict[str, float]:

@@ -78,10 +78,13 @@ def toy_models(root: Path) -> tuple[str, str]:
 def save_whole(folder: Path, model, tokenizer) -> None:
     """Saves under a temporary name and renames, so that `folder` is never half written."""
     partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    model.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    try:
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def toy_tokenizer():

@@ -1,8 +1,8 @@
 """
 What has been drawn for the responses in an engine: a row of preallocated tensors for each.
 
-A step of the engine is written by one indexed copy per tensor, however many responses there are,
-and without waiting for the device. What is left out: drawing itself (sampling.py).
+A step of the engine is written by one indexed copy per tensor, however many responses there are.
+What is left out: drawing itself (sampling.py).
 Shapes: R responses written in a step; C words per position; L tokens. Tests: tests/test_drawn.py
 """
 from __future__ import annotations

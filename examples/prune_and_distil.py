@@ -25,7 +25,6 @@ import copy
 import hashlib
 import json
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -44,6 +43,7 @@ from tqdm import tqdm  # noqa: E402
 from config import require  # noqa: E402
 from data.printable import printable  # noqa: E402
 from data.prompts import Row, read_rows  # noqa: E402
+from data.toy import save_whole  # noqa: E402
 from examples.against_teacher import Teacher, lowered, samples, table  # noqa: E402
 from models.loading import load_model  # noqa: E402
 from record.report import table as plain_table  # noqa: E402
@@ -103,18 +103,6 @@ def unquantised(model):
 
 def first_line(e: Exception) -> str:
     return f"{type(e).__name__}: {str(e).strip().splitlines()[0][:200] if str(e).strip() else ''}"
-
-
-def save_whole(folder: Path, model, tokenizer) -> None:
-    """Save under a temporary name and rename, so that `folder` is never half written."""
-    partial = folder.with_name(f".{folder.name}-{os.getpid()}")
-    try:
-        model.save_pretrained(partial)
-        tokenizer.save_pretrained(partial)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 # -- make: the student ----------------------------------------------------------------------------

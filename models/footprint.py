@@ -88,9 +88,9 @@ def mlp_width(c: Any) -> int:
 
 
 def logit_bytes(support: str, half: bool) -> int:
-    """Bytes per logit of a chunk: a float32 buffer, and with --dtype bfloat16 one in that. Where the estimator
-    sees all words, also the teacher's log-probs, the gradient, and what autograd keeps of the
-    divergence."""
+    """Bytes per logit of a chunk: a float32 buffer, and with --dtype bfloat16 one in that. Where the
+    estimator sees all words, also the teacher's log-probs, the gradient, and what autograd keeps
+    of the divergence."""
     float32 = 40 if support == "full" else 4
     return float32 + (2 if half else 0)
 

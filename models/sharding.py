@@ -51,7 +51,8 @@ def compute_in(model, dtype: torch.dtype) -> None:
 
     Everything between layers is then in `dtype` as well, as in an engine. Under autocast alone it
     would be float32, which is more exact, but not what the engine has sampled from: on the toy
-    w = p / mu at lag 0 scatters by 0.012 with autocast and by 0.002 like this.
+    w = p / mu at lag 0 scatters by 0.016 with autocast and by 0.002 like this
+    (benchmarks/precision.py).
     """
     def shorten(module, inputs) -> None:
         for name, p in module.named_parameters(recurse=False):

@@ -81,6 +81,22 @@ def test_a_folder_that_one_run_removes_is_never_anothers(tmp_path):
     assert sum(held.value for held in counts) >= TRIES and listing(tmp_path) == []
 
 
+def test_a_folder_that_vanishes_before_it_is_claimed_is_made_again(tmp_path, monkeypatch):
+    """Between the look at it and the claim, its owner has released and removed it."""
+    out = tmp_path / "run"
+    out.mkdir()
+    claim_old = run_folder.claim_old
+
+    def too_late(folder):
+        if out.exists():
+            out.rmdir()
+            raise FileNotFoundError
+        return claim_old(folder)
+    monkeypatch.setattr(run_folder, "claim_old", too_late)
+    with claim_folder(Config(out=str(out)))[1]:
+        assert listing(tmp_path) == ["run", "run/.claim"]
+
+
 def claim_and_die(out):
     claim_folder(Config(out=out))
     os.kill(os.getpid(), 9)
