@@ -1,5 +1,5 @@
 # make demo    install into .venv, train the toy with vLLM: a few minutes on a laptop
-# make smollm2 prune a published chat model, and win back by distillation what it lost: minutes on two cores
+# make smollm2 prune a published chat model, and win back by distillation what it lost: on two cores, no GPU
 # make test    the same installation: style, imports, every test
 # make lint    style and imports only
 PYTHON ?= python3

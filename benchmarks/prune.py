@@ -28,21 +28,19 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
+from step_off import Run  # noqa: E402
 
 import examples.prune_and_distil as prune_and_distil  # noqa: E402
-from cache import Segment, Slots  # noqa: E402
+from cache import Segment  # noqa: E402
 from control.resolve import configure  # noqa: E402
-from data.prompts import Row, encode, prompt_number, read_rows  # noqa: E402
-from engines.hf import HFEngine  # noqa: E402
-from estimators import ESTIMATORS  # noqa: E402
+from data.prompts import read_rows  # noqa: E402
 from examples.against_teacher import ROWS, Teacher, interval, per_token, table  # noqa: E402
-from learner import Learner  # noqa: E402
 from models.alignment import by_length  # noqa: E402
 from models.head import head_backward  # noqa: E402
 from record.provenance import provenance  # noqa: E402
-from teacher import HFTeacher  # noqa: E402
 
 RECORDS = HERE / "prune.jsonl"
 CONFIG = ROOT / "configs" / "smollm2.yaml"
@@ -62,57 +60,26 @@ PAIRS = ("sync", "async")
 
 # -- one run of the grid, in one process ----------------------------------------------------------
 
-class Run:
-    """Student, teacher and learner of a configuration; synchronous, so that no method has a lag."""
+class PrunedRun(Run):
+    """A run of the configuration; synchronous, so that no method has a lag."""
 
     def __init__(self, flags: list[str], supervised: bool):
-        self.cfg = cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", "--schedule=sync", *flags])
+        cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", "--schedule=sync", *flags])
+        super().__init__(cfg, read_rows(cfg.task, cfg.data.prompt_key, cfg.data.answer_key, cfg.data.filter))
         self.supervised = supervised
-        self.rows: list[Row] = read_rows(cfg.task, cfg.data.prompt_key, cfg.data.answer_key, cfg.data.filter)
-        self.learner = Learner(cfg, "cpu", torch.float32)
-        self.teacher = HFTeacher(cfg, "cpu", torch.float32)
-        self.engine = HFEngine(cfg, "cpu", torch.float32)
         if supervised:                           # the teacher answers
             self.engine.use(cfg, self.teacher.model)
-        estimator = ESTIMATORS[cfg.estimator]
-        width = self.teacher.model.config.hidden_size if estimator.support == "full" else 0
-        self.slots = Slots(cfg.batch, cfg.max_prompt, cfg.max_response,
-                           estimator.columns(cfg.mc_samples, cfg.top_k), hidden=width)
-        from transformers import AutoTokenizer
-        self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
-        self.updates = 0
-        self.tokens = 0
 
-    def step(self) -> None:
-        segments = self.generate()
-        if self.supervised:
-            self.imitate(segments)
-        else:
-            for group in by_length(segments, self.cfg.micro_tokens):
-                self.teacher.score(group, self.slots)
-            self.learner.step(segments, self.updates)
-        self.updates += 1
-        self.tokens += sum(map(len, segments))
-
-    def generate(self) -> list[Segment]:
-        """One batch of answers, in the order in which the pipeline hands out prompts."""
-        cfg = self.cfg
+    def push(self) -> None:
         if not self.supervised:
-            weights = self.learner.student.parameters()
-            self.engine.load({name: p.detach().clone() for name, p in weights.items()})
-        uids = range(self.updates * cfg.batch, (self.updates + 1) * cfg.batch)
-        chosen = [self.rows[prompt_number(uid, len(self.rows), cfg.seed)] for uid in uids]
-        for s, (uid, prompt) in enumerate(zip(uids, encode(chosen, self.tokenizer))):
-            self.slots.open(s, uid, prompt, len(prompt), self.updates)
-            self.engine.add(s, prompt, cfg.max_response, uid=uid, position=0)
-        left = cfg.batch
-        while left:
-            for s, drawn in self.engine.take(self.engine.step()).items():
-                self.slots.append(s, *drawn, self.updates)
-                left -= 1
-        return [self.slots.read(s) for s in range(cfg.batch)]
+            super().push()
 
-    def imitate(self, segments: list[Segment]) -> None:
+    def train(self, segments: list[Segment]) -> dict[str, object]:
+        if self.supervised:
+            return self.imitate(segments)
+        return super().train(segments)
+
+    def imitate(self, segments: list[Segment]) -> dict[str, object]:
         """One update by cross-entropy on the new tokens, with the learner's optimizer and clipping."""
         student = self.learner.student
         count = sum(map(len, segments))
@@ -123,6 +90,7 @@ class Run:
                                         chunk=student.chunk, dtype=torch.float32)
             rows.backward(gradient)
         self.learner.update(self.learner.learning_rate())
+        return {}
 
 
 def cross_entropy(at: slice, logp: torch.Tensor, every: None) -> dict[str, torch.Tensor]:
@@ -132,7 +100,7 @@ def cross_entropy(at: slice, logp: torch.Tensor, every: None) -> dict[str, torch
 def grid_run(teacher: Teacher, method: str, lr: float, seed: int, tokens: int, flags: list[str]) -> dict:
     """Train one student and compare it with its teacher."""
     start = time.monotonic()
-    run = Run([*METHODS[method], f"--lr={lr}", f"--seed={seed}", *flags], method == SUPERVISED)
+    run = PrunedRun([*METHODS[method], f"--lr={lr}", f"--seed={seed}", *flags], method == SUPERVISED)
     while run.tokens < tokens:
         run.step()
     trained_s = time.monotonic() - start

@@ -1,7 +1,7 @@
 """
 The toy in one process at a constant lag: what `--schedule step-off` trains, without the pipeline around it.
 
-`distil` draws batch j under the weights of version j - lag, has the teacher score it, and makes one update, with the
+`Run` draws batch j under the weights of version j - lag, has the teacher score it, and makes one update, with the
 engine, the teacher and the learner of the pipeline, in a fraction of its time, so that hundreds of runs fit into
 hours. It trains the tokens that the real command trains: `python benchmarks/step_off.py` makes twelve steps of both and
 compares them. Only rounding differs, because there a batch lies in other slots. `exact` then measures the student over
@@ -26,9 +26,9 @@ from torch import Tensor  # noqa: E402
 from transformers import AutoTokenizer  # noqa: E402
 
 from cache import Segment, Slots  # noqa: E402
-from config import compute_dtype  # noqa: E402
+from config import Config, compute_dtype  # noqa: E402
 from control.resolve import configure  # noqa: E402
-from data.prompts import encode, prompt_number  # noqa: E402
+from data.prompts import Row, encode, prompt_number  # noqa: E402
 from data.tasks import Task, toy_task  # noqa: E402
 from data.toy import toy_models  # noqa: E402
 from engines.hf import HFEngine  # noqa: E402
@@ -42,14 +42,14 @@ STEPS, LAG = 12, 4           # of the comparison with the command
 TOY = ["--task=toy", "--gpus=0", "--engine=hf", "--batch=64", "--warmup=0", "--max-prompt=8", "--max-response=40"]
 
 
-class Toy:
-    """A run of the toy, step by step."""
+class Run:
+    """A run in one process, batch by batch; batch j is drawn by the weights of version j - lag."""
 
-    def __init__(self, flags: list[str], lag: int):
-        self.cfg = cfg = configure([*TOY, *flags, "--schedule=step-off" if lag else "--schedule=sync",
-                                    *([f"--max-ahead={lag}"] if lag else [])])
+    def __init__(self, cfg: Config, rows: list[Row], lag: int = 0):
+        """`rows`: the prompts to train on."""
+        self.cfg = cfg
+        self.rows = rows
         self.lag = lag
-        self.task: Task = toy_task(cfg.eval.n)
         self.tokenizer = AutoTokenizer.from_pretrained(cfg.student)
         self.engine = HFEngine(cfg, "cpu", compute_dtype(cfg))
         self.teacher = HFTeacher(cfg, "cpu", compute_dtype(cfg))
@@ -68,22 +68,30 @@ class Toy:
     def step(self) -> dict[str, object]:
         """One train batch; the learner's numbers of it."""
         segments = self.generate()
-        for group in by_length(segments, self.cfg.micro_tokens):
-            self.teacher.score(group, self.slots)
-        metrics = self.learner.step(segments, self.updates).metrics
-        self.tokens += metrics["tokens"]
+        metrics = self.train(segments)
+        self.tokens += sum(map(len, segments))
         self.updates += 1
         self.versions = [*self.versions, self.weights()][-self.lag - 1:]
         return metrics
 
+    def train(self, segments: list[Segment]) -> dict[str, object]:
+        """Score these segments, and make the update."""
+        for group in by_length(segments, self.cfg.micro_tokens):
+            self.teacher.score(group, self.slots)
+        return self.learner.step(segments, self.updates).metrics
+
+    def push(self) -> None:
+        """The weights that draw the next batch."""
+        self.engine.load(self.versions[0])
+
     def generate(self) -> list[Segment]:
+        """One batch of responses, in the order in which the pipeline hands out prompts."""
         cfg = self.cfg
         version = max(0, self.updates - self.lag)
-        self.engine.load(self.versions[0])
+        self.push()
         uids = range(self.updates * cfg.batch, (self.updates + 1) * cfg.batch)
-        rows = self.task.train
-        prompts = encode([rows[prompt_number(uid, len(rows), cfg.seed)] for uid in uids], self.tokenizer)
-        for s, (uid, prompt) in enumerate(zip(uids, prompts)):
+        chosen = [self.rows[prompt_number(uid, len(self.rows), cfg.seed)] for uid in uids]
+        for s, (uid, prompt) in enumerate(zip(uids, encode(chosen, self.tokenizer))):
             self.slots.open(s, uid, prompt, len(prompt), version)
             self.engine.add(s, prompt, cfg.max_response, uid=uid, position=0)
         left = cfg.batch
@@ -92,6 +100,16 @@ class Toy:
                 self.slots.append(s, *drawn, version)
                 left -= 1
         return [self.slots.read(s) for s in range(cfg.batch)]
+
+
+class Toy(Run):
+    """A run of the toy, and what it has learnt."""
+
+    def __init__(self, flags: list[str], lag: int):
+        schedule = ["--schedule=step-off", f"--max-ahead={lag}"] if lag else ["--schedule=sync"]
+        cfg = configure([*TOY, *flags, *schedule])
+        self.task: Task = toy_task(cfg.eval.n)
+        super().__init__(cfg, self.task.train, lag)
 
     @torch.no_grad()
     def exact(self) -> dict[str, float]:
