@@ -74,6 +74,10 @@ def engine_fault(name: str, what: str, e: Exception) -> str:
     return f"--engine {name} {what}: {type(e).__name__}: {why}{remedy}"
 
 
+def not_arrived(published: Published, why: str) -> Incurable:
+    return Incurable(f"weights of version {published.version} did not arrive in the engine: {why}")
+
+
 class Worker:
     """The state of a rollout worker, and three promises:
 
@@ -205,46 +209,50 @@ class Worker:
             return
         with self.paused(), self.link.span("push"):
             start = time.monotonic()
-            published = self.copy_weights(version)
-            gap = self.check_arrival(published)
+            published, proven = self.copy_weights(version)
+            gap = self.check_probe(published, proven)
             self.version = published.version
             self.probe_logp = published.probe_logp
         self.link.send("pushed", version=self.version, seconds=time.monotonic() - start,
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
-    def copy_weights(self, version: int | None) -> Published:
+    def copy_weights(self, version: int | None) -> tuple[Published, bool]:
         """Load into the engine what lies in shared memory, again if the learner has overwritten it
-        meanwhile: that takes two more versions, so it is rare."""
+        meanwhile: that takes two more versions, so it is rare. The engine must then hold the bits
+        that were published, as far as it can show them; returns also whether it shows some of every
+        tensor.
+
+        Raises Incurable: a restart of this worker would not help.
+        """
         while True:
             published = self.weights.read(version)
             self.check_finite(published)
             self.engine.load(published.tensors)
+            layout = {name: x.shape for name, x in published.tensors.items()}
+            shown = self.engine.checksums(layout, published.version)
+            wrong = sorted({x.name for x in shown if x.checksum != published.checksum_like(x)})
             if self.weights.holds(published.version):
-                return published
+                break
             assert version is None, f"version {version} was overwritten while it was read"
-
-    def check_arrival(self, published: Published) -> Tensor:
-        """The engine must hold the bits that were published, as far as it can show them, and must
-        compute the learner's log-probs of the probe. Returns how far these differ, [len - 1].
-
-        Raises Incurable: a restart of this worker would not help.
-        """
-        failed = f"weights of version {published.version} did not arrive in the engine: "
-        layout = {name: x.shape for name, x in published.tensors.items()}
-        shown = self.engine.checksums(layout)
-        wrong = sorted({name for name, found in shown if found != published.checksums[name]})
         if wrong:
-            raise Incurable(f"{failed}it has other numbers than were published in {len(wrong)} of "
-                            f"{len(layout)} tensors, the first of them {wrong[0]}")
+            raise not_arrived(published, f"it has other numbers than were published in {len(wrong)} "
+                              f"of {len(layout)} tensors, the first of them {wrong[0]}")
+        return published, {x.name for x in shown} == layout.keys()
+
+    def check_probe(self, published: Published, proven: bool) -> Tensor:
+        """The engine must compute the learner's log-probs of the probe. Returns how far these
+        differ, [len - 1]. `proven`: the engine has shown bits of all tensors.
+
+        Raises Incurable.
+        """
         gap = (self.engine.logp(self.weights.probe) - published.probe_logp).abs()
         moved = 0.0
         if self.probe_logp is not None:
             moved = (published.probe_logp - self.probe_logp).abs().max().item()
-        proven = {name for name, _ in shown} == layout.keys()
         tolerance = probe_tolerance(self.dtype, moved, proven)
         if not gap.max() <= tolerance:                   # `not <=`, so that nan counts as wrong
-            raise Incurable(f"{failed}its log-probs differ from the learner's by up to "
-                            f"{gap.max():.3g} on the probe (tolerance {tolerance:.3g})")
+            raise not_arrived(published, "its log-probs differ from the learner's by up to "
+                              f"{gap.max():.3g} on the probe (tolerance {tolerance:.3g})")
         return gap
 
     def check_finite(self, published: Published) -> None:

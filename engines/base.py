@@ -18,6 +18,7 @@ from torch import Tensor
 from engines.drawn import Drawn
 from engines.sampling import Drawing
 from engines.uniforms import EVALUATION
+from transport.checksum import Shown
 
 # Differences of log-probs, nats, between an engine and the learner on the probe, by dtype: what
 # rounding does in most models, and more than it does in any
@@ -29,8 +30,8 @@ def probe_tolerance(dtype: torch.dtype, moved: float, proven: bool) -> float:
     """The largest difference on the probe, nats, with which weights count as arrived.
 
     moved    how far the new weights are from the engine's last ones on the probe, in the learner
-    proven   the engine has shown all of its weights, bit by bit: then only the way from weights to
-             log-probs is left to be doubted
+    proven   the engine has shown bits of every tensor: then only the way from weights to log-probs
+             is left to be doubted
 
     Otherwise a tenth of the move may be missing, but no less than rounding explains. A move that
     is smaller than that goes unseen until what did not arrive adds up.
@@ -50,10 +51,11 @@ class Engine(ABC):
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Replace the weights by copies of these. No response may be in the engine."""
 
-    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
-        """(published name, checksum) of the weights that the engine really computes with, as far
-        as it can show them in the shapes of `layout`; a name may come twice. It is what tells that
-        a push has arrived whole; what is not shown here, the probe has to tell."""
+    def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
+        """Of the weights that the engine really computes with, under the names and in the shapes of
+        `layout`; a name may come twice. Where it is costly to show a whole matrix, some columns of
+        it, chosen by the version. It is what tells that a push has arrived whole; what is not shown
+        here, the probe has to tell."""
         return []
 
     @abstractmethod

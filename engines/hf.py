@@ -21,7 +21,7 @@ from engines.drawn import Drawn, DrawnTable
 from engines.sampling import draw_rows, training_drawing
 from models.head import float32_logits, sequence_logp
 from models.loading import load_model, stop_ids
-from transport.checksum import checksum
+from transport.checksum import Shown, checksum
 
 
 @dataclass
@@ -63,8 +63,8 @@ class HFEngine(Engine):
         tied = {"lm_head.weight"}                # a tied head is the embedding, which is published
         assert missing <= tied, f"weights that were not published: {missing}"
 
-    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
-        return [(name, checksum(p)) for name, p in self.model.named_parameters() if name in layout]
+    def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
+        return [Shown(name, checksum(p)) for name, p in self.model.named_parameters() if name in layout]
 
     def logp(self, tokens: list[int]) -> Tensor:
         return sequence_logp(self.model, tokens).detach().cpu()

@@ -38,7 +38,7 @@ from engines.drawn import Drawn, DrawnTable  # noqa: E402
 from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
-from transport.checksum import checksum  # noqa: E402
+from transport.checksum import Shown, checksum, some_columns  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -83,8 +83,8 @@ class VLLMEngine(Engine):
         assert not self.names, "weights may only change between responses"
         self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
 
-    def checksums(self, layout: Mapping[str, torch.Size]) -> list[tuple[str, int]]:
-        return self.llm.collective_rpc("checksums", args=(dict(layout),))[0]
+    def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
+        return self.llm.collective_rpc("checksums", args=(dict(layout), version))[0]
 
     def logp(self, tokens: list[int]) -> Tensor:
         params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
@@ -137,8 +137,6 @@ class VLLMEngine(Engine):
 
 # -- inside vLLM ---------------------------------------------------------------------------------
 
-# Inputs of the widest layer whose packed weights are shown: it takes as long as so many tokens
-WIDEST = 1024
 # By the name of a request; `Draws` puts it on its device
 DRAWN = DrawnTable("cpu")
 # By the name of a request, how often vLLM has put it aside for want of memory and added it again
@@ -162,9 +160,9 @@ class Extension:
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
-    def checksums(self, layout: dict[str, torch.Size]) -> list[tuple[str, int]]:
+    def checksums(self, layout: dict[str, torch.Size], version: int) -> list[Shown]:
         """Of what the model computes with; see engines.base.Engine.checksums."""
-        return [(name, checksum(x)) for name, x in held(self.model_runner.model, layout)]
+        return list(shown(self.model_runner.model, layout, version))
 
     def take_draws(self, names: list[str], lengths: list[int]) -> list[tuple[Drawn, int]]:
         """What was drawn for each request, and how often it was put aside; forgotten here."""
@@ -172,10 +170,10 @@ class Extension:
                 for name, length in zip(names, lengths)]
 
 
-def held(model, layout: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]]:
-    """(published name, tensor) of what a vLLM model computes with. It holds q, k and v in one
-    tensor, one below the other, and gate and up in another; a head or an embedding may have more
-    rows than were published; a tied head is the embedding."""
+def shown(model, layout: Mapping[str, torch.Size], version: int) -> Iterator[Shown]:
+    """What a vLLM model computes with. It holds q, k and v in one tensor, one below the other, and
+    gate and up in another; a head or an embedding may have more rows than were published; a tied
+    head is the embedding. Of what is packed, some columns."""
     fused = getattr(model, "packed_modules_mapping", {})
     names: dict[int, list[str]] = {}             # by id of a parameter, what was published for it
     for path, module in model.named_modules():
@@ -184,30 +182,35 @@ def held(model, layout: Mapping[str, torch.Size]) -> Iterator[tuple[str, Tensor]
             parts = [f"{above}.{part}.{kind}".lstrip(".") for part in fused.get(last, [last])]
             known = [name for name in parts if name in layout] or names.get(id(p), [])
             names[id(p)] = known
-            whole = computed_with(module, kind, p)
+            x = p
+            whole = not (known and is_packed(module, kind))
+            if not whole:
+                x = unpacked_columns(module, p, version)
             first = 0
             for name in known:
                 end = first + layout[name][0]
-                if whole is not None and whole[first:end].shape == layout[name]:
-                    yield name, whole[first:end]
+                shape = layout[name] if whole else (layout[name][0], x.shape[1])
+                if x[first:end].shape == shape:
+                    yield Shown(name, checksum(x[first:end]), whole)
                 first = end
 
 
-@torch.no_grad()
-def computed_with(module, kind: str, parameter: Tensor) -> Tensor | None:
-    """The parameter as the module computes with it; None if it cannot be shown.
-
-    On a CPU linear layers compute with a packed copy, and hold no other. Its product with the
-    identity matrix is the copy unpacked, exactly: each sum has one term that is not 0.
-    """
-    packed = hasattr(module, "cpu_linear") and kind == "weight"
+def is_packed(module, kind: str) -> bool:
+    """Whether the module computes with a packed copy of this parameter: a linear layer on a CPU
+    does, and holds no other. An embedding has one too, but looks its rows up in the parameter."""
     looked_up = hasattr(module, "num_embeddings") and not isinstance(module, ParallelLMHead)
-    if not packed or looked_up:                  # an embedding has a packed copy too, unused
-        return parameter
+    return hasattr(module, "cpu_linear") and kind == "weight" and not looked_up
+
+
+@torch.no_grad()
+def unpacked_columns(module, parameter: Tensor, version: int) -> Tensor:
+    """[outputs, COLUMNS]: some columns of a packed matrix, `some_columns` of its inputs.
+
+    They are its product with rows of the identity, exactly: each sum has one term that is not 0.
+    """
     width = getattr(module, "input_size", None) or parameter.shape[-1]
-    if width > WIDEST:
-        return None
-    one = torch.eye(width, dtype=parameter.dtype)
+    columns = some_columns(width, version)
+    one = torch.nn.functional.one_hot(columns, width).to(parameter.dtype)
     return module.cpu_linear(one, parameter, None).T
 
 

@@ -34,7 +34,7 @@ class Engine:
     def load(self, tensors):
         pass
 
-    def checksums(self, layout):
+    def checksums(self, layout, version):
         return []
 
     def logp(self, tokens):

@@ -5,11 +5,29 @@ Tests: tests/test_push.py
 """
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 CHUNK = 2**20            # numbers at a time, a multiple of those in 8 bytes
+COLUMNS = 64             # of a matrix that an engine can show only in parts
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What an engine shows of one tensor that was published."""
+    name: str
+    checksum: int        # of the tensor as the engine computes with it
+    whole: bool = True   # else of `some_columns` of it
+
+
+def some_columns(width: int, version: int) -> Tensor:
+    """Which columns of a matrix of `width` are shown of this version: COLUMNS different ones, in every version others.
+    A matrix that is missing, stale or in the place of another differs in nearly all of its columns."""
+    g = torch.Generator().manual_seed(version)
+    return torch.randperm(width, generator=g)[:COLUMNS]
 
 
 @torch.no_grad()

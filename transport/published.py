@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from transport.checksum import Shown, checksum, some_columns
+
 
 @dataclass(frozen=True)
 class Published:
@@ -17,3 +19,10 @@ class Published:
     tensors: dict[str, Tensor]       # by name; the learner overwrites them two versions later
     checksums: dict[str, int]        # of the same names, of what the learner meant to publish
     probe_logp: Tensor               # [len(probe) - 1]
+
+    def checksum_like(self, shown: Shown) -> int:
+        """Of the part of a tensor that an engine has shown."""
+        if shown.whole:
+            return self.checksums[shown.name]
+        x = self.tensors[shown.name]
+        return checksum(x[:, some_columns(x.shape[1], self.version)])
