@@ -15,7 +15,7 @@ written down (record/recorder.py). Tests: tests/test_pipeline.py, tests/test_fau
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -101,8 +101,8 @@ class Controller:
         if resume is not None:
             self.recorder.event("resumed", step=self.scheduler.version, checkpoint=str(resume))
         self.recorder.log.progress(f"loading models: {self.unready()}")
-        while not all(handle.ready for handle in self.pool):
-            self.hear()
+        for wave in plan.waves(cfg, list(self.placements)):
+            self.begin({p.name for p in wave})
         if self.job.validation_prompts:
             self.pool.broadcast("learner", "validation", self.job.validation_prompts)
         self.first_evaluations(resumed=resume is not None)
@@ -115,7 +115,16 @@ class Controller:
         return ", ".join(handle.name + names.get(handle.role, "") for handle in self.pool
                          if not handle.ready)
 
+    def begin(self, names: Collection[str]) -> None:
+        """Let these workers load their models, and wait until they are ready."""
+        for handle in self.pool:
+            if handle.name in names:
+                handle.begin()
+        while not all(handle.ready for handle in self.pool if handle.name in names):
+            self.hear()
+
     def start_workers(self, checkpoint: str) -> None:
+        """Their processes; each then waits for `begin`."""
         self.meeting_point.unlink(missing_ok=True)
         for p in self.placements:
             args: tuple = (self.shared,)

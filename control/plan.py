@@ -10,6 +10,7 @@ Tests: tests/test_plan.py
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -94,6 +95,19 @@ def plan(cfg: Config) -> list[Placement]:
             placed.append(Placement(role=role, index=index, device=device))
             first += width
     return placed
+
+
+def waves(cfg: Config, placed: list[Placement]) -> list[list[Placement]]:
+    """In which order workers start: a wave begins when the one before is ready.
+
+    vLLM measures a GPU's free memory while it starts, and fails or takes too little if others take
+    or release some meanwhile. On a GPU that it shares it starts by itself, before them.
+    """
+    engine = {"rollout": cfg.engine, "teacher": cfg.teacher_engine}
+    on = Counter(device for p in placed for device in p.devices)
+    first = [p for p in placed if engine.get(p.role) == "vllm" and p.device != "cpu"
+             and any(on[device] > 1 for device in p.devices)]
+    return [*([p] for p in first), [p for p in placed if p not in first]]
 
 
 def why(cfg: Config) -> str:
@@ -250,7 +264,7 @@ def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float,
              "activations": itemsize(cfg) * micro_batch(cfg) * width,
              "logits": 1024 * teacher.V * per_logit + longer_head(cfg, teacher)}
     if cfg.teacher_engine == "vllm":
-        parts["cache"] = cache_bytes(cfg, teacher, "vllm", gpu_gb)
+        parts["cache"] = cache_bytes(cfg, teacher, "teacher", gpu_gb)
     elif cfg.eval.teacher:                         # one answer at least
         longest = cfg.max_prompt + cfg.max_response
         parts["cache"] = longest * teacher.cached(itemsize(cfg)) / cfg.teacher_gpus
@@ -267,17 +281,18 @@ def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float
     """Bytes of a rollout worker; on a CPU its weights exist twice while new ones are loaded."""
     copies = 1 if cfg.gpus > 0 else 2
     return {"weights": copies * itemsize(cfg) * student.P,
-            "cache": cache_bytes(cfg, student, cfg.engine, gpu_gb)}
+            "cache": cache_bytes(cfg, student, "rollout", gpu_gb)}
 
 
-def cache_bytes(cfg: Config, model: Shape, engine: str, gpu_gb: float) -> float:
+def cache_bytes(cfg: Config, model: Shape, role: str, gpu_gb: float) -> float:
     """Keys and values of an engine. vLLM takes its share of a GPU whatever it needs, and at least
     that of one response."""
     longest = (cfg.max_prompt + cfg.max_response) * model.cached(itemsize(cfg))
+    engine = cfg.engine if role == "rollout" else cfg.teacher_engine
     if engine == "vllm":
         room = 1e9
         if cfg.gpus > 0:
-            room = gpu_share(cfg) * gpu_gb * 1e9 - itemsize(cfg) * model.P
+            room = gpu_share(cfg, role) * gpu_gb * 1e9 - itemsize(cfg) * model.P
         return max(longest, room)
     slots = (cfg.max_ahead + 1) * cfg.batch
     return longest * min(cfg.max_running, math.ceil(slots / cfg.rollouts))

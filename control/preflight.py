@@ -3,6 +3,7 @@ Everything that is checked before a process starts and a weight is loaded. The r
 
 Here is the order of the checks; each subject has a file of its own:
 
+    preflight_gpu.py        that GPUs and a compiler can be used
     preflight_models.py     models, tokenizers, lengths, downloads
     preflight_prompts.py    prompts, evaluation rows, grading
     preflight_memory.py     memory and disk
@@ -24,6 +25,7 @@ from torch import Tensor
 from config import Config, require
 from control import no_effect, plan
 from control.command_line import NOTHING, Given
+from control.preflight_gpu import check_gpus
 from control.preflight_memory import check_disk, check_memory
 from control.preflight_models import (
     check_head_size,
@@ -72,6 +74,7 @@ def prepare(cfg: Config, given: Given = NOTHING) -> tuple[Config, Job]:
     Returns the flags, with the folders of the toy, with lengths that fit and with a top_k that
     both vocabularies allow, and the job. Raises ValueError.
     """
+    check_gpus(cfg)
     cfg = with_toy_models(cfg)
     task = load_task(cfg)
     tokenizer, model_notes = check_models(cfg, [row.prompt for row in task.train[:8]])

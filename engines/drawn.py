@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from draws import Chosen
+from engines.to_device import to_device
 
 
 class Drawn(NamedTuple):
@@ -46,8 +47,7 @@ class DrawnTable:
         for key in keys:
             if key not in self.row:
                 self.row[key] = self.free.pop()
-        rows = torch.tensor([self.row[key] for key in keys], device=self.device)
-        at = torch.tensor(offsets, device=self.device)
+        rows, at = to_device([[self.row[key] for key in keys], offsets], self.device)
         for table, x in zip(self.tables, chosen):
             table[rows, at] = x
 

@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from engines.to_device import to_device
+
 # Streams of random numbers. Each use of randomness has its own, so that no use shifts another:
 # training draws what it would have drawn without an evaluation.
 TRAINING = 0
@@ -53,7 +55,7 @@ def uniforms(seed: int, stream: int, uids: Sequence[int], positions: Sequence[in
     if torch.device(device).type == "cpu":       # NumPy has less overhead per operation
         found = torch.from_numpy(in_unit_interval(*philox(even, odd, (seed, stream))))
     else:
-        on_device = [torch.from_numpy(x).to(device) for x in (even, odd)]
+        on_device = [to_device(x, device) for x in (even, odd)]
         found = in_unit_interval(*philox(*on_device, (seed, stream)))
     return found.reshape(len(uid), 2 * blocks)[:, :n]
 
@@ -88,7 +90,7 @@ def constants(key: tuple[int, int], dimensions: int,
     shape = (2,) + (1,) * (dimensions - 1)
     arrays = [np.array(pair, dtype=np.int64).reshape(shape) for pair in found]
     if device is not None:
-        arrays = [torch.from_numpy(x).to(device) for x in arrays]
+        arrays = [to_device(x, device) for x in arrays]
     return arrays[0], arrays[1:]
 
 

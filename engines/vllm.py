@@ -14,16 +14,14 @@ from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-# One process, the worker's own; the model runner in which custom logits processors work; no
-# reports of usage
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_USE_V2_MODEL_RUNNER="0",
-                  VLLM_NO_USAGE_STATS="1", VLLM_DO_NOT_TRACK="1")
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+import engines.vllm_environment  # noqa: F401
+
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"     # in the other one logits processors do not work
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 from vllm import LLM, SamplingParams  # noqa: E402
+from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
 from vllm.model_executor.model_loader.reload import (  # noqa: E402
     finalize_layerwise_reload,
@@ -36,6 +34,7 @@ from config import Config  # noqa: E402
 from engines.base import Engine  # noqa: E402
 from engines.drawn import Drawn, DrawnTable  # noqa: E402
 from engines.sampling import Drawing, draw_rows, training_drawing  # noqa: E402
+from engines.to_device import to_device  # noqa: E402
 from models.footprint import gpu_share  # noqa: E402
 from models.loading import stop_ids  # noqa: E402
 from transport.checksum import Shown, checksum, some_columns  # noqa: E402
@@ -67,7 +66,7 @@ class VLLMEngine(Engine):
         self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
                        max_model_len=length, max_num_seqs=cfg.max_running,
                        max_num_batched_tokens=max(length, cfg.micro_tokens),
-                       gpu_memory_utilization=gpu_share(cfg), enforce_eager=device == "cpu",
+                       gpu_memory_utilization=gpu_share(cfg, "rollout"), enforce_eager=device == "cpu",
                        hf_overrides={"head_dtype": "float32"},       # logits are not rounded
                        enable_prefix_caching=False, skip_tokenizer_init=True,
                        disable_log_stats=True, distributed_executor_backend="uni",
@@ -153,16 +152,17 @@ class Extension:
         packed copy of a tied head is not refreshed by the reload: without the last line its
         log-probs would be wrong by half a nat, without any error.
         """
-        model = self.model_runner.model
-        initialize_layerwise_reload(model)
-        model.load_weights(iter(items))
-        finalize_layerwise_reload(model, self.model_runner.model_config)
+        model = self.model_runner.get_model()
+        with set_current_vllm_config(self.vllm_config):          # kernels are chosen by it
+            initialize_layerwise_reload(model)
+            model.load_weights(iter(items))
+            finalize_layerwise_reload(model, self.model_runner.model_config)
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
 
     def checksums(self, layout: dict[str, torch.Size], version: int) -> list[Shown]:
         """Of what the model computes with; see engines.base.Engine.checksums."""
-        return list(shown(self.model_runner.model, layout, version))
+        return list(shown(self.model_runner.get_model(), layout, version))
 
     def take_draws(self, names: list[str], lengths: list[int]) -> list[tuple[Drawn, int]]:
         """What was drawn for each request, and how often it was put aside; forgotten here."""
@@ -264,7 +264,7 @@ class Draws(LogitsProcessor):
             return logits
         at = sorted(self.rows)
         rows = [self.rows[i] for i in at]
-        index = torch.tensor(at, device=logits.device)
+        index = to_device(at, logits.device)
         ours = logits if len(at) == len(logits) else logits[index]
         chosen = draw_rows(ours, [row.request.uid for row in rows],
                            [row.next_position for row in rows], rows[0].request.drawing)

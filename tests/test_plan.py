@@ -10,7 +10,7 @@ from control import plan, preflight_memory
 from control.plan import check, memory, split
 from extension import SlotTensor
 from models import footprint
-from models.footprint import Shape, chunk_size
+from models.footprint import Shape, chunk_size, gpu_share
 from models.sharding import compute_in, recompute
 from tests.conftest import ROOT
 from tests.runs import complete
@@ -35,6 +35,21 @@ def test_every_worker_has_a_device_of_its_own_where_there_are_enough():
     assert " ".join(where) == "rollout0 rollout1 rollout2 rollout3 teacher0 learner learner1 learner2"
     assert list(where.values()) == [f"cuda:{i}" for i in range(8)]
     assert {w.device for w in plan.plan(config(1))} == {"cuda:0"} and "paper" in plan.why(config(8))
+
+
+def test_vllm_starts_first_and_by_itself_on_a_gpu_that_it_shares_and_takes_less_of_it():
+    def order(cfg):
+        return [[p.name for p in wave] for wave in plan.waves(cfg, plan.plan(cfg))]
+    one = config(1)
+    assert order(one) == [["rollout0"], ["teacher0", "learner"]]
+    assert order(replace(one, teacher_engine="vllm")) == [["rollout0"], ["teacher0"], ["learner"]]
+    assert order(replace(one, engine="hf")) == [["rollout0", "teacher0", "learner"]]
+    assert order(replace(config(0), teacher_engine="vllm")) == [["rollout0", "teacher0", "learner"]], "on a CPU"
+    two = replace(config(2), teacher_engine="vllm")              # rollouts have a GPU of their own
+    assert order(two) == [["teacher0"], ["rollout0", "learner"]]
+    assert len(order(config(8))) == 1
+    shares = {gpus: [gpu_share(config(gpus), role) for role in ("rollout", "teacher")] for gpus in (1, 2, 3, 8)}
+    assert shares == {1: [0.3, 0.3], 2: [0.85, 0.3], 3: [0.85, 0.85], 8: [0.85, 0.85]}
 
 
 def test_a_learner_holds_16_bytes_per_parameter_and_shares_them_out():
@@ -77,14 +92,16 @@ def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):
 
 def test_the_chunk_is_bounded_by_what_is_free():
     cfg = config(0)
-    assert chunk_size(cfg, 151_936) * 151_936 * 4 <= 1e9 * footprint.CHUNK_GB
+    assert chunk_size(cfg, 151_936) * 151_936 * 4 <= 1e9 * footprint.CHUNK_GB["cpu"]
+    on_gpu = chunk_size(config(8), 151_936) * 151_936 * 6
+    assert 4 * 1e9 * footprint.CHUNK_GB["cpu"] < on_gpu <= 1e9 * footprint.CHUNK_GB["gpu"]
     assert chunk_size(cfg, 151_936, free_gb=0.8) * 151_936 * 4 <= 1e8 and chunk_size(cfg, 151_936, free_gb=0) == 16
     assert chunk_size(replace(cfg, estimator="reverse_dense"), 151_936) < chunk_size(cfg, 151_936) / 5
 
 
 def test_what_cannot_fit_is_refused_with_the_part_and_the_remedy():
     shape = Shape(**QWEN)
-    with pytest.raises(ValueError, match=r"learner: 191.4 GB on cuda:5, where 80.0 are free.*activations.*--gradient"):
+    with pytest.raises(ValueError, match=r"learner: 193.1 GB on cuda:5, where 80.0 are free.*activations.*--gradient"):
         check(memory(config(8, learners=1), shape, shape, 80), {"cuda:5": 80.0})
     needs = memory(config(8, gradient_checkpointing=True), shape, shape, 80)
     check(needs, {f"cuda:{i}": 80.0 for i in range(8)})

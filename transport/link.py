@@ -27,8 +27,8 @@ class ParentGone(Exception):
 class Link:
     """Orders are pairs (order, body); a report is (kind, body, spans of work since the last one).
 
-    pulse [2], shared with the parent: when the worker last gave a sign of life (time.monotonic),
-    and whether it is asked to hurry, 0 or 1.
+    pulse [3], shared with the parent: when the worker last gave a sign of life (time.monotonic),
+    whether it is asked to hurry, and whether it may begin, 0 or 1.
     """
 
     def __init__(self, pipe: Connection, pulse: Tensor):
@@ -40,6 +40,12 @@ class Link:
     def beat(self) -> None:
         """Give a sign of life."""
         self.pulse[0] = time.monotonic()
+
+    def wait_for_turn(self) -> None:
+        """Until the parent lets this worker begin (control/plan.waves)."""
+        while not self.pulse[2]:
+            self.beat()
+            time.sleep(0.02)
 
     @property
     def hurried(self) -> bool:

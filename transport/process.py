@@ -62,6 +62,7 @@ def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: 
     if device == "cpu":
         use_cores(role, index)
     link = Link(pipe, pulse)
+    link.wait_for_turn()
     try:
         worker(cfg, link, *args, device, compute_dtype(cfg))
     except ParentGone:
@@ -149,7 +150,8 @@ class WorkerHandle:
         self.ready = False                   # its model is loaded
         self.stopped = False                 # its last order is done
         self.why = ""                        # why it died or was killed, where that is known
-        self.pulse = torch.tensor([time.monotonic(), 0.0], dtype=torch.float64).share_memory_()
+        pulse = [time.monotonic(), 0.0, 0.0]
+        self.pulse = torch.tensor(pulse, dtype=torch.float64).share_memory_()
         context = processes()
         self.pipe, theirs = context.Pipe()
         limit_receive(self.pipe, cfg.faults.stall_s)
@@ -162,7 +164,13 @@ class WorkerHandle:
 
     def successor(self) -> WorkerHandle:
         """A new process for the same work."""
-        return WorkerHandle(self.role, self.index, self.worker, self.args, self.device, self.cfg)
+        new = WorkerHandle(self.role, self.index, self.worker, self.args, self.device, self.cfg)
+        new.begin()
+        return new
+
+    def begin(self) -> None:
+        """Let it load its model; until then it waits."""
+        self.pulse[2] = 1
 
     def send(self, order: str, body: Any = None) -> None:
         """Send an order. A worker that has ended gets none; the end of its pipe tells why."""
