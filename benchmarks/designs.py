@@ -7,7 +7,10 @@ The two sampling designs against each other: the noise of the gradient, and what
     python benchmarks/designs.py train --seeds 0 1 2     # the toy at constant lags, by step_off.py; a minute for each
                                                          # run on a core; finished runs are not made again
     python benchmarks/designs.py best --seeds 0 1 2 3 4  # the same at the learning rate that won for each cell
-    python benchmarks/designs.py picture                 # how words are chosen: benchmarks/figures/design.png
+    python benchmarks/designs.py variance --run runs/y --label SmolLM2 --lags 0 4 16 --positions 48 --draws 40
+                                                         # of a run of configs/smollm2.yaml (--save-every 12); 8 minutes
+    python benchmarks/designs.py picture                 # the figures again, from the records; how words are chosen:
+                                                         # benchmarks/figures/design.png
     python benchmarks/designs.py table                   # the tables of docs/optimal-cache.md from the records
 
 Trace of the variance of the gradient by the logits, mean over positions. Independent draws: enumerated at N = 1 and
@@ -43,7 +46,7 @@ from record.report import table as plain_table  # noqa: E402
 
 COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 1000
 SHARPNESS, DRIFTS = (0.5, 1.0, 2.0, 4.0), (0.0, 0.5)           # of the synthetic students
-PANELS = ("synthetic, x 1, drift 0.5", "synthetic, x 2, drift 0.5", "synthetic, x 4, drift 0.5", "toy, lag 16")
+PANELS = ("synthetic, x 1, drift 0.5", "synthetic, x 4, drift 0.5", "SmolLM2, lag 16", "toy, lag 16")
 RECORDS = HERE / "designs.jsonl"
 ROW = ESTIMATORS["reverse_mc"]
 
@@ -332,7 +335,7 @@ def markdown(lines: list[list[str]]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("what", choices=("variance", "train", "best", "table", "picture"))
-    parser.add_argument("--run", type=Path, help="a finished toy run, with checkpoints 4, 16, 64 versions earlier")
+    parser.add_argument("--run", type=Path, help="a finished run, with checkpoints --lags versions before its end")
     parser.add_argument("--label", default="toy", help="what the run is called in tables")
     parser.add_argument("--draws", type=int, default=DRAWS, help="of the optimal design, at every position")
     parser.add_argument("--positions", type=int, default=128, help="of the run")
@@ -351,8 +354,6 @@ def main() -> None:
             places = [(f"synthetic, x {s:g}, drift {d:g}", synthetic(s, d)) for s in SHARPNESS for d in DRIFTS]
         for label, x in places:
             add([measure(label, x, draws=args.draws)])
-        by_label = {r["label"]: r for r in records("noise")}
-        draw_figure([by_label[label] for label in PANELS if label in by_label])
         print(plain_table(noise_table(records("noise"))))
     if args.what == "train":
         train_all([(cell, lag, lr, seed) for seed in args.seeds for lr in args.lrs for lag in args.lags
@@ -361,6 +362,9 @@ def main() -> None:
         found = records("training")
         train_all([(cell, lag, best_rate(found, cell, lag), seed) for seed in args.seeds for lag in args.lags
                    for cell in args.cells], args.jobs)
+    if args.what in ("variance", "picture"):
+        by_label = {r["label"]: r for r in records("noise")}
+        draw_figure([by_label[label] for label in PANELS if label in by_label])
     if args.what == "picture":
         draw_picture()
     if args.what == "table":

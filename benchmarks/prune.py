@@ -271,6 +271,17 @@ def before_and_after() -> str:
     return markdown(table(records("shipped")[-1]["sums"]))
 
 
+def promises() -> str:
+    """Markdown: what the dry run had promised of the newest shipped run, and what was measured."""
+    r = records("shipped")[-1]
+    promised = r["promised"]
+    lines = [["", "`--dry-run` said", "measured"],
+             ["memory of all processes, GB", f"{promised['gb']:.1f}", f"{r['peak_gb']:.1f}"],
+             ["seconds to distil", f"{promised['all_s']:,.0f}", f"{r['distil_s']:,.0f}"],
+             ["seconds to evaluate", "", f"{r['evaluate_s']:,.0f}"]]
+    return markdown(lines)
+
+
 def comparison() -> str:
     """Markdown: each method at its best rate, mean over seeds and their range."""
     lines = [["method", "learning rate", "seeds", *(label for label, _, _ in ROWS[:3]), "seconds"]]

@@ -17,6 +17,7 @@ import designs  # noqa: E402
 import gsm8k_lm  # noqa: E402
 import kills  # noqa: E402
 import pipeline  # noqa: E402
+import prune  # noqa: E402
 import step  # noqa: E402
 import toy  # noqa: E402
 
@@ -41,6 +42,7 @@ PAGES = {
     "using.md": {"dtype": toy.dtype_table},
     "estimators.md": {"estimators": estimator_table},
     "optimal-cache.md": {"noise": designs.noise, "baseline": designs.baseline, "training": designs.training},
+    "prune-and-distil.md": {"distilled": prune.before_and_after, "promises": prune.promises, "answers": prune.answers},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},
     "extensions/oprd.md": {
