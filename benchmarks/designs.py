@@ -42,6 +42,7 @@ from data.toy import toy_models  # noqa: E402
 from draws import UNUSED, draw_optimal  # noqa: E402
 from estimators import ESTIMATORS  # noqa: E402
 from record.provenance import provenance  # noqa: E402
+from record.report import markdown  # noqa: E402
 from record.report import table as plain_table  # noqa: E402
 
 COUNTS, LAGS, DRAWS = (1, 4, 16, 64), (0, 4, 16, 64), 1000
@@ -325,11 +326,6 @@ def baseline() -> str:
 
 def training() -> str:
     return markdown(training_table(records("training")))
-
-
-def markdown(lines: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in [lines[0], rule, *lines[1:]])
 
 
 def main() -> None:

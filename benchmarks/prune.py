@@ -41,6 +41,7 @@ from examples.against_teacher import ROWS, Teacher, interval, per_token, table  
 from models.alignment import by_length  # noqa: E402
 from models.head import head_backward  # noqa: E402
 from record.provenance import provenance  # noqa: E402
+from record.report import markdown  # noqa: E402
 
 RECORDS = HERE / "prune.jsonl"
 CONFIG = ROOT / "configs" / "smollm2.yaml"
@@ -307,12 +308,6 @@ def spread(sums: list[dict], answers: str, name: str) -> str:
     if len(means) == 1:
         return "{:.2f} ({:.2f} to {:.2f})".format(means[0], *interval(sums[0][answers], name))
     return f"{statistics.mean(means):.2f} ± {statistics.stdev(means):.2f}"
-
-
-def markdown(lines: list[list[str]]) -> str:
-    rule = ["---", *["--:"] * (len(lines[0]) - 1)]
-    escaped = [[x.replace("|", "\\|") for x in line] for line in [lines[0], rule, *lines[1:]]]
-    return "\n".join(f"| {' | '.join(line)} |" for line in escaped)
 
 
 def answers() -> str:

@@ -31,6 +31,13 @@ def table(rows: list[list[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(rows: list[list[str]]) -> str:
+    """The same cells as a Markdown table."""
+    rule = ["---", *["--:"] * (len(rows[0]) - 1)]
+    escaped = [[cell.replace("|", "\\|") for cell in row] for row in [rows[0], rule, *rows[1:]]]
+    return "\n".join(f"| {' | '.join(row)} |" for row in escaped)
+
+
 def show_start(why: str, plan: list[list[str]], memory: list[list[str]],
                changed: dict[str, object]) -> None:
     """`why` the roles are placed as in `plan`, the shared memory, the flags that differ from their

@@ -41,7 +41,6 @@ SMOKES = {
                          "m.MODELS |= dict(words=300); m.MODELS['teacher'] |= dict(layers=1, hidden=64)\n"
                          "m.HELD_OUT = 2; m.MODELS['student'] |= dict(layers=1, hidden=64, epochs=1)"),
     "head.py": Smoke("8 2 --rounds 1", "m.M, m.V = 32, 64"),
-    "one_gpu.py": Smoke("--tiny --engine=hf --steps=2"),
     "oprd.py": Smoke("run head --steps 2 --seeds 1 --jobs 1 --out oprd.jsonl",
                      "m.models = lambda: dict(same=('{student}', '{student}'))\n"
                      "m.GROUPS = dict(head=dict(oprd=m.OPRD)); m.COMMON |= dict(eval__n=4)"),
@@ -53,6 +52,8 @@ SMOKES = {
     "prune.py": Smoke("grid --rates 1e-3 --tokens 8 --batch=2 --max-prompt=100 --max-response=4 " + TOY_MODELS,
                       "import data.everyday as e; e.FILE.write_text(e.as_json_lines())\n"
                       "m.METHODS = {{name: m.METHODS[name] for name in (m.SUPERVISED, 'reverse, all words')}}"),
+    "rehearsal.py": Smoke("--cpu --steps=2 --rounds=1",
+                          "import step; step.SHAPES['toy'] = (4, 12, step.SHAPES['toy'][2])"),
     "tables.py": Smoke(),
     "rock.py": Smoke("run bypassed --seeds=0 --steps=4 --jobs=1",
                      "m.MADE = {{k: how | dict(steps=2) for k, how in m.MADE.items()}}; m.FLAGS |= dict(eval__n=4)"),
