@@ -2,32 +2,32 @@
 --dry-run: what a run would be, from the flags and two model configurations. No weight is read and
 no GPU is needed.
 
-The memory is that of plan.py. On GPUs the seconds are an estimate from the peaks of one GPU (`GPU`,
-`SHARE`) and a guess at the length of responses: they say which role the others will wait for, not
-how long a run takes. On a CPU two numbers are measured here and now, and prompts and responses
-count with their greatest length: the time of a run, for responses that long.
-
-What is left out: the texts (no prompt is read), disks, and the links between GPUs.
+The memory is that of plan.py, the seconds are those of estimate.py.
+What is left out: the texts (no prompt is read) and disks.
 Tests: tests/test_dryrun.py
 """
 from __future__ import annotations
 
 import functools
 import json
-import math
-import os
-import time
 from collections import defaultdict
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from config import Config
 from control import no_effect, plan
 from control.command_line import NOTHING, Given
+from control.estimate import (
+    GPU,
+    Machine,
+    estimate,
+    expected_lengths,
+    fit_split,
+    gpu,
+    idle_parameters,
+    this_cpu,
+)
 from control.preflight import ROOT, check_teacher_states
 from control.preflight_models import first_line, fit_lengths
 from estimators import ESTIMATORS
@@ -37,24 +37,7 @@ from models.footprint import Shape
 from record import report
 from record.report import table
 
-# An H100 SXM: memory, peak by dtype, peak of its memory; and guesses: the share of these peaks that
-# a well-fed model reaches, and the part of --max-prompt and --max-response that is used
-GPU = {"gb": 80.0, "flops": {"bfloat16": 989e12, "float32": 67e12}, "bytes_s": 3.35e12}
-SHARE = {"flops": 0.4, "bytes_s": 0.6}
-LENGTH = {"prompt": 0.25, "response": 0.5}
-# The share of what `this_cpu` measures that a model reaches: products of matrices and reading are
-# not all that it does
-CPU_SHARE = {"flops": 0.6, "bytes_s": 0.8}
 WORK = {"rollout": "generate", "teacher": "score", "learner": "learn"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """What one worker computes and reads per second, and how it is described."""
-    flops: float
-    bytes_s: float
-    name: str
-    at_once: float = math.inf                    # workers that the cores serve without loss
 
 
 @dataclass(frozen=True)
@@ -82,6 +65,8 @@ def show(cfg: Config, given: Given = NOTHING) -> None:
     added = plan.additions(cfg, extensions, models)
 
     free, gpu_gb, owner = gpu_memory(cfg)
+    cfg, split_notes = fit_split(cfg, given, models, added, gpu_gb)
+    notes += split_notes
     needs = plan.memory(cfg, student.shape, teacher.shape, gpu_gb, added)
     report.show("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
     report.show(table(model_rows(cfg, student, teacher)))
@@ -96,7 +81,7 @@ def show(cfg: Config, given: Given = NOTHING) -> None:
     report.show("\npipeline")
     report.show(table(pipeline_rows(cfg, teacher.shape, added, needs)))
     machine = gpu(cfg) if cfg.gpus > 0 else this_cpu(cfg)
-    seconds, running = estimate(cfg, student.shape, teacher, needs, machine)
+    seconds, running = estimate(cfg, models, needs, machine)
     report.show("\n" + bottleneck(cfg, seconds, running, machine))
     plan.check(needs, free)
 
@@ -182,103 +167,7 @@ def configuration(role: str, name: str) -> tuple[Any, str]:
     return config, "its folder" if Path(name).exists() else "the hub"
 
 
-def idle_parameters(config: Any, shape: Shape) -> int:
-    """Those of the experts that a token does not meet, three matrices each."""
-    c = config.get_text_config()
-    experts = getattr(c, "num_experts", 0) or 0
-    if experts == 0:
-        return 0
-    idle = experts - c.num_experts_per_tok
-    return idle * shape.L * 3 * shape.H * c.moe_intermediate_size
-
-
 # -- the bottleneck -------------------------------------------------------------------------------
-
-def gpu(cfg: Config) -> Machine:
-    flops = GPU["flops"][cfg.dtype]
-    return Machine(flops=flops * SHARE["flops"], bytes_s=GPU["bytes_s"] * SHARE["bytes_s"],
-                   name=f"on GPUs with {flops / 1e12:,.0f} TFLOP/s\n"
-                        f"and {GPU['bytes_s'] / 1e12:g} TB/s, of which a model reaches "
-                        f"{SHARE['flops']:.0%} and {SHARE['bytes_s']:.0%}; not counted: kernel "
-                        "launches, Python, pushes")
-
-
-def this_cpu(cfg: Config) -> Machine:
-    """What a worker gets of this machine as it is now, other work included: half of the cores, as
-    in transport/process.py."""
-    cores = usable_cores()
-    threads = max(1, cores // 2)
-    flops, bandwidth = measured(threads, getattr(torch, cfg.dtype))
-    return Machine(flops=flops * CPU_SHARE["flops"], bytes_s=bandwidth * CPU_SHARE["bytes_s"],
-                   at_once=cores / threads,
-                   name=f"on {threads} of {cores} cores each, measured\nnow: "
-                        f"{flops / 1e9:,.0f} GFLOP/s and {bandwidth / 1e9:,.0f} GB/s, of which a "
-                        f"model reaches {CPU_SHARE['flops']:.0%} and {CPU_SHARE['bytes_s']:.0%}; "
-                        "not counted: the start, evaluations, saving")
-
-
-def usable_cores() -> int:
-    return len(os.sched_getaffinity(0))
-
-
-def measured(threads: int, dtype: torch.dtype) -> tuple[float, float]:
-    """FLOP/s of a product of matrices, and bytes read per second; the best of five times."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        a = torch.ones(1024, 1024, dtype=dtype)
-        row = torch.ones(1, 8192, dtype=dtype)
-        matrix = torch.ones(8192, 8192, dtype=dtype)         # too large for any cache
-        product_s = min(seconds_of(lambda: a @ a) for _ in range(5))
-        read_s = min(seconds_of(lambda: row @ matrix) for _ in range(5))
-    finally:
-        torch.set_num_threads(before)
-    return 2 * 1024 ** 3 / product_s, matrix.nbytes / read_s
-
-
-def seconds_of(work: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def estimate(cfg: Config, student: Shape, teacher: KnownModel, needs: list[plan.Need],
-             machine: Machine) -> tuple[dict[str, float], int]:
-    """Seconds per train batch of every role, and the responses that run at the same time in a
-    rollout worker.
-
-    Per sequence of n tokens a model with P parameters computes 2 P n and, in its attention,
-    2 L A n^2; the learner three times that, or four times if it computes layers again. A step of
-    generation reads the weights and the keys and values of every running response once.
-    """
-    prompt, response = expected_lengths(cfg)
-    flops = machine.flops
-    size = plan.itemsize(cfg)
-
-    def forward(shape: Shape, parameters: int) -> float:
-        n = prompt + response
-        return cfg.batch * (2 * parameters * n + 2 * shape.L * shape.A * n ** 2) / flops
-
-    rollout = next(n for n in needs if n.worker == "rollout0")
-    room = rollout.parts["cache"] * 1e9 / student.cached(size)             # tokens
-    slots = (cfg.max_ahead + 1) * cfg.batch
-    running = max(1, int(min(cfg.max_running, slots / cfg.rollouts, room / (prompt + response))))
-    held = size * student.P + running * (prompt + response / 2) * student.cached(size)
-    engine_step = max(held / machine.bytes_s, 2 * running * student.P / flops)
-    passes = 4 if cfg.gradient_checkpointing else 3
-    seconds = {"generate": cfg.batch * response / (cfg.rollouts * running / engine_step),
-               "score": forward(teacher.shape, teacher.active) / cfg.teachers,
-               "learn": passes * forward(student, student.P) / cfg.learners}
-    return seconds, running
-
-
-def expected_lengths(cfg: Config) -> tuple[float, float]:
-    """Tokens of a prompt and of a response: a guess; on a CPU, where lengths are small, the most.
-    """
-    if cfg.gpus == 0:
-        return cfg.max_prompt, cfg.max_response
-    return LENGTH["prompt"] * cfg.max_prompt, LENGTH["response"] * cfg.max_response
-
 
 def bottleneck(cfg: Config, seconds: dict[str, float], running: int, machine: Machine) -> str:
     """The estimate as text. Roles on one GPU take turns; with --schedule sync all of them do. On a

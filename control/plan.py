@@ -121,10 +121,9 @@ def why(cfg: Config) -> str:
         return f"1 GPU, shared by all: {counts}"
     if cfg.gpus == 2:
         return f"2 GPUs, one for generation: {counts}"
-    source = "as --rollouts, --teachers and --learners say"
+    source = "by the estimate of --dry-run, or as --rollouts, --teachers and --learners say"
     if split(cfg.gpus, 0, 0, 0, cfg.teacher_gpus) == (cfg.rollouts, cfg.teachers, cfg.learners):
-        source = ("the paper's split of eight, or its proportion: a response is scored once, read "
-                  "and differentiated once, and written token by token")
+        source = "the paper's split of eight, or its proportion"
     return (f"{cfg.gpus} GPUs: {counts} ({source}); `busy` in the last line of the log says who "
             "waits")
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from config import Config, require
 from control import no_effect, plan
 from control.command_line import NOTHING, Given
+from control.estimate import fit_split
 from control.preflight_gpu import check_gpus
 from control.preflight_memory import check_disk, check_memory
 from control.preflight_models import (
@@ -38,6 +39,7 @@ from control.preflight_prompts import grader, load_task, read_texts, validation_
 from data import toy
 from data.prompts import Row, prompt_number
 from extension import Extension, Extensions, ModelPair, SlotTensor, prepared_file
+from models.footprint import free_gb
 from models.loading import text_config
 from record.metrics import METRICS
 from transport.process import alone
@@ -91,6 +93,7 @@ def prepare(cfg: Config, given: Given = NOTHING) -> tuple[Config, Job]:
     check_metrics(cfg, extensions)
     validation = validation_pairs(cfg, extensions, texts)
     added = plan.additions(cfg, extensions, models)
+    cfg, split_notes = fit_split(cfg, given, models, added, free_gb().get("gpu", 0.0))
     memory = check_memory(cfg, models, added)
     check_disk(cfg, models.student, added)
     first = prompt_number(0, len(texts.prompts), cfg.seed)
@@ -107,7 +110,7 @@ def prepare(cfg: Config, given: Given = NOTHING) -> tuple[Config, Job]:
         metrics=extensions.metrics,
         memory=memory,
         notes=(*no_effect.notes(cfg, given), *model_notes, *fit_notes, *texts.notes,
-               *extension_notes),
+               *split_notes, *extension_notes),
         first_prompt=tokenizer.decode(texts.prompts[first]),
         validation_prompts=[prompt for _, prompt in validation],
         grade_validation=grader(cfg, tokenizer, task, [row for row, _ in validation]))

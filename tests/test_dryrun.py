@@ -11,7 +11,7 @@ import pytest
 import transformers
 
 from asyncopd import main
-from control import dryrun
+from control import dryrun, estimate
 from control.resolve import configure
 from models import footprint
 from tests.conftest import ROOT
@@ -35,8 +35,8 @@ def laptop(monkeypatch) -> None:
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", absent)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     monkeypatch.setattr(footprint, "free_gb", dict)
-    monkeypatch.setattr(dryrun, "measured", lambda threads, dtype: (50e9, 10e9))
-    monkeypatch.setattr(dryrun, "usable_cores", lambda: 2)
+    monkeypatch.setattr(estimate, "measured", lambda threads, dtype: (50e9, 10e9))
+    monkeypatch.setattr(estimate, "usable_cores", lambda: 2)
     dryrun.known_model.cache_clear()
 
 

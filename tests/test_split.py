@@ -1,0 +1,97 @@
+"""Who gets how many GPUs follows from the estimate, as far as nobody has said it, and only if it fits."""
+from dataclasses import replace
+
+import pytest
+
+from control import dryrun, plan, preflight
+from control.command_line import Given
+from control.estimate import batch_seconds, fit_split, fits, splits
+from control.resolve import configure
+from extension import ModelPair
+from tests.conftest import ROOT
+from tests.test_dryrun import laptop
+
+NOBODY, NOTHING_ADDED = Given(), plan.Additions()
+
+
+@pytest.fixture(autouse=True)
+def on_a_laptop(monkeypatch):
+    laptop(monkeypatch)
+
+
+def setting(name="deepmath_1.7b", gpus=8, **more):
+    cfg = configure([f"--config={ROOT}/configs/{name}.yaml", f"--gpus={gpus}", "--dry-run"])
+    student, teacher = (dryrun.known_model(role, getattr(cfg, role)) for role in ("student", "teacher"))
+    return replace(cfg, **more), ModelPair(student=student.shape, teacher=teacher.shape,
+                                           student_config=student.config, teacher_config=teacher.config)
+
+
+def counts(cfg):
+    return cfg.rollouts, cfg.teachers, cfg.learners
+
+
+@pytest.mark.parametrize("gpus, teacher_gpus", [(3, 1), (8, 1), (8, 2), (5, 3)])
+def test_every_way_to_use_all_gpus_is_tried_once(gpus, teacher_gpus):
+    cfg, _ = setting(gpus=gpus, teacher_gpus=teacher_gpus)
+    found = [counts(x) for x in splits(cfg, NOBODY)]
+    assert len(found) == len(set(found))
+    assert set(found) == {(r, t, n) for r in range(1, 9) for t in range(1, 9) for n in range(1, 9)
+                          if r + t * teacher_gpus + n == gpus}
+
+
+def test_counts_that_somebody_has_given_stay():
+    cfg, models = setting(learners=2, rollouts=5)
+    for given in (Given(line={"learners": 2}), Given(file={"learners": 2}), Given(below={"learners": 2})):
+        assert {x.learners for x in splits(cfg, given)} == {2}
+    fitted, notes = fit_split(cfg, Given(line=dict(learners=2, rollouts=5, teachers=1)), models, NOTHING_ADDED, 80.0)
+    assert fitted == cfg and not notes
+
+
+@pytest.mark.parametrize("name, best", [("deepmath_1.7b", (6, 1, 1)), ("deepmath_4b", (5, 1, 2))])
+def test_the_fastest_split_is_taken_and_said(name, best):
+    cfg, models = setting(name)
+    fitted, [note] = fit_split(cfg, NOBODY, models, NOTHING_ADDED, 80.0)
+    assert counts(cfg) == (4, 1, 3) and counts(fitted) == best
+    seconds = {counts(x): batch_seconds(x, models, NOTHING_ADDED, 80.0) for x in splits(cfg, NOBODY)
+               if fits(x, models, NOTHING_ADDED, 80.0)}
+    assert seconds[best] == min(seconds.values()) < 0.85 * seconds[4, 1, 3]
+    assert note.startswith("--rollouts {} --teachers {} --learners {}: ".format(*best))
+    assert f"{seconds[best]:,.0f} s a batch" in note and f"4, 1 and 3 would take {seconds[4, 1, 3]:,.0f}" in note
+
+
+def test_what_does_not_fit_is_not_taken():
+    """One learner of 4B parameters needs more than three that share its shards."""
+    cfg, models = setting("deepmath_4b")
+    for gpu_gb in (66.0, 70.0, 80.0):
+        fitted, _ = fit_split(cfg, NOBODY, models, NOTHING_ADDED, gpu_gb)
+        assert fits(fitted, models, NOTHING_ADDED, gpu_gb)
+    one = replace(cfg, rollouts=6, learners=1)
+    assert not fits(one, models, NOTHING_ADDED, 66.0) and fits(one, models, NOTHING_ADDED, 200.0)
+    assert fit_split(cfg, NOBODY, models, NOTHING_ADDED, 10.0) == (cfg, []), "then the table says what does not fit"
+
+
+def test_roles_that_take_turns_are_added_up():
+    cfg, models = setting()
+    together = replace(cfg, schedule="sync", max_ahead=0)
+    assert batch_seconds(together, models, NOTHING_ADDED, 80.0) > batch_seconds(cfg, models, NOTHING_ADDED, 80.0)
+
+
+def test_a_gain_that_an_estimate_cannot_tell_changes_nothing():
+    cfg, models = setting()
+    best, _ = fit_split(cfg, NOBODY, models, NOTHING_ADDED, 80.0)
+    assert fit_split(best, NOBODY, models, NOTHING_ADDED, 80.0) == (best, [])
+
+
+@pytest.mark.parametrize("gpus", [0, 1, 2])
+def test_fewer_than_three_gpus_have_nothing_to_split(gpus):
+    cfg, models = setting("gsm8k", gpus)
+    assert fit_split(cfg, NOBODY, models, NOTHING_ADDED, 80.0) == (cfg, [])
+
+
+def test_a_run_takes_the_split_and_its_note(config, models, monkeypatch, tmp_path):
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "12+34="}\n')
+    monkeypatch.undo()
+    monkeypatch.setattr(preflight, "fit_split", lambda cfg, *_: (replace(cfg, rollouts=2), ["because"]))
+    cfg, job = preflight.prepare(config(task=str(tmp_path / "rows.jsonl"), batch=2, max_ahead=1))
+    assert cfg.rollouts == 2 and "because" in job.notes
+    assert sum(n.worker.startswith("rollout") for n in job.memory[0]) == 2, "and the memory that goes with it"
