@@ -9,10 +9,10 @@ and a learner that take time instead of computing. What a rule for overdue respo
 A token here stands for 64 tokens of a response of up to 16,384; lengths are lognormal (sigma 0.8) or Pareto (1.3),
 mean about 4,500, cut at 16,384. The GPUs are split as in the paper: asynchronous, 1 teacher, 4 rollout and 3 learner
 GPUs (the learner's three are one process three times as fast as one); synchronous, the same seven shared in time, 7
-rollout workers and then a learner 7/3 as fast. An engine's turn takes TURN_S (1 + running / 9): it reads the weights
+rollout workers and then a learner 7/3 as fast. An engine's turn takes turn_s (1 + running / knee): it reads the weights
 once and every response's keys and values, which for 4B parameters on a B200 weigh the same at about 37 responses of a
 batch of 256, 9 of ours of 64. Reading a context again, which a push costs every running response, is PREFILL times as
-fast as generating.
+fast as generating. Other models and other splits: benchmarks/splits.py.
 The learner is the slowest stage: the bound is the learner busy all the time.
 
 Columns: trained tokens per second as a multiple of sync; share of the bound; overlap (3 is the most); lag min/mean/max;
@@ -29,6 +29,7 @@ import statistics
 import sys
 import tempfile
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -49,10 +50,25 @@ from record.metrics import BY_LEARNER  # noqa: E402
 
 T = 256                      # longest response, in units of 64 tokens
 BATCH = 64                   # responses per train batch; the paper's 256 takes four times as long
-STEP_S = 0.4                 # learner seconds for BATCH responses of mean length, on its three GPUs
-TEACHER_S = 0.2              # teacher seconds for the same
-TURN_S = 0.002               # an engine's turn, one token for every running response, with nothing running
 PREFILL = 20                 # tokens of context read while a full engine generates one
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How long the stand-ins take; it travels to them in --task."""
+    step_s: float = 0.4      # learner seconds for BATCH responses of mean length, on its three GPUs
+    teacher_s: float = 0.2   # seconds of one teacher for the same
+    turn_s: float = 0.002    # an engine's turn, one token for every running response, with nothing running
+    knee: float = 9.0        # running responses with which a turn takes twice as long
+
+
+def as_task(kind: str, pace: Pace) -> str:
+    return f"{kind}@{json.dumps(asdict(pace))}"
+
+
+def read_task(task: str) -> tuple[str, Pace]:
+    kind, _, pace = task.partition("@")
+    return kind, Pace(**json.loads(pace))
 
 
 def length(kind: str, uid: int) -> int:
@@ -66,15 +82,16 @@ class StandIn:
     """An engine: a turn of generation takes its time, and so does reading a prompt or a context."""
 
     def __init__(self, cfg, device, dtype):
-        self.kind, self.rows, self.debt, self.preempted = cfg.task, {}, 0.0, 0
+        self.kind, self.pace = read_task(cfg.task)
+        self.rows, self.debt, self.preempted = {}, 0.0, 0
         full = max(1, (cfg.max_ahead + 1) * cfg.batch // cfg.rollouts)
         self.read_s = self.turn_s(full) / full / PREFILL           # per token of context
 
     def turn_s(self, running):
-        return TURN_S * (1 + running / 9)
+        return self.pace.turn_s * (1 + running / self.pace.knee)
 
     def load(self, tensors):
-        self.debt += 0.01 * STEP_S
+        self.debt += 0.01 * self.pace.step_s
 
     def checksums(self, layout, version):
         return []
@@ -107,7 +124,8 @@ class StandIn:
 
 
 def teacher(cfg, link, shared, device, dtype):
-    per_token = TEACHER_S / (BATCH * mean_length(cfg.task))
+    kind, pace = read_task(cfg.task)
+    per_token = pace.teacher_s / (BATCH * mean_length(kind))
     link.send("ready")
     while True:
         waiting = []
@@ -124,7 +142,8 @@ def teacher(cfg, link, shared, device, dtype):
 
 def learner(cfg, link, shared, start, device, dtype):
     speed = 7 / 3 if cfg.schedule == "sync" else 1.0
-    per_token = STEP_S / (BATCH * mean_length(cfg.task)) / speed
+    kind, pace = read_task(cfg.task)
+    per_token = pace.step_s / (BATCH * mean_length(kind)) / speed
     version = start.version
     divisors = Divisors(lockstep=cfg.schedule != "async")
     shared.weights.publish({"w": torch.zeros(1)}, version, torch.zeros(1))
@@ -181,14 +200,14 @@ def token_weights(steps: list[dict]) -> dict[str, float]:
     return found
 
 
-def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **flags) -> dict:
+def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, pace=Pace(), **flags) -> dict:  # noqa: B008
     """One run: its row of the table, without the first batches, which fill the pipeline."""
     from dataclasses import replace
     out = tempfile.mkdtemp()
     cfg = resolve(Config(gpus=0, task="toy", student="-", teacher="-", engine="hf", steps=steps, batch=batch,
                          max_prompt=4, max_response=T, estimator="reverse_ppo", rollouts=workers, out=out,
                          eval=Eval(n=0), save_every=0, **flags))
-    cfg = replace(cfg, engine="stand-in", task=kind)
+    cfg = replace(cfg, engine="stand-in", task=as_task(kind, pace))
     job = Job(prompts=[[1]], eval_prompts=[], eval_rows=[], grade=lambda a: ([], []),
               layout={"w": torch.Size([1])}, probe=[1, 2], hidden=1)
     parent = controller.Controller(cfg, job, plan(cfg), quiet=True)
@@ -216,7 +235,7 @@ def play(kind="lognormal", *, steps=40, batch=BATCH, workers=4, filling=5, **fla
                 mean_trained=sum(x["tokens"] for x in m) / max(1, responses), mean_begun=statistics.mean(begun),
                 context=sum(x["context"] for x in m) / sum(x["tokens"] for x in m), cuts=len(cut),
                 scheduler_share=parent.routing_s / last["wall_s"], step_s=wall / (len(m) - 1),
-                **weights, bound=tokens / wall / (BATCH * mean_length(kind) / STEP_S))
+                **weights, bound=tokens / wall / (BATCH * mean_length(kind) / pace.step_s))
 
 
 HEADER = ("rule", "lengths", "A", "L", "× sync", "of the bound", "overlap", "lag", "dropped", "trained / begun length",

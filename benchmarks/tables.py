@@ -19,6 +19,7 @@ import kills  # noqa: E402
 import pipeline  # noqa: E402
 import prune  # noqa: E402
 import rehearsal  # noqa: E402
+import splits  # noqa: E402
 import step  # noqa: E402
 import toy  # noqa: E402
 
@@ -43,7 +44,8 @@ PAGES = {
     "using.md": {"dtype": toy.dtype_table},
     "estimators.md": {"estimators": estimator_table},
     "optimal-cache.md": {"noise": designs.noise, "baseline": designs.baseline, "training": designs.training},
-    "gpu.md": {"where": rehearsal.where, "runs": rehearsal.runs_table, "costs": rehearsal.costs_table},
+    "gpu.md": {"where": rehearsal.where, "runs": rehearsal.runs_table, "costs": rehearsal.costs_table,
+               "splits": splits.table},
     "prune-and-distil.md": {"distilled": prune.before_and_after, "promises": prune.promises, "answers": prune.answers},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},

@@ -21,6 +21,7 @@ from pathlib import Path
 
 from config import Config
 from control import plan
+from control.advice import AFTER, advice
 from control.evaluation import Evaluation
 from control.memory import allocate, show_start
 from control.preflight import Job
@@ -67,6 +68,7 @@ class Controller:
                              self.recorder)
         self.watchdog = Watchdog(cfg, self.account, self.recorder.warn)
         self.ending = False                      # every worker has its last order
+        self.batches = 0                         # trained since this start
         self.routing_s = 0.0                     # seconds of the parent's own work
         self.handlers = {
             "ready": self.worker_ready, "stopped": self.worker_stopped, "warning": self.warning,
@@ -225,6 +227,15 @@ class Controller:
             self.evaluation.ask_student(step)
         if self.cfg.save_every and step % self.cfg.save_every == 0:
             self.checkpoints.order()
+        self.advise()
+
+    def advise(self) -> None:
+        """After the first batches of this start: say which split would be faster."""
+        self.batches += 1
+        if self.batches == AFTER:
+            text = advice(self.cfg, self.recorder.busy())
+            if text:
+                self.recorder.warn(text, what="advice", why=text)
 
     def record_step(self, body: dict, batch: list[Ticket]) -> None:
         trained = []

@@ -55,6 +55,10 @@ class Recorder:
         """An event that a person should see at once."""
         self.log.warn(text, **event)
 
+    def busy(self) -> dict[str, float]:
+        """By role, the share of the time since the last start that its workers worked."""
+        return self.trace.busy(self.account.began, self.account.last_step)
+
     def step(self, measured: dict, events: list[dict], skipped: int, trained: Trained,
              slots: dict[str, int], begun: int) -> None:
         """A step line, the curves of the trace, and what the extensions tell of the step.
@@ -84,8 +88,7 @@ class Recorder:
     def done(self, in_flight: int) -> dict:
         """The last line. `in_flight`: tokens drawn and not trained. OSError if the log could not
         be written to its end."""
-        busy = self.trace.busy(self.account.began, self.account.last_step)
-        totals = done_record(self.account, in_flight, busy)
+        totals = done_record(self.account, in_flight, self.busy())
         self.log.write("done", **totals)
         self.log.check_written()
         return totals

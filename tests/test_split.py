@@ -1,14 +1,17 @@
 """Who gets how many GPUs follows from the estimate, as far as nobody has said it, and only if it fits."""
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from control import dryrun, plan, preflight
+from control import controller, dryrun, plan, preflight
+from control.advice import AFTER, advice
 from control.command_line import Given
 from control.estimate import batch_seconds, fit_split, fits, splits
 from control.resolve import configure
 from extension import ModelPair
 from tests.conftest import ROOT
+from tests.runs import lines
 from tests.test_dryrun import laptop
 
 NOBODY, NOTHING_ADDED = Given(), plan.Additions()
@@ -95,3 +98,43 @@ def test_a_run_takes_the_split_and_its_note(config, models, monkeypatch, tmp_pat
     cfg, job = preflight.prepare(config(task=str(tmp_path / "rows.jsonl"), batch=2, max_ahead=1))
     assert cfg.rollouts == 2 and "because" in job.notes
     assert sum(n.worker.startswith("rollout") for n in job.memory[0]) == 2, "and the memory that goes with it"
+
+
+# -- advice ----------------------------------------------------------------------------------------
+
+def test_advice_moves_gpus_to_the_role_that_the_others_wait_for():
+    cfg, _ = setting()
+    said = advice(cfg, {"rollout": 0.99, "teacher": 0.4, "learner": 0.3})
+    assert said == ("busy so far: rollout 99%, teacher 40%, learner 30%. --rollouts 5 --teachers 1 --learners 2 would "
+                    "be about 1.2 x faster, if it fits (--dry-run)")
+    assert "--learners 5 would be about 1.7 x" in advice(cfg, {"rollout": 0.3, "teacher": 0.2, "learner": 1.0})
+
+
+@pytest.mark.parametrize("busy, more", [
+    ({"rollout": 0.99, "teacher": 0.9, "learner": 0.95}, {}),             # nobody has a GPU to spare
+    ({"rollout": 0.7, "teacher": 0.1, "learner": 0.1}, {}),               # something else is what they wait for
+    ({"rollout": 0.99, "teacher": 0.1, "learner": 0.1}, dict(schedule="sync")),
+    ({"rollout": 0.99, "teacher": 0.1, "learner": 0.1}, dict(gpus=2, rollouts=1, learners=1)),
+    ({"rollout": 0.99, "teacher": 0.1, "learner": 0.1}, dict(gpus=0))])
+def test_no_advice_where_none_is_known(busy, more):
+    cfg, _ = setting()
+    assert advice(replace(cfg, **more), busy) == ""
+
+
+def test_advice_is_said_once(config, monkeypatch):
+    """On a CPU, where the real one has nothing to say."""
+    asked = []
+    monkeypatch.undo()
+    monkeypatch.setattr(controller, "advice", lambda cfg, busy: asked.append(busy) or "another split")
+    cfg, job = preflight.prepare(config(steps=AFTER + 3, eval__n=0, max_response=4))
+    Path(cfg.out).mkdir()
+    run = controller.Controller(cfg, job, plan.plan(cfg), quiet=True)
+    try:
+        run.start()
+        run.loop()
+        run.finish()
+    finally:
+        run.close()
+    told = [x for x in lines(dict(out=cfg.out)) if x.get("what") == "advice"]
+    assert len(told) == len(asked) == 1 and told[0]["why"] == "another split"
+    assert set(asked[0]) == {"rollout", "teacher", "learner"} and all(0 < x <= 1 for x in asked[0].values())
