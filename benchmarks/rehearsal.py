@@ -1,5 +1,5 @@
 """
-A rehearsal on the hardware that is there: does everything run, and what does it cost beside what is bare of it?
+A rehearsal on the hardware that is there: does everything run, and what does it cost next to a baseline without it?
 
     python benchmarks/rehearsal.py                   # every GPU; ten minutes, 10 GB of disk in runs/rehearsal
     python benchmarks/rehearsal.py --cpu             # its CPU form: tiny models in bf16; two minutes
@@ -8,19 +8,19 @@ A rehearsal on the hardware that is there: does everything run, and what does it
     preflight  every GPU computes, a compiler is there; driver and CUDA versions
     runs       steps of the command in bf16, at the shapes of Qwen3-0.6B (student) and Qwen3-1.7B (teacher), on 1 GPU
                and on 2 and 8 where they are; on a CPU with one learner and with two. The command itself compares the
-               bits of every push, and ends if one differs. Memory on each device beside what control/plan.py says
-    preempted  vLLM with room for a few responses only: it puts some aside, and all end as they would have otherwise
-    costs      seconds of each kind of work, and of the same without what is ours, in turn, median of --rounds:
+               bits of every push, as far as the engine shows them. Memory on each device beside the plan's
+    preempted  vLLM with room for a few responses only: it preempts some, and all end with as many tokens as they may
+               have (that they are the same tokens: tests/test_rollout.py)
+    costs      seconds of each kind of work, in turn with its baseline, median of --rounds:
                draw      N = 4 optimal draws for 256 rows         softmax and one multinomial draw
-               generate  an engine of ours                        the same engine without our draws
+               generate  an engine of ours                        the same engine, one plain draw per token
                score     teacher.score                            a forward pass with its head
                step      Learner.backward                         forward and backward with cross-entropy
                publish   Learner.publish                          a copy of the weights to the host
                push      Engine.load and its checksums            a copy of the weights to the device
 
-Models are made in code and random: speed and memory do not depend on what weights know. No row of a GPU is recorded
-yet. Appends a record to benchmarks/rehearsal.jsonl, from which docs/gpu.md has its tables. Last line: the record's
-results as one JSON object.
+Models are made in code and random: speed and memory do not depend on what weights know. Appends a record to
+benchmarks/rehearsal.jsonl, from which docs/gpu.md has its tables. Last line: the record's results as one JSON object.
 """
 import argparse
 import copy
@@ -34,6 +34,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -125,20 +126,20 @@ def one_run(flags: list[str], out: Path) -> dict:
     log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     steps = [x for x in log if x["type"] == "step"]
     last = log[-1]
-    return {"seconds": round(time.monotonic() - start, 1), "steps": len(steps), "pushes_compared": len(steps),
+    return {"seconds": round(time.monotonic() - start, 1), "steps": len(steps),
             "tok_s": {"rollout": last["gen_tok_s"], "teacher": last["score_tok_s"], "learner": last["train_tok_s"]},
             "busy": last["busy"], "overlap": last["overlap"], "lag_max": last["lag_max"],
             "push_s": statistics.median(s["push_s"] for s in steps),
             "publish_s": statistics.median(s["publish_s"] for s in steps),
             "gap_p95": statistics.median(s["engine_gap_p95"] for s in steps),
             "gap_max": max(s["engine_gap_max"] for s in steps),
-            "peak_gb": memory.peak, "plan_gb": planned(flags)}
+            "peak_gb": memory.peak, "plan_gb": planned(flags, log[0]["config"])}
 
 
-def planned(flags: list[str]) -> dict[str, float]:
-    """GB by device, as the start of the run says."""
+def planned(flags: list[str], recorded: dict) -> dict[str, float]:
+    """GB by device, of the split that the run has recorded."""
     from transformers import AutoConfig
-    cfg = configure(flags)
+    cfg = replace(configure(flags), **{name: recorded[name] for name in ("rollouts", "teachers", "learners")})
     sizes = [float(total) * 2 ** 20 / 1e9 for total, in nvidia_smi("memory.total")]
     shapes = [Shape.of(AutoConfig.from_pretrained(folder)) for folder in (cfg.student, cfg.teacher)]
     found: dict[str, float] = {}
@@ -173,7 +174,7 @@ def preempted(flags: list[str]) -> dict[str, int]:
         found |= engine.take(engine.step())
     assert all(len(drawn.tokens) == 140 for drawn in found.values()), "a response ended early"
     assert engine.preempted, f"vLLM had room for all in {BLOCKS} blocks"
-    return {"responses": len(found), "put_aside": engine.preempted}
+    return {"responses": len(found), "preempted": engine.preempted}
 
 
 def device_of(cfg: Config) -> str:
@@ -211,7 +212,7 @@ def cost_of_draws(cpu: bool, rounds: int) -> dict[str, float]:
     table = DrawnTable(device)
     keys, positions = range(rows), [0] * rows
     return in_turn({"ours": lambda: table.write(keys, positions, draw_rows(logits, keys, positions, drawing)),
-                    "bare": lambda: torch.multinomial(logits.softmax(-1), 1)}, rounds)
+                    "baseline": lambda: torch.multinomial(logits.softmax(-1), 1)}, rounds)
 
 
 def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
@@ -234,12 +235,12 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
             logits = model(input_ids=tokens, use_cache=False).logits
         torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), following).backward()
 
-    found = {"step": in_turn({"ours": lambda: learner.backward(segments, count), "bare": cross_entropy}, rounds)}
+    found = {"step": in_turn({"ours": lambda: learner.backward(segments, count), "baseline": cross_entropy}, rounds)}
     model.zero_grad()
     weights = Weights({n: p.shape for n, p in model.named_parameters()}, [i % 30 for i in range(64)], torch.bfloat16)
     found["publish"] = in_turn({
         "ours": lambda: learner.publish(weights, 0),
-        "bare": lambda: [p.detach().to(torch.bfloat16).to("cpu", copy=True) for p in model.parameters()]}, rounds)
+        "baseline": lambda: [p.detach().to(torch.bfloat16).to("cpu", copy=True) for p in model.parameters()]}, rounds)
     learner.publish(weights, 0)
     engine = HFEngine.__new__(HFEngine)
     engine.model = copy.deepcopy(model).to(torch.bfloat16)
@@ -251,7 +252,8 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
         engine.checksums(weights.layout, 0)
 
     found["push"] = in_turn({
-        "ours": push, "bare": lambda: [x.to(student.device, copy=True) for x in published.tensors.values()]}, rounds)
+        "ours": push,
+        "baseline": lambda: [x.to(student.device, copy=True) for x in published.tensors.values()]}, rounds)
     scorer = engine.model
 
     @torch.no_grad()
@@ -261,7 +263,8 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
             scorer.get_output_embeddings()(part)
 
     found["score"] = in_turn({
-        "ours": lambda: teacher.score(scorer, segments, slots, "candidates", student.words), "bare": forward}, rounds)
+        "ours": lambda: teacher.score(scorer, segments, slots, "candidates", student.words),
+        "baseline": forward}, rounds)
     return found
 
 
@@ -270,8 +273,11 @@ def cost_of_generation(flags: list[str], ours: bool) -> float:
     cfg = configure(flags)
     rows = cfg.max_running
     prompt = [3 + i % 9 for i in range(cfg.max_prompt)]
-    if ours:
+    if ours or cfg.engine == "hf":
         from engines.table import engine_class
+        if not ours:
+            import engines.hf
+            engines.hf.draw_rows = one_draw
         engine = engine_class(cfg.engine)(cfg, device_of(cfg), compute_dtype(cfg))
         engine.ends = type(engine.ends)()
 
@@ -281,39 +287,35 @@ def cost_of_generation(flags: list[str], ours: bool) -> float:
             left = rows
             while left:
                 left -= len(engine.take(engine.step()))
-    elif cfg.engine == "vllm":
-        from vllm import LLM, SamplingParams
-
-        import engines.vllm_environment  # noqa: F401
-        llm = LLM(cfg.student, dtype="bfloat16", max_model_len=cfg.max_prompt + cfg.max_response + 1,
-                  max_num_seqs=rows, enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
-                  gpu_memory_utilization=0.3, enforce_eager=cfg.gpus == 0)
+    else:
+        from engines.vllm import LLM, SamplingParams, plain_arguments
+        llm = LLM(**plain_arguments(cfg, device_of(cfg), compute_dtype(cfg)))
         params = SamplingParams(max_tokens=cfg.max_response, ignore_eos=True, detokenize=False)
 
         def generate() -> None:
             llm.generate([{"prompt_token_ids": prompt}] * rows, params, use_tqdm=False)
-    else:
-        from models.loading import load_model
-        model = load_model(cfg.student, device_of(cfg), compute_dtype(cfg))
-        tokens = torch.tensor([prompt] * rows, device=model.device)
-
-        def generate() -> None:
-            model.generate(tokens, attention_mask=torch.ones_like(tokens), do_sample=True, top_k=0,
-                           min_new_tokens=cfg.max_response, max_new_tokens=cfg.max_response, pad_token_id=0)
     generate()
     start = time.perf_counter()
     generate()
     return rows * cfg.max_response / (time.perf_counter() - start)
 
 
+def one_draw(logits: torch.Tensor, uids, positions, drawing):
+    """Instead of engines.sampling.draw_rows: a token, and nothing recorded of it."""
+    from draws import Chosen
+    ids = torch.multinomial(logits.softmax(-1), 1)
+    zeros = torch.zeros(ids.shape, device=ids.device)
+    return Chosen(ids, zeros, zeros[:, 0])
+
+
 def costs(flags: list[str], cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds; of generation for a thousand tokens. Each in a process of its own, which gives its memory back."""
-    found = {"draw": alone(cost_of_draws, cpu, rounds)}
-    found["generate"] = {name: 1000 / alone(cost_of_generation, flags, name == "ours") for name in ("ours", "bare")}
-    return found | alone(cost_of_training, cpu, rounds)
+    found = {"draw": apart(cost_of_draws, cpu, rounds)}
+    found["generate"] = {name: 1000 / apart(cost_of_generation, flags, name == "ours") for name in ("ours", "baseline")}
+    return found | apart(cost_of_training, cpu, rounds)
 
 
-def alone(fn: Callable, *args):
+def apart(fn: Callable, *args):
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(fn, *args).result()
 
@@ -331,30 +333,32 @@ def newest() -> dict | None:
 def where() -> str:
     """One line about the machine of the newest record."""
     r = newest()
+    if r is None:
+        return "Not run yet."
     hardware = r["hardware"]
-    name = f"{len(hardware['gpus'])} x {hardware['gpus'][0]}" if hardware["gpus"] else "no GPU: the CPU form on an "
-    if not hardware["gpus"]:
-        name += f"{hardware['cpu']}, {hardware['cores']} cores"
-    return f"Measured with {name}; {r['preflight']}."
+    if r["form"] == "gpu":
+        return f"Measured with {len(hardware['gpus'])} x {hardware['gpus'][0]}; {r['preflight']}."
+    return (f"Not run on a GPU yet. The CPU form, on {hardware['cores']} cores of an {hardware['cpu']} "
+            f"({r['preflight']}):")
 
 
 def runs_table() -> str:
     lines = [["run", "steps", "tokens/s generated, scored, trained", "push, s", "publish, s", "gap on the probe, p95",
               "GB used / planned"]]
-    for label, x in newest()["runs"].items():
+    for label, x in (newest() or {"runs": {}})["runs"].items():
         tok_s = ", ".join(f"{x['tok_s'][role]:,.0f}" for role in ("rollout", "teacher", "learner"))
-        planned_gb = x["plan_gb"]
-        used = ", ".join(f"{device} {gb:.1f} / {planned_gb[device]:.1f}" for device, gb in x["peak_gb"].items())
+        used = ", ".join(f"{device} {x['peak_gb'][device]:.1f} / {gb:.1f}" for device, gb in x["plan_gb"].items()
+                         if device in x["peak_gb"])
         lines.append([label, str(x["steps"]), tok_s, f"{x['push_s']:.2f}", f"{x['publish_s']:.2f}",
                       f"{x['gap_p95']:.2g}", used])
     return markdown(lines)
 
 
 def costs_table() -> str:
-    lines = [["work", "ours, s", "bare, s", "ours / bare"]]
-    for name, s in newest()["costs"].items():
+    lines = [["work", "ours, s", "baseline, s", "ours / baseline"]]
+    for name, s in (newest() or {"costs": {}})["costs"].items():
         what = "generate, 1,000 tokens" if name == "generate" else name
-        lines.append([what, f"{s['ours']:.3g}", f"{s['bare']:.3g}", f"{s['ours'] / s['bare']:.2f}"])
+        lines.append([what, f"{s['ours']:.3g}", f"{s['baseline']:.3g}", f"{s['ours'] / s['baseline']:.2f}"])
     return markdown(lines)
 
 
@@ -380,7 +384,7 @@ def main() -> None:
         found["runs"] = runs(models, cpu, args.steps, root)
         print(f"runs: {json.dumps(found['runs'])}", flush=True)
     if "preempted" in args.parts and not cpu:        # on a CPU: tests/test_rollout.py
-        found["preempted"] = alone(preempted, flags)
+        found["preempted"] = apart(preempted, flags)
         print(f"preempted: {json.dumps(found['preempted'])}", flush=True)
     if "costs" in args.parts:
         found["costs"] = costs(flags, cpu, args.rounds)

@@ -6,6 +6,7 @@ Every number of the toy in docs/: runs of the shipped command, a row each, and t
     python benchmarks/toy.py run estimators m2po --engine=hf          # one of them, with more flags
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
+    python benchmarks/toy.py run draws         # both ways to choose the cached words, five seeds; 30 minutes
     python benchmarks/toy.py run dtype         # float32 and bf16, synchronous, one learner and two; 20 minutes
     python benchmarks/toy.py table demo        # the table in docs/, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
@@ -22,6 +23,9 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
+
+from record.report import markdown  # noqa: E402
+
 ROWS = HERE / "toy.jsonl"
 
 
@@ -41,6 +45,9 @@ def groups() -> dict[str, dict[str, list[str]]]:
                 "keep, A = 4": [*short, "--overdue=keep"]},
         "pairs": {f"{schedule} {i}": [*short, f"--schedule={schedule}"] for i in (1, 2, 3)
                   for schedule in ("sync", "async")},
+        "draws": {f"{design}, seed {seed}": [f"--draws={design}", f"--seed={seed}", "--eval.every=20",
+                                             "--eval.no-teacher"]
+                  for seed in range(5) for design in ("iid", "optimal")},
         "dtype": {"float32": [*in_step, "--dtype=float32"], "bfloat16": [*in_step, "--dtype=bfloat16"],
                   "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]}}
 
@@ -54,7 +61,8 @@ def read(group: str, label: str, folder: str) -> dict:
                 lag_max=[s["lag_max"] for s in steps], kl=[round(s["kl"], 4) for s in steps],
                 gap_max=max(s["engine_gap_max"] for s in steps), w=weights(steps),
                 cuts=sum(x.get("what") == "cut" for x in log),
-                accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"})
+                accuracy={x["step"]: x["accuracy"] for x in log if x["type"] == "eval" and x["who"] == "student"},
+                seconds={s["step"]: round(s["wall_s"], 1) for s in steps})
 
 
 def weights(steps: list[dict]) -> dict:
@@ -75,6 +83,30 @@ def dtype_table() -> str:
                    f"{d['kl_after']:.3f} | {r['w']['mean']:.5f} | {r['w']['p99']:.4f} | {r['w']['max']:.3f} | "
                    f"{r['gap_max']:.2g} |")
     return "\n".join(out)
+
+
+def reached(row: dict, accuracy: float) -> tuple[int, float] | None:
+    """(step, seconds) of the first evaluation that is as good; None if none is."""
+    for step, found in sorted((int(step), found) for step, found in row["accuracy"].items()):
+        if step > 0 and found >= accuracy:
+            return step, row["seconds"][str(step)]
+    return None
+
+
+def draws_table(accuracy: float = 0.9) -> str:
+    """Markdown: how soon each seed answers as many right with both ways to choose the cached words."""
+    by_label = {r["label"]: r for r in rows("draws")}
+    lines = [["seed", "iid: steps, seconds to 90%", "optimal: steps, seconds to 90%", "seconds, iid / optimal"]]
+    for seed in range(5):
+        found = {design: by_label.get(f"{design}, seed {seed}") for design in ("iid", "optimal")}
+        if None in found.values():
+            continue
+        times = {design: reached(row, accuracy) for design, row in found.items()}
+        cells = [f"{t[0]}, {t[1]:.0f}" if t else f"not in {found[design]['done']['steps']} steps"
+                 for design, t in times.items()]
+        ratio = f"{times['iid'][1] / times['optimal'][1]:.2f}" if all(times.values()) else ""
+        lines.append([str(seed), *cells, ratio])
+    return markdown(lines)
 
 
 def add(row: dict) -> None:

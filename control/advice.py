@@ -19,11 +19,12 @@ GAIN = 1.1               # what a split must gain to be worth a word
 
 
 def advice(cfg: Config, busy: Mapping[str, float]) -> str:
-    """One line; "" if no split is known to be faster.
+    """One line; "" if no split is known to be faster. It counts on a role's work being shared out
+    evenly; the engines' is not quite, since all of them read the weights in every step.
 
     busy    by role, the share of the time that its workers have worked, on average
     """
-    if cfg.gpus <= 2 or cfg.schedule == "sync" or max(busy.values()) < FULL:
+    if cfg.gpus <= 2 or cfg.extend or cfg.schedule == "sync" or max(busy.values()) < FULL:
         return ""
     work = {"rollout": busy["rollout"] * cfg.rollouts, "teacher": busy["teacher"] * cfg.teachers,
             "learner": busy["learner"] * cfg.learners}           # in workers that never wait
@@ -38,4 +39,4 @@ def advice(cfg: Config, busy: Mapping[str, float]) -> str:
         return ""
     shares = ", ".join(f"{role} {share:.0%}" for role, share in busy.items())
     return (f"busy so far: {shares}. --rollouts {best.rollouts} --teachers {best.teachers} "
-            f"--learners {best.learners} would be about {gain:.1f} x faster, if it fits (--dry-run)")
+            f"--learners {best.learners} would be up to {gain:.1f} x faster, if it fits (--dry-run)")

@@ -104,7 +104,7 @@ class Controller:
             self.recorder.event("resumed", step=self.scheduler.version, checkpoint=str(resume))
         self.recorder.log.progress(f"loading models: {self.unready()}")
         for wave in plan.waves(cfg, list(self.placements)):
-            self.begin({p.name for p in wave})
+            self.load_models({p.name for p in wave})
         if self.job.validation_prompts:
             self.pool.broadcast("learner", "validation", self.job.validation_prompts)
         self.first_evaluations(resumed=resume is not None)
@@ -117,16 +117,16 @@ class Controller:
         return ", ".join(handle.name + names.get(handle.role, "") for handle in self.pool
                          if not handle.ready)
 
-    def begin(self, names: Collection[str]) -> None:
+    def load_models(self, names: Collection[str]) -> None:
         """Let these workers load their models, and wait until they are ready."""
         for handle in self.pool:
             if handle.name in names:
-                handle.begin()
+                handle.let_load()
         while not all(handle.ready for handle in self.pool if handle.name in names):
             self.hear()
 
     def start_workers(self, checkpoint: str) -> None:
-        """Their processes; each then waits for `begin`."""
+        """Their processes; each then waits for its wave."""
         self.meeting_point.unlink(missing_ok=True)
         for p in self.placements:
             args: tuple = (self.shared,)

@@ -59,14 +59,13 @@ def show(cfg: Config, given: Given = NOTHING) -> None:
             for role, name, model in (("student", cfg.student, student),
                                       ("teacher", cfg.teacher, teacher))}
     cfg, length_notes = fit_lengths(cfg, given, room)
+    free, gpu_gb, owner = gpu_memory(cfg)
+    cfg, split_notes = fit_split(cfg, given, models, free, gpu_gb)
     extensions = Extensions.load(cfg)
-    notes = [*no_effect.notes(cfg, given), *length_notes, *extensions.check(models)]
+    notes = [*no_effect.notes(cfg, given), *length_notes, *split_notes, *extensions.check(models)]
     check_teacher_states(cfg, extensions)
     added = plan.additions(cfg, extensions, models)
 
-    free, gpu_gb, owner = gpu_memory(cfg)
-    cfg, split_notes = fit_split(cfg, given, models, added, gpu_gb)
-    notes += split_notes
     needs = plan.memory(cfg, student.shape, teacher.shape, gpu_gb, added)
     report.show("dry run: the flags and two model configurations were read, nothing else\n\nmodels")
     report.show(table(model_rows(cfg, student, teacher)))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,20 +149,28 @@ def expected_lengths(cfg: Config) -> tuple[float, float]:
 COUNTS = ("rollouts", "teachers", "learners")
 
 
-def fit_split(cfg: Config, given: Given, models: ModelPair, added: plan.Additions,
+def fit_split(cfg: Config, given: Given, models: ModelPair, free: Mapping[str, float],
               gpu_gb: float) -> tuple[Config, list[str]]:
     """Of three GPUs or more, the split that is fastest by the estimate, among those that fit into
-    GPUs of this size. Counts that somebody has given stay. Returns a note too if it is not the
-    paper's.
+    what is free. Counts that somebody has given stay, and so do those of a run that is resumed; the
+    work of an extension is in no estimate. Returns a note too if it is not the paper's.
+
+    free      GB by device; a GPU that is not there counts as an empty one
+    gpu_gb    the size of a GPU
     """
-    if cfg.gpus <= 2:
+    if cfg.gpus <= 2 or cfg.resume or cfg.extend:
         return cfg, []
-    possible = [x for x in splits(cfg, given) if fits(x, models, added, gpu_gb)]
-    if not possible:
+    found = []
+    for possible in splits(cfg, given):
+        needs = plan.memory(possible, models.student, models.teacher, gpu_gb)
+        if fits(needs, possible.gpus, free, gpu_gb):
+            found.append((batch_seconds(possible, models, needs), possible))
+    if not found:
         return cfg, []
-    best = min(possible, key=lambda x: batch_seconds(x, models, added, gpu_gb))
-    seconds, now = (batch_seconds(x, models, added, gpu_gb) for x in (best, cfg))
-    if seconds > 0.95 * now and fits(cfg, models, added, gpu_gb):      # an estimate is no closer
+    seconds, best = min(found, key=lambda pair: pair[0])
+    needs = plan.memory(cfg, models.student, models.teacher, gpu_gb)
+    now = batch_seconds(cfg, models, needs)
+    if fits(needs, cfg.gpus, free, gpu_gb) and seconds > 0.95 * now:   # an estimate is no closer
         return cfg, []
     return best, [f"--rollouts {best.rollouts} --teachers {best.teachers} --learners "
                   f"{best.learners}: {seconds:,.0f} s a batch by the estimate of --dry-run, where "
@@ -170,8 +178,10 @@ def fit_split(cfg: Config, given: Given, models: ModelPair, added: plan.Addition
 
 
 def splits(cfg: Config, given: Given) -> Iterator[Config]:
-    """Every way to use all GPUs, with the counts that were given."""
+    """Every way to use all GPUs, with the counts that were given; LoRA has one learner."""
     fixed = [name for name in COUNTS if name in given]
+    if cfg.lora_rank:
+        fixed.append("learners")
     for teachers in range(1, cfg.gpus // cfg.teacher_gpus + 1):
         for learners in range(1, cfg.gpus + 1):
             rollouts = cfg.gpus - teachers * cfg.teacher_gpus - learners
@@ -180,15 +190,16 @@ def splits(cfg: Config, given: Given) -> Iterator[Config]:
                 yield other
 
 
-def fits(cfg: Config, models: ModelPair, added: plan.Additions, gpu_gb: float) -> bool:
-    """Whether every GPU holds what its workers take, if all of it is free."""
-    needs = plan.memory(cfg, models.student, models.teacher, gpu_gb, added)
-    return all(sum(n.gb for n in needs if n.device == f"cuda:{i}") <= gpu_gb
-               for i in range(cfg.gpus))
+def fits(needs: list[plan.Need], gpus: int, free: Mapping[str, float], gpu_gb: float) -> bool:
+    """Whether every GPU has room for what its workers take."""
+    taken = dict.fromkeys((f"cuda:{i}" for i in range(gpus)), 0.0)
+    for need in needs:
+        if need.device in taken:
+            taken[need.device] += need.gb
+    return all(gb <= free.get(device, gpu_gb) for device, gb in taken.items())
 
 
-def batch_seconds(cfg: Config, models: ModelPair, added: plan.Additions, gpu_gb: float) -> float:
+def batch_seconds(cfg: Config, models: ModelPair, needs: list[plan.Need]) -> float:
     """Of the slowest role, where every worker has a GPU of its own; of all, if they take turns."""
-    needs = plan.memory(cfg, models.student, models.teacher, gpu_gb, added)
     seconds, _ = estimate(cfg, models, needs, gpu(cfg))
     return sum(seconds.values()) if cfg.schedule == "sync" else max(seconds.values())

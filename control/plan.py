@@ -101,7 +101,8 @@ def waves(cfg: Config, placed: list[Placement]) -> list[list[Placement]]:
     """In which order workers start: a wave begins when the one before is ready.
 
     vLLM measures a GPU's free memory while it starts, and fails or takes too little if others take
-    or release some meanwhile. On a GPU that it shares it starts by itself, before them.
+    or release some meanwhile. On a GPU that it shares it starts by itself, before them. A worker
+    that is restarted later cannot wait for that.
     """
     engine = {"rollout": cfg.engine, "teacher": cfg.teacher_engine}
     on = Counter(device for p in placed for device in p.devices)

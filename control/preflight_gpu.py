@@ -1,8 +1,8 @@
 """
-Preflight, the GPUs: that CUDA starts, that each GPU computes, in the dtype of the run, and that vLLM finds a compiler.
+Preflight, the GPUs: that CUDA starts, that each GPU of the run computes in its dtype, and that vLLM finds a compiler.
 
-It comes before anything is downloaded, and in a process of its own: a parent that has used a GPU keeps a part of its
-memory. What is left out: whether models fit (preflight_memory.py).
+It comes before anything is downloaded. GPUs are tried in a process of its own: a parent that has used one keeps a part
+of its memory. What is left out: whether models fit (preflight_memory.py).
 Tests: tests/test_preflight_gpu.py
 """
 from __future__ import annotations
@@ -17,7 +17,8 @@ from control.preflight_models import first_line
 from models.footprint import nvidia_smi
 from transport.process import alone
 
-COMPILERS = ("cc", "gcc", "clang")               # for the stubs of Triton's kernels
+COMPILERS = ("gcc", "clang")
+LIMIT_S = 120                                    # for a product on every GPU
 BF16 = (8, 0)                                    # compute capability from which a GPU has it
 
 
@@ -25,16 +26,23 @@ def check_gpus(cfg: Config) -> None:
     """Raises ValueError with what is wrong and what to do."""
     if cfg.gpus == 0:
         return
-    if "vllm" in (cfg.engine, cfg.teacher_engine):
-        check_compiler()
+    for flag, engine in (("--engine", cfg.engine), ("--teacher-engine", cfg.teacher_engine)):
+        if engine == "vllm":
+            check_compiler(flag)
     numbers = ",".join(str(i) for i in range(cfg.gpus))
-    alone(try_gpus, cfg, None, f"cuda:{numbers}")
+    try:
+        alone(try_gpus, cfg, None, f"cuda:{numbers}", limit_s=LIMIT_S)
+    except TimeoutError:
+        raise ValueError(f"--gpus {cfg.gpus}: no answer from the GPUs within {LIMIT_S} s; {installed()}") from None
 
 
-def check_compiler() -> None:
-    found = [name for name in (os.environ.get("CC", ""), *COMPILERS) if name and shutil.which(name)]
-    require(found, "--engine vllm: no C compiler was found, and its kernels are compiled when they first run (install "
-                   "gcc, or name one in CC; --engine hf needs none)")
+def check_compiler(flag: str) -> None:
+    """Triton, by which vLLM compiles kernels, takes what CC names, and without it one of COMPILERS."""
+    named = os.environ.get("CC", "")
+    wanted = [named] if named else COMPILERS
+    require(any(shutil.which(name) for name in wanted),
+            f"{flag} vllm: no C compiler was found ({' or '.join(wanted)}), and kernels are compiled when they first "
+            f"run (install gcc, or name a compiler in CC; {flag} hf needs none)")
 
 
 def try_gpus(cfg: Config, data: None, device: str, dtype: torch.dtype) -> None:

@@ -40,6 +40,18 @@ from models.loading import stop_ids  # noqa: E402
 from transport.checksum import Shown, checksum, some_columns  # noqa: E402
 
 
+def plain_arguments(cfg: Config, device: str, dtype: torch.dtype) -> dict[str, object]:
+    """What vLLM is told, apart from what is ours in it."""
+    length = cfg.max_prompt + cfg.max_response + 1
+    return dict(model=cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
+                max_model_len=length, max_num_seqs=cfg.max_running,
+                max_num_batched_tokens=max(length, cfg.micro_tokens),
+                gpu_memory_utilization=gpu_share(cfg, "rollout"), enforce_eager=device == "cpu",
+                hf_overrides={"head_dtype": "float32"},      # logits are not rounded
+                enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
+                distributed_executor_backend="uni")
+
+
 @dataclass(frozen=True)
 class Request:
     """What `Draws` has to know of a response; it travels in `SamplingParams.extra_args`."""
@@ -62,15 +74,7 @@ class VLLMEngine(Engine):
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.ends = stop_ids(cfg.student, cfg.teacher)
         self.drawing = training_drawing(cfg)
-        length = cfg.max_prompt + cfg.max_response + 1
-        self.llm = LLM(cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
-                       max_model_len=length, max_num_seqs=cfg.max_running,
-                       max_num_batched_tokens=max(length, cfg.micro_tokens),
-                       gpu_memory_utilization=gpu_share(cfg, "rollout"), enforce_eager=device == "cpu",
-                       hf_overrides={"head_dtype": "float32"},       # logits are not rounded
-                       enable_prefix_caching=False, skip_tokenizer_init=True,
-                       disable_log_stats=True, distributed_executor_backend="uni",
-                       logits_processors=["engines.vllm:Draws"],
+        self.llm = LLM(**plain_arguments(cfg, device, dtype), logits_processors=["engines.vllm:Draws"],
                        worker_extension_cls="engines.vllm.Extension")
         self.engine = self.llm.llm_engine
         self.names: dict[int, str] = {}      # key -> vLLM's name for the response

@@ -1,5 +1,7 @@
 """What is wrong with a machine's GPUs is said in one line, before anything is downloaded. No GPU is needed."""
 import sys
+import time
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -58,19 +60,36 @@ def test_every_gpu_is_tried_and_the_wrong_one_is_named(fake_gpu):
         try_gpus(config(gpus=3), None, "cuda:0,1,2", torch.bfloat16)
 
 
-def test_a_machine_without_a_compiler_is_told_so(monkeypatch, tmp_path):
+def test_a_compiler_is_looked_for_where_triton_looks(monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CC", raising=False)
-    with pytest.raises(ValueError, match="no C compiler.+gcc.+CC"):
-        check_compiler()
-    monkeypatch.setattr(preflight_gpu, "alone", lambda *args: None)
-    with pytest.raises(ValueError, match="no C compiler"):
-        check_gpus(config(engine="vllm"))
-    with pytest.raises(ValueError, match="no C compiler"):
-        check_gpus(config(teacher_engine="vllm"))
+    monkeypatch.setattr(preflight_gpu, "alone", lambda *args, **how: None)
+    for flag, more in (("--engine", dict(engine="vllm")), ("--teacher-engine", dict(teacher_engine="vllm"))):
+        with pytest.raises(ValueError, match=f"^{flag} vllm: no C compiler.+gcc or clang.+{flag} hf needs none"):
+            check_gpus(config(**more))
     check_gpus(config())
+    for name in ("cc", "gcc"):                           # Triton does not look for cc
+        (tmp_path / name).write_text("#!/bin/sh\n")
+        (tmp_path / name).chmod(0o755)
+        with pytest.raises(ValueError, match="no C compiler") if name == "cc" else nullcontext():
+            check_compiler("--engine")
+    for named in ("/nowhere/cc", "ccache gcc"):          # it takes CC as it is
+        monkeypatch.setenv("CC", named)
+        with pytest.raises(ValueError, match=f"no C compiler was found .{named}."):
+            check_compiler("--engine")
     monkeypatch.setenv("CC", sys.executable)
-    check_compiler()
+    check_compiler("--engine")
+
+
+def test_gpus_that_do_not_answer_are_not_waited_for(monkeypatch):
+    monkeypatch.setattr(preflight_gpu, "try_gpus", sleep)
+    monkeypatch.setattr(preflight_gpu, "LIMIT_S", 0.5)
+    with pytest.raises(ValueError, match="--gpus 1: no answer from the GPUs within 0.5 s; torch"):
+        check_gpus(config())
+
+
+def sleep(cfg, data, device, dtype):
+    time.sleep(60)
 
 
 def test_gpus_are_tried_before_anything_is_read_or_downloaded(monkeypatch):

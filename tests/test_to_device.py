@@ -38,6 +38,13 @@ class Copies(TorchDispatchMode):
         return out
 
 
+@pytest.fixture(scope="module")
+def vllm():
+    pytest.importorskip("vllm")
+    import engines.vllm
+    return engines.vllm
+
+
 @pytest.fixture
 def copies(monkeypatch):
     """Pinning needs a GPU, and is only noted; torch.tensor copies where no dispatch mode sees it."""
@@ -56,12 +63,9 @@ def copies(monkeypatch):
 
 
 def drawn(drawing, table):
-    """One step of an engine: what engines.vllm.Draws.apply does with its rows."""
-    logits = torch.empty(R + 2, V, device=DEVICE)
-    index = to_device([0, 1, 2, 4, 5, 7], DEVICE)
-    chosen = draw_rows(logits[index], list(range(R)), list(range(10, 10 + R)), drawing)
+    """A position of R responses, drawn and kept."""
+    chosen = draw_rows(torch.empty(R, V, device=DEVICE), list(range(R)), list(range(10, 10 + R)), drawing)
     table.write([f"response {i}" for i in range(R)], list(range(R)), chosen)
-    logits[index, chosen.ids[:, 0]] = torch.inf
     return chosen
 
 
@@ -71,6 +75,18 @@ def test_a_step_of_drawing_waits_for_nothing(copies, name):
     assert chosen.ids.device == DEVICE and chosen.ids.shape == (R, DRAWINGS[name].n + DRAWINGS[name].k)
     assert not copies.waiting
     assert len(copies.free) == len(copies.pinned) > 0
+
+
+def test_a_step_of_vllm_waits_for_nothing_of_ours(vllm, copies, monkeypatch):
+    monkeypatch.setattr(vllm, "DRAWN", DrawnTable(DEVICE))
+    draws = vllm.Draws(None, DEVICE, False)
+    for at, uid in ((0, 5), (1, 3), (4, 8)):             # rows 2 and 3 are somebody else's
+        draws.rows[at] = vllm.Row(vllm.Request(str(uid), DRAWINGS["optimal"], uid, 7), output=[])
+    for _ in range(3):
+        draws.apply(torch.empty(5, V, device=DEVICE))
+        for row in draws.rows.values():
+            row.output.append(1)
+    assert not copies.waiting and len(copies.free) == len(copies.pinned) >= 3 * 4
 
 
 def test_a_plain_copy_and_a_look_at_a_number_are_noticed(copies):

@@ -165,10 +165,10 @@ class WorkerHandle:
     def successor(self) -> WorkerHandle:
         """A new process for the same work."""
         new = WorkerHandle(self.role, self.index, self.worker, self.args, self.device, self.cfg)
-        new.begin()
+        new.let_load()
         return new
 
-    def begin(self) -> None:
+    def let_load(self) -> None:
         """Let it load its model; until then it waits."""
         self.pulse[2] = 1
 
@@ -252,11 +252,13 @@ class WorkerPool:
 
 # -- one function in a process of its own --------------------------------------------------------
 
-def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
+def alone(fn: Callable, cfg: Config, data: object, device: str,
+          limit_s: float | None = None) -> Any:
     """fn(cfg, data, device, dtype) in a process of its own, because a parent that has used a GPU
     keeps a part of its memory.
 
-    Raises the ValueError that fn raises; RuntimeError if it ends in any other way.
+    Raises the ValueError that fn raises; RuntimeError if it ends in any other way; TimeoutError
+    after `limit_s`.
     """
     context = processes()
     ours, theirs = context.Pipe(duplex=False)
@@ -264,6 +266,8 @@ def alone(fn: Callable, cfg: Config, data: object, device: str) -> Any:
     process.start()
     theirs.close()
     try:
+        if not ours.poll(limit_s):
+            raise TimeoutError(f"{fn.__module__}.{fn.__name__}: no answer within {limit_s} s")
         found = ours.recv()
     except EOFError:
         process.join()
