@@ -6,8 +6,8 @@ computing (benchmarks/pipeline.py), at the stage times of three students.
     python benchmarks/splits.py --steps 12   # shorter
 
 The stage times are those of control/estimate.py for the paper's setting, and the engines' turns follow from the same
-bytes per second; all are made shorter by one factor. The estimate chooses the split for responses of 8,192 tokens;
-those of the stand-ins have 4,500 on average, lognormal, and at most 16,384.
+bytes per second; all are made shorter by one factor. The responses of the stand-ins have 4,500 tokens on average,
+lognormal, and at most 16,384.
 Records: benchmarks/splits.jsonl, from which docs/gpu.md has its table. Last line: one JSON object, {student: trained
 tokens per second with the split of the estimate / with 4, 1 and 3}.
 """

@@ -105,7 +105,7 @@ def seconds_of(work: Callable[[], object]) -> float:
 
 
 def estimate(cfg: Config, models: ModelPair, needs: list[plan.Need],
-             machine: Machine) -> tuple[dict[str, float], int]:
+             machine: Machine, share: float = LENGTH["response"]) -> tuple[dict[str, float], int]:
     """Seconds per train batch of every role, and the responses that run at the same time in a
     rollout worker.
 
@@ -115,7 +115,7 @@ def estimate(cfg: Config, models: ModelPair, needs: list[plan.Need],
     """
     student, teacher = models.student, models.teacher
     active = teacher.P - idle_parameters(models.teacher_config, teacher)
-    prompt, response = expected_lengths(cfg)
+    prompt, response = expected_lengths(cfg, share)
     flops = machine.flops
     size = plan.itemsize(cfg)
 
@@ -136,45 +136,54 @@ def estimate(cfg: Config, models: ModelPair, needs: list[plan.Need],
     return seconds, running
 
 
-def expected_lengths(cfg: Config) -> tuple[float, float]:
+def expected_lengths(cfg: Config, share: float = LENGTH["response"]) -> tuple[float, float]:
     """Tokens of a prompt and of a response: a guess; on a CPU, where lengths are small, the most.
     """
     if cfg.gpus == 0:
         return cfg.max_prompt, cfg.max_response
-    return LENGTH["prompt"] * cfg.max_prompt, LENGTH["response"] * cfg.max_response
+    return LENGTH["prompt"] * cfg.max_prompt, share * cfg.max_response
 
 
 # -- the split of the GPUs ------------------------------------------------------------------------
 
 COUNTS = ("rollouts", "teachers", "learners")
+SHARES = (1 / 8, 1 / 4, 1 / 2)                   # of --max-response, that responses may turn out to use
 
 
 def fit_split(cfg: Config, given: Given, models: ModelPair, free: Mapping[str, float],
               gpu_gb: float) -> tuple[Config, list[str]]:
-    """Of three GPUs or more, the split that is fastest by the estimate, among those that fit into
-    what is free. Counts that somebody has given stay, and so do those of a run that is resumed; the
-    work of an extension is in no estimate. Returns a note too if it is not the paper's.
+    """Of three GPUs or more, a split that is fast by the estimate, among those that fit into what
+    is free. How long responses will be is not known: each split is compared with the best one for
+    responses of several lengths (`SHARES`), and the one whose worst ratio is least is taken. Counts
+    that somebody has given stay, and so do those of a run that is resumed; the work of an extension
+    is in no estimate. Returns a note too if it is not the paper's.
 
     free      GB by device; a GPU that is not there counts as an empty one
     gpu_gb    the size of a GPU
     """
     if cfg.gpus <= 2 or cfg.resume or cfg.extend:
         return cfg, []
-    found = []
-    for possible in splits(cfg, given):
-        needs = plan.memory(possible, models.student, models.teacher, gpu_gb)
-        if fits(needs, possible.gpus, free, gpu_gb):
-            found.append((batch_seconds(possible, models, needs), possible))
-    if not found:
+    possible = []
+    seconds = []                                                 # by split, for each of SHARES
+    for split in splits(cfg, given):
+        needs = plan.memory(split, models.student, models.teacher, gpu_gb)
+        if fits(needs, split.gpus, free, gpu_gb):
+            possible.append(split)
+            seconds.append([batch_seconds(split, models, needs, share) for share in SHARES])
+    if not possible:
         return cfg, []
-    seconds, best = min(found, key=lambda pair: pair[0])
-    needs = plan.memory(cfg, models.student, models.teacher, gpu_gb)
-    now = batch_seconds(cfg, models, needs)
-    if fits(needs, cfg.gpus, free, gpu_gb) and seconds > 0.95 * now:   # an estimate is no closer
+    least = [min(times) for times in zip(*seconds)]
+    worst = [max(s / best for s, best in zip(times, least)) for times in seconds]
+    ratio, best = min(zip(worst, possible), key=lambda pair: pair[0])
+    now = worst[possible.index(cfg)] if cfg in possible else math.inf
+    if now < 1.05 * ratio:                                       # an estimate is no closer
         return cfg, []
+    lengths = " to ".join(f"{share * cfg.max_response:,.0f}" for share in (SHARES[0], SHARES[-1]))
+    before = f"up to {now:.2f} x" if cfg in possible else "do not fit"
     return best, [f"--rollouts {best.rollouts} --teachers {best.teachers} --learners "
-                  f"{best.learners}: {seconds:,.0f} s a batch by the estimate of --dry-run, where "
-                  f"{cfg.rollouts}, {cfg.teachers} and {cfg.learners} would take {now:,.0f}"]
+                  f"{best.learners}: by the estimate of --dry-run at most {ratio:.2f} x slower than "
+                  f"the best split for responses of {lengths} tokens; {cfg.rollouts}, "
+                  f"{cfg.teachers} and {cfg.learners}: {before}"]
 
 
 def splits(cfg: Config, given: Given) -> Iterator[Config]:
@@ -199,7 +208,8 @@ def fits(needs: list[plan.Need], gpus: int, free: Mapping[str, float], gpu_gb: f
     return all(gb <= free.get(device, gpu_gb) for device, gb in taken.items())
 
 
-def batch_seconds(cfg: Config, models: ModelPair, needs: list[plan.Need]) -> float:
-    """Of the slowest role, where every worker has a GPU of its own; of all, if they take turns."""
-    seconds, _ = estimate(cfg, models, needs, gpu(cfg))
+def batch_seconds(cfg: Config, models: ModelPair, needs: list[plan.Need], share: float) -> float:
+    """Of the slowest role, where every worker has a GPU of its own; of all, if they take turns.
+    `share`: of --max-response, that responses use."""
+    seconds, _ = estimate(cfg, models, needs, gpu(cfg), share)
     return sum(seconds.values()) if cfg.schedule == "sync" else max(seconds.values())
