@@ -61,7 +61,7 @@ SMOKES = {
                                     "m.main = lambda main=m.main: main(sys.argv[1:])"),
     "soak.py": Smoke("--steps 40", "sleep = m.time.sleep; m.time.sleep = lambda _: sleep(0.05)"),
     "splits.py": Smoke("--steps 2 --students Qwen/Qwen3-4B", "m.SHORTER = 1 / 2000\n"
-                       "m.play = lambda *a, play=m.play, **k: play(*a, **k | dict(batch=8, filling=0))", spawns=True),
+                       "m.play = lambda *a, play=m.play, **k: play(*a, **k | dict(batch=8, filling=0))"),
     "step_off.py": Smoke("", "m.STEPS, m.LAG, m.toy_models = 3, 1, lambda root: ('{student}', '{teacher}')\n"
                              "m.TOY += ['--batch=4']"),
     "step.py": Smoke("toy", "m.toy = lambda pairs, toy=m.toy: toy(1)"),

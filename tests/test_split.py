@@ -10,6 +10,9 @@ from control.command_line import Given
 from control.estimate import SHARES, batch_seconds, fit_split, fits, splits
 from control.resolve import configure
 from extension import ModelPair
+from learner import learner_worker
+from rollout import rollout_worker
+from teacher import teacher_worker
 from tests.conftest import ROOT
 from tests.runs import lines
 from tests.test_dryrun import laptop
@@ -161,6 +164,8 @@ def test_advice_is_said_once(config, monkeypatch):
     """On a CPU, where the real one has nothing to say."""
     asked = []
     monkeypatch.undo()
+    monkeypatch.setattr(controller, "WORKERS", {"rollout": rollout_worker, "teacher": teacher_worker,
+                                                "learner": learner_worker})      # benchmarks/ put stand-ins there
     monkeypatch.setattr(controller, "advice", lambda cfg, busy: asked.append(busy) or "another split")
     cfg, job = preflight.prepare(config(steps=AFTER + 3, eval__n=0, max_response=4))
     Path(cfg.out).mkdir()
