@@ -177,7 +177,8 @@ def shipped_record(job: prune_and_distil.Job, promise: dict, peak_gb: float, dis
     found = json.loads((job.out / "evaluation.json").read_text())
     log = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     steps = [x for x in log if x["type"] == "step"]
-    return {"type": "shipped", "argv": log[0]["argv"], "promised": promise, "peak_gb": round(peak_gb, 2),
+    argv = [word.replace(f"{ROOT}/", "") for word in log[0]["argv"]]         # as from the project's folder
+    return {"type": "shipped", "argv": argv, "promised": promise, "peak_gb": round(peak_gb, 2),
             "distil_s": round(distil_s, 1), "evaluate_s": round(found["seconds"], 1), "done": log[-1],
             "kl": [round(x["kl"], 4) for x in steps], "entropy": [round(x["entropy"], 4) for x in steps],
             "engine_gap_max": max(x["engine_gap_max"] for x in steps), "engine": log[0]["config"]["engine"],

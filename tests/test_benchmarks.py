@@ -7,6 +7,7 @@ Constants that no flag can change are made small by a line of Python before `mai
 import ast
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,6 +122,13 @@ def run(folder, command, spawns=False):
                           timeout=LIMIT_S, env=env)
     assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     return done.stdout
+
+
+@pytest.mark.parametrize("record", sorted((ROOT / "benchmarks").glob("*.jsonl")), ids=lambda path: path.name)
+def test_a_record_names_no_folder_of_the_machine_that_made_it(record):
+    for line in record.read_text().splitlines():
+        named = [word for word in json.loads(line).get("argv", []) if re.search(r"(^|=)/", word)]
+        assert not named
 
 
 @pytest.mark.parametrize("script", SMOKES)
