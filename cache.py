@@ -34,11 +34,12 @@ class Segment:
     The tensors are views of shared memory, not copies.
 
     tokens  [start + n]   token ids, the new ones last; the first `prompt` of them are the prompt
-    version [n]           version of the weights that drew each new token
+    version [n]           version of the weights that drew each new token; they may have read a
+                          context of older ones (docs/staleness.md, `--inflight keep`)
     ids     [m, C]        the candidate words, of which the first is the emitted token
     logpi   [m, C]        log of the expected number of their copies (draws.py)
     logq    [m, C]        their log-probs under the teacher
-    logmu   [m]           log-prob of the emitted token under mu
+    logmu   [m]           log-prob of the emitted token under mu, what it was really drawn from
     hidden  [m, H]        the teacher's last hidden state, the one that predicts the token; H = 0
                           if the estimator does not need it
     kept    [n] bool      which new tokens have a row in these and in hidden: m of them.
@@ -139,22 +140,23 @@ class Slots:
         self.born[s] = version
 
     def append(self, s: int, tokens: Tensor, ids: Tensor, logpi: Tensor, logmu: Tensor,
-               version: int, kept: Tensor | None = None) -> None:
-        """Add k new tokens [k], their drawn columns ids, logpi [k, D], and their logmu [k].
+               versions: Tensor, kept: Tensor | None = None) -> None:
+        """Add k new tokens [k], their drawn columns ids, logpi [k, D], their logmu [k], and the
+        versions [k] of the weights that drew them.
 
         D <= C: the teacher fills in the other C - D columns. `kept` [k], bool: the tokens whose
         scores are stored, in sparse slots; None stores all.
         """
         k, D = ids.shape
-        assert tokens.shape == logmu.shape == (k,) and logpi.shape == (k, D), (
-            tokens.shape, logmu.shape, ids.shape, logpi.shape)
+        assert tokens.shape == logmu.shape == versions.shape == (k,) and logpi.shape == (k, D), (
+            tokens.shape, logmu.shape, versions.shape, ids.shape, logpi.shape)
         assert D <= self.ids.shape[2], f"{D} columns drawn for {self.ids.shape[2]} in a slot"
         assert kept is None or self.sparse, "only sparse slots leave positions out"
         n = int(self.length[s])
         at = int(self.start[s]) + n
         first = self.stored(s)
         self.tokens[s, at:at + k] = tokens
-        self.version[s, n:n + k] = version
+        self.version[s, n:n + k] = versions
         if self.sparse:
             if kept is None:
                 kept = torch.ones(k, dtype=torch.bool)
@@ -167,8 +169,8 @@ class Slots:
         self.logpi[s, rows, :D] = logpi
         self.logmu[s, rows] = logmu
         self.logq[s, rows] = torch.nan
-        if n == 0:
-            self.born[s] = version
+        if n == 0 and k > 0:
+            self.born[s] = versions[0]
         self.length[s] = n + k
 
     def stored(self, s: int) -> int:

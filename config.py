@@ -112,9 +112,10 @@ class Staleness:
     wait: hold the learner until it ends;
     drop: discard it;
     keep: train it late, beyond --max-lag"""
-    inflight: Literal["recompute", "finish"] = "recompute"
+    inflight: Literal["recompute", "keep", "finish"] = "recompute"
     """what running responses do when new weights arrive:
     recompute: continue under them, once the hidden states so far are computed again;
+    keep: continue under them, with the keys and values so far, which are of older weights;
     finish: end under the old weights first"""
 
 
@@ -175,6 +176,9 @@ class Machines:
     """what generates: vllm or hf (transformers); auto is vllm where it is installed"""
     teacher_engine: str = "hf"
     """what scores: hf or vllm; vllm serves only estimators that need log-probs or top-k of it"""
+    transport: str = "shared"
+    """how new weights reach the rollout workers: shared is the host's memory, nccl goes from the
+    learner's GPU to theirs"""
     max_running: Annotated[int, Bound(least=1, most=65_536)] = 256
     """responses that an engine generates at the same time"""
 

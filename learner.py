@@ -43,7 +43,7 @@ from models.student import Student
 from record.checkpoint import UNWRITABLE, read_training, replace, write_training
 from transport.link import Link
 from transport.shared import LearnerStart, SharedMemory
-from transport.weights import WeightTransport
+from transport.versions import WeightTransport
 
 FIRST_ROWS = "rows of the first batch:"          # begins the names of Divisors in a checkpoint
 Measured = dict[str, Tensor]                     # by name, one value per position [m]
@@ -550,12 +550,14 @@ def learner_worker(cfg: Config, link: Link, shared: SharedMemory, start: Learner
     ranks = Ranks(start.rank, cfg.learners, f"{cfg.out}/.learners")
     learner = Learner(cfg, device, dtype, start.checkpoint, ranks)
     worker = LearnerWorker(learner, link, shared, start.version)
+    shared.weights.attach(device)
     worker.publish()
     link.send("ready")
     while True:
         for order, body in link.orders(wait=True):
             if order == "stop":
                 link.send("stopped")
+                shared.weights.close()
                 return ranks.leave()
             worker.orders[order](body)
             worker.idle_since = time.monotonic()

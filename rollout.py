@@ -3,8 +3,9 @@ The rollout worker: takes tickets (cache.py), generates, hands slots over.
 
 It loads newly published weights between two engine steps, without waiting for running responses:
 it writes these to their slots, replaces the weights, and continues the responses from the tokens
-that they have so far, whose hidden states are computed again. Every token carries the version of
-the weights that drew it.
+that they have so far, whose hidden states are computed again. With `--inflight keep` they stay in
+the engine instead, with the keys and values that they have. Every token carries the version of the
+weights that drew it.
 
 Terms
     link     this end of the pipe to the parent: orders come in, reports go out. `link.span` times
@@ -47,6 +48,7 @@ def rollout_worker(cfg: Config, link: Link, shared: SharedMemory, device: str,
     except Exception as e:                       # whatever an engine raises
         raise RuntimeError(engine_fault(cfg.engine, "has not started", e)) from e
     worker = Worker(cfg, link, shared, engine, dtype)
+    shared.weights.attach(device)
     link.send("ready")
     try:
         work(worker, link)
@@ -98,7 +100,7 @@ class Worker:
         self.dtype = dtype
         self.extensions = Extensions.load(cfg)
         # Whether weights may change while responses run
-        self.in_flight = cfg.schedule == "async" and cfg.inflight == "recompute"
+        self.in_flight = cfg.schedule == "async" and cfg.inflight != "finish"
         self.orders = {"take": self.take, "cut": self.cut, "drop": self.drop,
                        "evaluate": self.evaluate, "stop": self.stop}
         self.version = -1                        # of the weights in the engine
@@ -123,6 +125,10 @@ class Worker:
             if self.in_flight:
                 self.load(None)
         self.begin_waiting()
+        self.step()
+
+    def step(self) -> None:
+        """Make one engine step, hand over what has finished."""
         with self.link.span("generate"):
             finished = self.engine.step()
         self.has_generated = True
@@ -179,14 +185,20 @@ class Worker:
 
         The parent chose them by `born` (cache.py), which may have changed since: a response that
         had no token then may have begun under newer weights. One that still has no token is not
-        handed over; it starts again under the newest weights.
+        handed over; it starts again under the newest weights. One whose tokens turn out to be newer
+        goes on: with `--inflight keep`, vLLM may have read a part of its prompt before a push.
         """
         held = [s for s in slots if s in self.running and self.slots.born[s] <= floor]
         self.flush(held)
-        self.waiting += [(None, s) for s in held if self.slots.length[s] == 0]
+        begun = [s for s in held if self.slots.length[s] > 0]
+        self.waiting += [(None, s) for s in held if s not in begun]
         for _, s in self.waiting:
             self.slots.born[s] = self.weights.version    # or newer: the newest when it begins
-        return [s for s in held if self.slots.length[s] > 0]
+        late = [s for s in begun if self.slots.born[s] <= floor]
+        for s in begun:
+            if s not in late:
+                self.start(s)
+        return late
 
     def stop(self, body: None) -> None:
         """The last order: flush what runs, and make the evaluation if one is still wanted."""
@@ -203,11 +215,27 @@ class Worker:
     # -- weights
 
     def load(self, version: int | None) -> None:
-        """Replace the weights of the engine by those of `version`; None: by the newest. The engine
-        proves that they have arrived."""
+        """Replace the weights of the engine by those of `version`; None: by the newest."""
         if not self.behind(version):
             return
-        with self.paused(), self.link.span("push"):
+        if self.cfg.inflight == "keep":
+            self.push_beside_responses(version)
+        else:
+            with self.paused():
+                self.push(version)
+
+    def push_beside_responses(self, version: int | None) -> None:
+        """Replace the weights while responses are in the engine."""
+        tokenless = [s for s in self.engine.not_begun() if self.slots.length[s] == 0]
+        self.push(version)
+        for s in tokenless:
+            self.slots.born[s] = self.version
+        if self.running:
+            self.step()          # some may have ended on the probe: nobody may take up these again
+
+    def push(self, version: int | None) -> None:
+        """Replace the weights of the engine, which proves that they have arrived."""
+        with self.link.span("push"):
             start = time.monotonic()
             published, proven = self.copy_weights(version)
             gap = self.check_probe(published, proven)
@@ -217,7 +245,7 @@ class Worker:
                        gap=[gap.mean().item(), gap.quantile(0.95).item(), gap.max().item()])
 
     def copy_weights(self, version: int | None) -> tuple[Published, bool]:
-        """Load into the engine what lies in shared memory, again if the learner has overwritten it
+        """Load into the engine what is published, again if the learner has overwritten it
         meanwhile: that takes two more versions, so it is rare. The engine must then hold the bits
         that were published, as far as it can show them; returns also whether it shows some of every
         tensor.
@@ -227,8 +255,8 @@ class Worker:
         while True:
             published = self.weights.read(version)
             self.check_finite(published)
-            self.engine.load(published.tensors)
-            layout = {name: x.shape for name, x in published.tensors.items()}
+            self.engine.load(published.tensors, published.version)
+            layout = self.weights.layout
             shown = self.engine.checksums(layout, published.version)
             wrong = sorted({x.name for x in shown if x.checksum != published.checksum_like(x)})
             if self.weights.holds(published.version):
@@ -308,7 +336,7 @@ class Worker:
         """Take responses out of the engine and write what they have into their slots."""
         for s, drawn in self.engine.take(slots).items():
             kept = self.kept(s, drawn.tokens) if self.slots.sparse else None
-            self.slots.append(s, *drawn, self.version, kept)
+            self.slots.append(s, *drawn, kept)
             self.running.discard(s)
             self.tokens += len(drawn.tokens)
 

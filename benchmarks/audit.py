@@ -108,7 +108,7 @@ def visited(run: Path, lag: int, M: int) -> Positions:
         engine.add(s, prompt, cfg.max_response, uid=s, position=0)
     while engine.rows or engine.new:
         for s, drawn in engine.take(engine.step()).items():
-            slots.append(s, *drawn, 0)
+            slots.append(s, *drawn)
     segments = [slots.read(s) for s in range(len(slots))]
     at = torch.randperm(sum(map(len, segments)), generator=torch.Generator().manual_seed(0))[:M]
     logits = []

@@ -83,15 +83,16 @@ class StandIn:
 
     def __init__(self, cfg, device, dtype):
         self.kind, self.pace = read_task(cfg.task)
-        self.rows, self.debt, self.preempted = {}, 0.0, 0
+        self.rows, self.debt, self.preempted, self.version = {}, 0.0, 0, 0
         full = max(1, (cfg.max_ahead + 1) * cfg.batch // cfg.rollouts)
         self.read_s = self.turn_s(full) / full / PREFILL           # per token of context
 
     def turn_s(self, running):
         return self.pace.turn_s * (1 + running / self.pace.knee)
 
-    def load(self, tensors):
+    def load(self, tensors, version):
         self.debt += 0.01 * self.pace.step_s
+        self.version = version
 
     def checksums(self, layout, version):
         return []
@@ -100,7 +101,7 @@ class StandIn:
         return torch.zeros(len(tokens) - 1)
 
     def add(self, key, tokens, budget, *, uid, position):
-        self.rows[key] = [length(self.kind, uid) - position, 0]
+        self.rows[key] = [length(self.kind, uid) - position, []]   # tokens to draw; of each, its version
         self.debt += len(tokens) * self.read_s
 
     def step(self):
@@ -109,18 +110,22 @@ class StandIn:
             self.debt = 0.0
         done = []
         for key, row in self.rows.items():
-            row[1] += 1
-            if row[1] >= row[0]:
+            row[1].append(self.version)
+            if len(row[1]) >= row[0]:
                 done.append(key)
         return done
 
     def take(self, keys):
         out = {}
         for key in keys:
-            n = self.rows.pop(key)[1]
+            versions = torch.tensor(self.rows.pop(key)[1])
+            n = len(versions)
             out[key] = Drawn(torch.zeros(n, dtype=torch.int64), torch.zeros(n, 1, dtype=torch.int64),
-                             torch.zeros(n, 1), torch.zeros(n))
+                             torch.zeros(n, 1), torch.zeros(n), versions)
         return out
+
+    def not_begun(self):
+        return [key for key, row in self.rows.items() if not row[1]]
 
 
 def teacher(cfg, link, shared, device, dtype):

@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
@@ -31,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
 import torch  # noqa: E402
+from processes import Watch  # noqa: E402
 from step_off import Run  # noqa: E402
 
 import examples.prune_and_distil as prune_and_distil  # noqa: E402
@@ -54,8 +54,8 @@ METHODS = {                                              # flags of asyncopd.py;
     "supervised on the teacher's answers": [],
 }
 SUPERVISED = "supervised on the teacher's answers"
-RATES = (2e-5, 5e-5, 1e-4)
-TOKENS = 24_000
+RATES = (5e-5, 1e-4, 2e-4)
+TOKENS = 12_000
 PAIRS = ("sync", "async")
 
 
@@ -162,13 +162,13 @@ def shipped(flags: list[str]) -> dict:
     steps, job = prune_and_distil.job_of(["all", "--root=runs/smollm2", *flags])
     prune_and_distil.make(job)
     promise = dry_run(job)
-    peak = PeakMemory()
+    watch = Watch()
     start = time.monotonic()
-    with peak:
+    with watch:
         prune_and_distil.distil(job)
     distil_s = time.monotonic() - start
     prune_and_distil.evaluate(job)
-    record = shipped_record(job, promise, peak.gb, distil_s)
+    record = shipped_record(job, promise, watch.gb, distil_s)
     add([record])
     return {name: record[name] for name in ("promised", "peak_gb", "distil_s", "evaluate_s", "lowered")}
 
@@ -193,53 +193,6 @@ def dry_run(job: prune_and_distil.Job) -> dict[str, float]:
     batch_s = float(re.search(r"([\d,.]+) s a batch", text)[1])
     steps = int(re.search(r"for (\d+) batches", text)[1])
     return {"gb": float(re.search(r"([\d,.]+) GB in all", text)[1]), "batch_s": batch_s, "all_s": batch_s * steps}
-
-
-class PeakMemory(threading.Thread):
-    """GB that the processes started from here hold at most, shared pages counted once (PSS)."""
-
-    def __init__(self):
-        super().__init__(daemon=True)
-        self.gb = 0.0
-        self.ended = threading.Event()
-
-    def __enter__(self):
-        self.start()
-        return self
-
-    def __exit__(self, *_):
-        self.ended.set()
-        self.join()
-
-    def run(self):
-        while not self.ended.wait(10.0):         # reading takes a while: the kernel visits every page
-            self.gb = max(self.gb, sum(map(pss_gb, descendants())))
-
-
-def descendants() -> list[int]:
-    """Every process below this one."""
-    parents = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except OSError:                          # it has ended meanwhile
-            continue
-        parents[int(stat.parent.name)] = int(fields[1])
-    found, todo = [], [threading.main_thread().native_id]
-    while todo:
-        parent = todo.pop()
-        children = [pid for pid, p in parents.items() if p == parent]
-        found += children
-        todo += children
-    return found
-
-
-def pss_gb(pid: int) -> float:
-    try:
-        text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    except OSError:
-        return 0.0
-    return int(re.search(r"^Pss:\s+(\d+)", text, re.M)[1]) * 1024 / 1e9
 
 
 def pairs(flags: list[str]) -> dict:

@@ -220,6 +220,7 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
     import step
 
     import teacher
+    from engines.drawn import DrawnTable
     from engines.hf import HFEngine
     from models.alignment import pad, response_rows
     from transport.weights import Weights
@@ -228,14 +229,8 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
     model = student.model
     tokens = pad(segments, student.device)[0]
     count = sum(map(len, segments))
-    following = tokens.roll(-1, dims=1).flatten()
-
-    def cross_entropy() -> None:
-        with student.compute():
-            logits = model(input_ids=tokens, use_cache=False).logits
-        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), following).backward()
-
-    found = {"step": in_turn({"ours": lambda: learner.backward(segments, count), "baseline": cross_entropy}, rounds)}
+    found = {"step": in_turn({"ours": lambda: learner.backward(segments, count),
+                              "baseline": lambda: step.cross_entropy(student, segments)}, rounds)}
     model.zero_grad()
     weights = Weights({n: p.shape for n, p in model.named_parameters()}, [i % 30 for i in range(64)], torch.bfloat16)
     found["publish"] = in_turn({
@@ -245,10 +240,11 @@ def cost_of_training(cpu: bool, rounds: int) -> dict[str, dict[str, float]]:
     engine = HFEngine.__new__(HFEngine)
     engine.model = copy.deepcopy(model).to(torch.bfloat16)
     engine.rows = []
+    engine.drawn = DrawnTable(student.device)
     published = weights.read(0)
 
     def push() -> None:
-        engine.load(published.tensors)
+        engine.load(published.tensors, 0)
         engine.checksums(weights.layout, 0)
 
     found["push"] = in_turn({

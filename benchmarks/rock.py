@@ -261,7 +261,8 @@ def segments(rocks: rock.Rock, words, texts: list[str], bypassed: list[str], siz
         slots.open(s, s, ids[:prompt], prompt, 0)
         y = ids[prompt:]
         kept = rocks.stored({rock.CHOSEN: chosen}, y, s, 0)
-        slots.append(s, y, y[:, None].expand(-1, 4), -3 - torch.rand(len(y), 4, generator=g), 0, kept)
+        logpi = -3 - torch.rand(len(y), 4, generator=g)
+        slots.append(s, y, y[:, None].expand(-1, 4), logpi, logpi[:, 0], torch.zeros(len(y)), kept)
         slots.logq[s] = -3 - torch.rand(40, 4, generator=g)
     return [slots.read(s) for s in range(len(texts))]
 

@@ -97,10 +97,19 @@ def ready(shape: str, kind=learner.Learner, **flags):
         ids = torch.randint(0, size["vocab_size"], (n, N), generator=g)
         slots.open(s, s, torch.randint(0, size["vocab_size"], (prompt,), generator=g), prompt, 0)
         logpi = -torch.rand(n, N, generator=g) * 3 - 10
-        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], torch.zeros(n))
         slots.logq[s, :n] = -torch.rand(n, N, generator=g) * 3 - 10
     dtype = torch.bfloat16 if gpu else torch.float32
     return kind(cfg, "cuda" if gpu else "cpu", dtype), [slots.read(s) for s in range(B)], slots
+
+
+def cross_entropy(one: student.Student, segments) -> None:
+    """Forward and backward pass of a plain training step: cross-entropy on all logits."""
+    tokens, _ = pad(segments, one.device)
+    with one.compute():
+        logits = one.model(input_ids=tokens, use_cache=False).logits
+    following = tokens.roll(-1, dims=1).flatten()
+    torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), following).backward()
 
 
 def timed(work) -> float:
@@ -130,14 +139,8 @@ def round_of(shape: str, methods: list[str]) -> dict[str, float]:
         else:
             rows.backward(grad_rows.to(rows.dtype))
 
-    def cross_entropy():
-        tokens, _ = pad(segments, model.device)
-        with model.compute():
-            logits = model.model(input_ids=tokens, use_cache=False).logits
-        following = tokens.roll(-1, dims=1).flatten()
-        torch.nn.functional.cross_entropy(logits.float().flatten(0, 1), following).backward()
     work = {"body": lambda: bare(False), "model": lambda: bare(True), "ours": lambda: ours.backward(segments, count),
-            "before": lambda: before.backward(segments, count), "ce": cross_entropy}
+            "before": lambda: before.backward(segments, count), "ce": lambda: cross_entropy(model, segments)}
     seconds, peak = {}, {}
     work[methods[0]]()                                   # gradients exist from here on, and kernels are chosen
     for m in methods:

@@ -82,7 +82,7 @@ class Run:
 
     def push(self) -> None:
         """The weights that draw the next batch."""
-        self.engine.load(self.versions[0])
+        self.engine.load(self.versions[0], max(0, self.updates - self.lag))
 
     def generate(self) -> list[Segment]:
         """One batch of responses, in the order in which the pipeline hands out prompts."""
@@ -97,7 +97,7 @@ class Run:
         left = cfg.batch
         while left:
             for s, drawn in self.engine.take(self.engine.step()).items():
-                self.slots.append(s, *drawn, version)
+                self.slots.append(s, *drawn)
                 left -= 1
         return [self.slots.read(s) for s in range(cfg.batch)]
 
@@ -115,7 +115,7 @@ class Toy(Run):
     def exact(self) -> dict[str, float]:
         """On the held-out prompts: the share of right greedy answers; KL(p || q) and KL(q || p) per token over all
         words, on answers that the student samples."""
-        self.engine.load(self.weights())
+        self.engine.load(self.weights(), self.updates)
         prompts = encode(self.task.eval, self.tokenizer)
         greedy = self.engine.complete(prompts, self.cfg.max_response)
         texts = self.tokenizer.batch_decode(greedy, skip_special_tokens=True)

@@ -36,7 +36,7 @@ def filled() -> Slots:
     for s, n in enumerate(LENGTHS):
         slots.open(s, s, [1], 1, version=0)
         ids = torch.randint(MODEL["vocab_size"], (n - 1, 4), generator=g)
-        slots.append(s, ids[:, 0], ids, torch.zeros(ids.shape), torch.zeros(n - 1), version=0)
+        slots.append(s, ids[:, 0], ids, torch.zeros(ids.shape), torch.zeros(n - 1), torch.zeros(n - 1))
     return slots
 
 

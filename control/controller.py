@@ -300,7 +300,8 @@ class Controller:
         """No process is left and every file is closed, whatever has happened."""
         self.pool.close()
         self.recorder.close()
-        self.meeting_point.unlink(missing_ok=True)
+        for file in (self.meeting_point, *self.out.glob(".weights-*")):
+            file.unlink(missing_ok=True)
         self.checkpoints.close()
 
 

@@ -15,7 +15,7 @@ from estimators import ESTIMATORS
 from extension import Extensions
 from record import report
 from transport.shared import SharedMemory
-from transport.weights import IN_USE, TRANSPORTS
+from transport.weights import TRANSPORTS
 
 
 def allocate(cfg: Config, job: Job) -> SharedMemory:
@@ -26,7 +26,7 @@ def allocate(cfg: Config, job: Job) -> SharedMemory:
                   estimator.columns(cfg.mc_samples, cfg.top_k),
                   hidden=job.hidden if estimator.support == "full" else 0,
                   dtype=compute_dtype(cfg), extra=extra, sparse=Extensions.load(cfg).sparse)
-    weights = TRANSPORTS[IN_USE](job.layout, job.probe, compute_dtype(cfg))
+    weights = TRANSPORTS[cfg.transport](job.layout, job.probe, compute_dtype(cfg), cfg.out)
     return SharedMemory(slots, weights, job.shared_tensors, job.eval_prompts)
 
 
@@ -36,10 +36,11 @@ def memory_rows(cfg: Config, job: Job, shared: SharedMemory) -> list[list[str]]:
     scores = ESTIMATORS[cfg.estimator].bytes(cfg.mc_samples, cfg.top_k, hidden_bytes)
     tensors = [[f"a row of {name}", f"{size:,} bytes"]
                for name, size in plan.row_bytes(job.slot_tensors).items()]
+    where = ", on the GPU of the first learner" if cfg.transport == "nccl" else ""
     return [[f"{len(shared.slots)} slots", f"{shared.slots.bytes / 2**20:,.1f} MiB"],
             [f"a token's scores ({cfg.estimator})", f"{scores:,} bytes"],
             *tensors,
-            ["published weights, twice", f"{2 * shared.weights.nbytes / 2**20:,.1f} MiB"]]
+            [f"published weights, twice{where}", f"{2 * shared.weights.nbytes / 2**20:,.1f} MiB"]]
 
 
 def show_start(cfg: Config, job: Job, shared: SharedMemory) -> None:

@@ -18,6 +18,7 @@ from config import Config, compute_dtype, in_bf16
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair, SlotTensor
 from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
+from transport.direct import PARCEL_BYTES
 from transport.process import worker_name
 
 # Interpreter and libraries; on a GPU also its context
@@ -201,6 +202,8 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
     for worker in plan(cfg):
         if worker.role == "learner":
             parts = learner_parts(cfg, student, teacher, added)
+            if cfg.transport == "nccl" and worker.index == 0:
+                parts["weights"] += 2 * student.P * itemsize(cfg)        # published twice
         elif worker.role == "teacher":
             parts = teacher_parts(cfg, teacher, gpu_gb, added)
         else:
@@ -213,8 +216,9 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
     if "host" in added.gb:
         needs.append(Need("extensions", "cpu", {"extensions": added.gb["host"]}))
     slots = (cfg.max_ahead + 1) * cfg.batch
-    shared = {"weights": 2 * student.P * itemsize(cfg) / 1e9,              # published twice
-              "cache": slots * slot_bytes(cfg, teacher, added) / 1e9}
+    shared = {"cache": slots * slot_bytes(cfg, teacher, added) / 1e9}
+    if cfg.transport != "nccl":
+        shared = {"weights": 2 * student.P * itemsize(cfg) / 1e9} | shared     # published twice
     return [*needs, Need("shared", "shm", shared)]
 
 
@@ -279,8 +283,12 @@ def longer_head(cfg: Config, model: Shape) -> int:
 
 def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float]:
     """Bytes of a rollout worker; on a CPU its weights exist twice while new ones are loaded."""
-    copies = 1 if cfg.gpus > 0 else 2
-    return {"weights": copies * itemsize(cfg) * student.P,
+    weights = itemsize(cfg) * student.P
+    if cfg.gpus == 0:
+        weights *= 2
+    if cfg.transport == "nccl":              # parcels on their way; the embedding is the largest
+        weights += 2 * max(PARCEL_BYTES, itemsize(cfg) * student.V * student.H)
+    return {"weights": weights,
             "cache": cache_bytes(cfg, student, "rollout", gpu_gb)}
 
 

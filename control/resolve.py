@@ -20,12 +20,13 @@ import torch
 import extension
 from config import Config, compute_dtype, each_flag, require
 from control.command_line import Given, parse
-from control.plan import split
+from control.plan import plan, split
 from engines.table import ENGINES, PACKAGES
 from estimators import DEFAULT, ESTIMATORS
 from record.run_folder import check_same, recorded_flags
 from record.trackers import LIBRARIES, TRACKERS
 from teacher import TEACHERS, VLLM_LACKS
+from transport.weights import TRANSPORTS
 
 # {name} in a template, unless LaTeX owns the braces: \\boxed{x}, \\frac{a}{b}, 2^{n}, a_{i}
 PLACE = re.compile(r"(?<![\w\\}^_])\{([A-Za-z_]\w*)\}")
@@ -64,6 +65,7 @@ def resolve(cfg: Config) -> Config:
     cfg = resolve_staleness(cfg)
     cfg = resolve_workers(cfg)
     check_spread_teacher(cfg)
+    check_transport(cfg)
     cfg = resolve_engines(cfg)
     check_packages(cfg)
     check_task(cfg)
@@ -199,6 +201,23 @@ def check_spread_teacher(cfg: Config) -> None:
     require(cfg.teacher_engine == "hf",
             f"{flag}: vLLM scores on one GPU here (--teacher-engine hf, or more --teachers)")
     require(installed("accelerate"), f"{flag}: needs accelerate (pip install accelerate)")
+
+
+def check_transport(cfg: Config) -> None:
+    """--transport nccl connects the first learner's GPU with that of every rollout worker."""
+    check_choice("--transport", cfg.transport, list(TRANSPORTS))
+    if cfg.transport != "nccl":
+        return
+    require(cfg.gpus > 0, "--transport nccl: goes from GPU to GPU, and --gpus 0 uses none "
+                          "(--transport shared)")
+    require(cfg.dry_run or torch.distributed.is_nccl_available(),
+            "--transport nccl: this torch is built without NCCL (--transport shared)")
+    placed = plan(cfg)
+    learner = next(p.device for p in placed if p.role == "learner")
+    beside = [p.name for p in placed if p.role == "rollout" and p.device == learner]
+    require(not beside,
+            f"--transport nccl: {', '.join(beside)} on the GPU of the learner, {learner}, and NCCL "
+            "connects no GPU with itself (--transport shared, or more --gpus)")
 
 
 def resolve_engines(cfg: Config) -> Config:

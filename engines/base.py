@@ -48,8 +48,13 @@ class Engine(ABC):
     preempted: int = 0                           # responses put aside for want of memory, so far
 
     @abstractmethod
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        """Replace the weights by copies of these. No response may be in the engine."""
+    def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Replace the weights by copies of these, each of which is best looked up once and in its
+        order: it may come from another device. What is drawn from now on is of this version.
+
+        Responses may be in the engine with `--inflight keep` only. They keep the keys and values
+        that they have, which are those of older weights.
+        """
 
     def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
         """Of the weights that the engine really computes with, under the names and in the shapes of
@@ -60,7 +65,11 @@ class Engine(ABC):
 
     @abstractmethod
     def logp(self, tokens: list[int]) -> Tensor:
-        """Log-prob of each token of a sequence but the first, given those before it: [len - 1]."""
+        """Log-prob of each token of a sequence but the first, given those before it: [len - 1].
+
+        An engine may have to make steps for it. Then the responses in it go on, and the next
+        `step` also returns those that have finished meanwhile.
+        """
 
     @abstractmethod
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
@@ -76,6 +85,11 @@ class Engine(ABC):
     @abstractmethod
     def take(self, keys: list[int]) -> dict[int, Drawn]:
         """Remove responses; by key what has been drawn for them since they were added."""
+
+    def not_begun(self) -> list[int]:
+        """The keys of responses for which nothing has been drawn since they were added; an engine
+        may know of fewer."""
+        return []
 
     def complete(self, prompts: list[list[int]], max_new: int, k: int = 1,
                  temperature: float = 0.0, each_step: Callable[[], None] = lambda: None, *,

@@ -2,6 +2,8 @@
 What has been drawn for the responses in an engine: a row of preallocated tensors for each.
 
 A step of the engine is written by one indexed copy per tensor, however many responses there are.
+Every position carries the version of the weights that drew it, since weights may change while a
+response is in the engine.
 What is left out: drawing itself (sampling.py).
 Shapes: R responses written in a step; C words per position; L tokens. Tests: tests/test_drawn.py
 """
@@ -19,36 +21,48 @@ from engines.to_device import to_device
 
 class Drawn(NamedTuple):
     """L tokens of a response, on the CPU: the emitted ones [L]; the words that were chosen and
-    their logpi [L, C]; logmu [L] of the emitted ones."""
+    their logpi [L, C]; logmu [L] of the emitted ones; versions [L] of the weights that drew them.
+    """
     tokens: Tensor
     ids: Tensor
     logpi: Tensor
     logmu: Tensor
+    versions: Tensor
+
+
+class Tables(NamedTuple):
+    """ids, logpi [rows, length, C]; logmu, versions [rows, length]."""
+    ids: Tensor
+    logpi: Tensor
+    logmu: Tensor
+    versions: Tensor
 
 
 class DrawnTable:
-    """ids, logpi [rows, length, C] and logmu [rows, length]. It grows as it is needed."""
+    """A row for each response. The tables grow as they are needed."""
 
     def __init__(self, device: torch.device | str):
         self.device = device
+        self.version = 0                         # of the weights that draw from now on
         self.free: list[int] = []
         self.row: dict[Hashable, int] = {}       # of each response that has been written
         self.tables = self.zeros(0, 0, 1)
 
-    def zeros(self, rows: int, length: int, columns: int) -> Chosen:
+    def zeros(self, rows: int, length: int, columns: int) -> Tables:
         ids = torch.zeros(rows, length, columns, dtype=torch.int64, device=self.device)
-        return Chosen(ids, torch.zeros(ids.shape, device=self.device),
-                      torch.zeros(rows, length, device=self.device))
+        logmu = torch.zeros(rows, length, device=self.device)
+        return Tables(ids, torch.zeros(ids.shape, device=self.device), logmu, logmu.long())
 
     def write(self, keys: Sequence[Hashable], offsets: Sequence[int], chosen: Chosen) -> None:
-        """One position of each of R responses, the `offset`-th that was drawn for it; what stood
-        there is replaced."""
+        """One position of each of R responses, the `offset`-th that was drawn for it, by weights
+        of `self.version`; what stood there is replaced."""
         self.make_room(keys, max(offsets) + 1, chosen.ids.shape[1])
         for key in keys:
             if key not in self.row:
                 self.row[key] = self.free.pop()
-        rows, at = to_device([[self.row[key] for key in keys], offsets], self.device)
-        for table, x in zip(self.tables, chosen):
+        numbers = [[self.row[key] for key in keys], offsets, [self.version] * len(keys)]
+        rows, at, versions = to_device(numbers, self.device)
+        for table, x in zip(self.tables, (*chosen, versions)):
             table[rows, at] = x
 
     def take(self, key: Hashable, length: int) -> Drawn:
@@ -61,8 +75,8 @@ class DrawnTable:
             tables = self.zeros(1, 0, tables.ids.shape[2])
         else:
             self.free.append(row)
-        ids, logpi, logmu = (x[row, :length].to("cpu", copy=True) for x in tables)
-        return Drawn(ids[:, 0], ids, logpi, logmu)
+        ids, logpi, logmu, versions = (x[row, :length].to("cpu", copy=True) for x in tables)
+        return Drawn(ids[:, 0], ids, logpi, logmu, versions)
 
     def make_room(self, keys: Sequence[Hashable], length: int, columns: int) -> None:
         """Grow to at least twice the rows, or twice the length, if these responses do not fit."""

@@ -21,7 +21,7 @@ from engines.drawn import Drawn, DrawnTable
 from engines.sampling import draw_rows, training_drawing
 from models.head import float32_logits, sequence_logp
 from models.loading import load_model, stop_ids
-from transport.checksum import Shown, checksum
+from transport.checksum import Shown, copy_and_sum
 
 
 @dataclass
@@ -49,6 +49,7 @@ class HFEngine(Engine):
                                "of this engine ignores (--engine vllm)")
         self.model = model
         self.drawing = training_drawing(cfg)
+        self.keeps = cfg.inflight == "keep"      # responses may be here while weights change
         self.max_running = cfg.max_running
         self.ends = set(stop_ids(cfg.student, cfg.teacher))
         self.rows: list[Response] = []           # in the order of the cache's batch dimension
@@ -56,15 +57,20 @@ class HFEngine(Engine):
         self.drawn = DrawnTable(model.device)
         self.cache = None                        # transformers' DynamicCache
         self.mask: Tensor | None = None          # [R, L], bool
+        self.sums: dict[str, Tensor] = {}        # checksums of the parameters, by name
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        assert not self.rows, "weights may only change between responses"
-        missing = set(self.model.load_state_dict(tensors, strict=False).missing_keys)
-        tied = {"lm_head.weight"}                # a tied head is the embedding, which is published
-        assert missing <= tied, f"weights that were not published: {missing}"
+    def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        assert not self.rows or self.keeps, "weights may only change between responses"
+        own = dict(self.model.named_parameters())        # of a tied head only the embedding
+        missing = own.keys() - tensors.keys()
+        assert not missing, f"weights that were not published: {missing}"
+        self.sums = {name: copy_and_sum(own[name].detach(), x) for name, x in tensors.items()
+                     if name in own}
+        self.drawn.version = version
 
     def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
-        return [Shown(name, checksum(p)) for name, p in self.model.named_parameters() if name in layout]
+        """Of the parameters, summed up right after each piece of them was written."""
+        return [Shown(name, int(total)) for name, total in self.sums.items() if name in layout]
 
     def logp(self, tokens: list[int]) -> Tensor:
         return sequence_logp(self.model, tokens).detach().cpu()
@@ -101,6 +107,9 @@ class HFEngine(Engine):
         if len(stay) < len(self.rows):
             self.keep_rows(stay)
         return found
+
+    def not_begun(self) -> list[int]:
+        return [r.key for r in self.rows + self.new if r.length == 0]
 
     # -- the cache
 

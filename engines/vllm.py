@@ -10,7 +10,7 @@ Tests: tests/test_rollout.py
 from __future__ import annotations
 
 import os
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"     # in the other one logits proce
 
 import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
-from vllm import LLM, SamplingParams  # noqa: E402
+from vllm import LLM, RequestOutput, SamplingParams  # noqa: E402
 from vllm.config import set_current_vllm_config  # noqa: E402
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead  # noqa: E402
 from vllm.model_executor.model_loader.reload import (  # noqa: E402
@@ -41,11 +41,16 @@ from transport.checksum import Shown, checksum, some_columns  # noqa: E402
 
 
 def plain_arguments(cfg: Config, device: str, dtype: torch.dtype) -> dict[str, object]:
-    """What vLLM is told, apart from what is ours in it."""
+    """What vLLM is told, apart from what is ours in it.
+
+    There is one place more than responses run, and there are priorities: the request of `logp` has
+    a place at once, and the first memory that comes free.
+    """
     length = cfg.max_prompt + cfg.max_response + 1
     return dict(model=cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
-                max_model_len=length, max_num_seqs=cfg.max_running,
-                max_num_batched_tokens=max(length, cfg.micro_tokens),
+                max_model_len=length, max_num_seqs=cfg.max_running + 1,
+                scheduling_policy="priority",
+                max_num_batched_tokens=max(length, cfg.micro_tokens, cfg.max_running + 1),
                 gpu_memory_utilization=gpu_share(cfg, "rollout"), enforce_eager=device == "cpu",
                 hf_overrides={"head_dtype": "float32"},      # logits are not rounded
                 enable_prefix_caching=False, skip_tokenizer_init=True, disable_log_stats=True,
@@ -69,6 +74,14 @@ class VLLMEngine(Engine):
     it would answer with keys and values of weights that are gone, and with one response per prompt
     there is nothing to share. The head's products are not rounded to the dtype of the weights: a
     logit of 20 would be off by up to 0.06.
+
+    On a GPU vLLM returns the tokens of a step after it has begun the next one (asynchronous
+    scheduling; on a CPU there is none). So weights may be replaced while a step is under way.
+    `Draws` has then marked the tokens of this step with the older version, which is right: the
+    GPU does its work in order, and computes the step before it copies the new weights.
+
+    With `--inflight keep`, a response that vLLM puts aside for want of memory is read again under
+    the weights of that time. Its further tokens are drawn, and recorded, from what these compute.
     """
 
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
@@ -77,22 +90,36 @@ class VLLMEngine(Engine):
         self.llm = LLM(**plain_arguments(cfg, device, dtype), logits_processors=["engines.vllm:Draws"],
                        worker_extension_cls="engines.vllm.Extension")
         self.engine = self.llm.llm_engine
+        self.keeps = cfg.inflight == "keep"  # responses may be here while weights change
+        self.max_running = cfg.max_running
+        # Not in vLLM yet, which would give them the place that is left for `logp`
+        self.waiting: deque[tuple[str, list[int], SamplingParams]] = deque()
+        self.finished: list[int] = []        # keys that `step` has not returned yet
+        self.answer: RequestOutput | None = None                 # to the request of `logp`
         self.names: dict[int, str] = {}      # key -> vLLM's name for the response
         self.keys: dict[str, int] = {}       # and back
         self.emitted: dict[int, list[int]] = {}
         self.serial = 0                      # a key may come again: names do not
 
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        assert not self.names, "weights may only change between responses"
-        self.llm.collective_rpc("load_published", args=(list(tensors.items()),))
+    def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        assert not self.names or self.keeps, "weights may only change between responses"
+        self.llm.collective_rpc("load_published", args=(tensors, version))
 
     def checksums(self, layout: Mapping[str, torch.Size], version: int) -> list[Shown]:
         return self.llm.collective_rpc("checksums", args=(dict(layout), version))[0]
 
     def logp(self, tokens: list[int]) -> Tensor:
-        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False)
-        prompt = {"prompt_token_ids": tokens}
-        out = self.llm.generate([prompt], params, use_tqdm=False)[0].prompt_logprobs
+        """By a request of its own. `LLM.generate` would make steps too, and throw away what the
+        running responses draw in them."""
+        self.serial += 1
+        params = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0, detokenize=False,
+                                output_kind=RequestOutputKind.FINAL_ONLY)
+        self.engine.add_request(f"probe-{self.serial}", {"prompt_token_ids": tokens}, params,
+                                priority=-1)     # responses have 0; the lowest comes first
+        self.answer = None
+        while self.answer is None:
+            self.advance()
+        out = self.answer.prompt_logprobs
         return torch.tensor([at[t].logprob for at, t in zip(out, tokens) if at is not None])
 
     def add(self, key: int, tokens: list[int], budget: int, *, uid: int, position: int) -> None:
@@ -107,23 +134,36 @@ class VLLMEngine(Engine):
         self.names[key] = name
         self.keys[name] = key
         self.emitted[key] = []
-        self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
+        self.waiting.append((name, tokens, params))
 
     def step(self) -> list[int]:
-        if not self.names:
-            return []
-        finished = []
+        while self.waiting and len(self.names) - len(self.waiting) < self.max_running:
+            name, tokens, params = self.waiting.popleft()
+            self.engine.add_request(name, {"prompt_token_ids": tokens}, params)
+        if self.names:
+            self.advance()
+        finished = self.finished
+        self.finished = []
+        return finished
+
+    def advance(self) -> None:
+        """One step of vLLM, for the responses and for the request of `logp`."""
         for out in self.engine.step():
+            if out.request_id not in self.keys:
+                self.answer = out
+                continue
             key = self.keys[out.request_id]
             self.emitted[key] += out.outputs[0].token_ids
             if out.finished:
-                finished.append(key)
-        return finished
+                self.finished.append(key)
 
     def take(self, keys: list[int]) -> dict[int, Drawn]:
         if not keys:
             return {}
+        self.finished = [key for key in self.finished if key not in keys]
         names = [self.names.pop(key) for key in keys]
+        gone = set(names)
+        self.waiting = deque(request for request in self.waiting if request[0] not in gone)
         self.engine.abort_request(names)
         emitted = [self.emitted.pop(key) for key in keys]
         lengths = [len(tokens) for tokens in emitted]
@@ -137,6 +177,11 @@ class VLLMEngine(Engine):
             found[key] = drawn
         return found
 
+    def not_begun(self) -> list[int]:
+        """Those that `Draws` has not seen, not even in a step that is still under way."""
+        names = self.llm.collective_rpc("not_begun", args=(list(self.keys),))[0]
+        return [self.keys[name] for name in names]
+
 
 # -- inside vLLM ---------------------------------------------------------------------------------
 
@@ -149,7 +194,7 @@ PREEMPTED: Counter[str] = Counter()
 class Extension:
     """Methods that vLLM adds to its worker (`worker_extension_cls`), for `collective_rpc`."""
 
-    def load_published(self, items: list[tuple[str, Tensor]]) -> None:
+    def load_published(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Reload layer by layer.
 
         On a CPU linear weights are packed, so that a plain load_weights has nowhere to write. The
@@ -159,14 +204,19 @@ class Extension:
         model = self.model_runner.get_model()
         with set_current_vllm_config(self.vllm_config):          # kernels are chosen by it
             initialize_layerwise_reload(model)
-            model.load_weights(iter(items))
+            model.load_weights(iter(tensors.items()))
             finalize_layerwise_reload(model, self.model_runner.model_config)
         if model.config.tie_word_embeddings:
             model.lm_head.quant_method.process_weights_after_loading(model.lm_head)
+        DRAWN.version = version
 
     def checksums(self, layout: dict[str, torch.Size], version: int) -> list[Shown]:
         """Of what the model computes with; see engines.base.Engine.checksums."""
         return list(shown(self.model_runner.get_model(), layout, version))
+
+    def not_begun(self, names: list[str]) -> list[str]:
+        """Those of these requests for which nothing has been drawn."""
+        return [name for name in names if name not in DRAWN.row]
 
     def take_draws(self, names: list[str], lengths: list[int]) -> list[tuple[Drawn, int]]:
         """What was drawn for each request, and how often it was put aside; forgotten here."""
@@ -211,11 +261,12 @@ def unpacked_columns(module, parameter: Tensor, version: int) -> Tensor:
     """[outputs, COLUMNS]: some columns of a packed matrix, `some_columns` of its inputs.
 
     They are its product with rows of the identity, exactly: each sum has one term that is not 0.
+    -0 becomes 0.
     """
     width = getattr(module, "input_size", None) or parameter.shape[-1]
     columns = some_columns(width, version)
     one = torch.nn.functional.one_hot(columns, width).to(parameter.dtype)
-    return module.cpu_linear(one, parameter, None).T
+    return module.cpu_linear(one, parameter, None).T + 0
 
 
 @dataclass

@@ -64,10 +64,10 @@ def generate(cfg: Config) -> list[Segment]:
     # One response as the pipeline would store it (cache.py): prompt and response in one sequence,
     # of which the first `start` tokens are given and the rest is new. The teacher fills in logq.
     segments = []
-    for i, (y, candidates, logpi, logmu) in drawn.items():
+    for i, (y, candidates, logpi, logmu, versions) in drawn.items():
         segments.append(Segment(
             slot=i, tokens=torch.cat([torch.tensor(prompts[i]), y]), prompt=len(prompts[i]),
-            start=len(prompts[i]), version=torch.zeros(len(y)), ids=candidates, logpi=logpi,
+            start=len(prompts[i]), version=versions, ids=candidates, logpi=logpi,
             logmu=logmu, logq=torch.full(logpi.shape, torch.nan)))
     first = segments[0]
     print(f"a prompt        {tokenizer.decode(first.tokens[:first.start])}")

@@ -59,9 +59,26 @@ def hardware() -> dict:
 
 
 def gpus() -> list[str]:
-    """The names of this machine's GPUs. CUDA is not asked: it would take a part of each of them."""
-    said = output(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"])
-    return [name.strip() for name in said.splitlines()]
+    """The names of the GPUs that CUDA_VISIBLE_DEVICES leaves to this process. CUDA is not asked:
+    it would take a part of each of them."""
+    said = output(["nvidia-smi", "--query-gpu=name,uuid", "--format=csv,noheader"]).splitlines()
+    names = {}                                   # by number and by UUID
+    for i, line in enumerate(said):
+        name, _, uuid = line.rpartition(",")
+        names |= {str(i): name.strip(), uuid.strip(): name.strip()}
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is None or visible.startswith("MIG-"):        # parts of GPUs, which are not listed
+        visible = ",".join(str(i) for i in range(len(said)))
+    found = []
+    for wanted in visible.split(","):
+        if wanted.startswith("GPU-"):            # the beginning of a UUID is enough for CUDA
+            matching = [name for key, name in names.items() if key.startswith(wanted)]
+        else:
+            matching = [name for key, name in names.items() if key == wanted]
+        if len(matching) != 1:                   # CUDA sees none from here on, either
+            break
+        found += matching
+    return found
 
 
 def processor() -> str:

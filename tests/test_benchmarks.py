@@ -31,6 +31,11 @@ class Smoke:
 
 TOY_MODELS = "--student {student} --teacher {teacher}"
 PAIR = "m.models = lambda: {{'sharpening': dict(student='{student}', teacher='{teacher}')}}\n"
+PAIR_OF_PEERS = """
+m.toy_models = lambda root: ('{student}', '{teacher}')
+m.PAIRS = dict(tiny=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3, flags=['--engine=hf']))
+m.SIDES['trl'] = lambda *a: m.ours(*a) | dict(side='trl')
+"""
 SMOKES = {
     "audit.py": Smoke("--k 4", "m.DRIFTS = m.DRIFTS[:2]"),
     "designs.py": Smoke("variance --draws 50", "m.COUNTS, m.SHARPNESS = (1, 4), (1.0,)\n"
@@ -47,12 +52,15 @@ SMOKES = {
                      "m.GROUPS = dict(head=dict(oprd=m.OPRD)); m.COMMON |= dict(eval__n=4)"),
     "packing.py": Smoke("", "m.torch.compile = lambda model, **how: model\n"
                             "m.segments = lambda n, *how, made=m.segments: made(min(n, 3), 8, 16)"),
+    "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS, spawns=True),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "precision.py": Smoke("", "m.BATCH, m.toy_models = 4, lambda root: ('{student}', '{teacher}')"),
     "prune.py": Smoke("grid --rates 1e-3 --tokens 8 --batch=2 --max-prompt=100 --max-response=4 " + TOY_MODELS,
                       "import data.everyday as e; e.FILE.write_text(e.as_json_lines())\n"
                       "m.METHODS = {{name: m.METHODS[name] for name in (m.SUPERVISED, 'reverse, all words')}}"),
+    "processes.py": Smoke(),
+    "push.py": Smoke("--layers 1 --rounds 1 --cpu --model 0.6B --dtype float32"),
     "rehearsal.py": Smoke("--cpu --steps=2 --rounds=1",
                           "import step; step.SHAPES['toy'] = (4, 12, step.SHAPES['toy'][2])"),
     "tables.py": Smoke(),
@@ -73,6 +81,7 @@ SMOKES = {
 }
 ELSEWHERE = {
     "kills.py": "tests/test_faults.py runs it",
+    "peers_trl.py": "needs TRL, in an environment of its own; peers.py starts it",
     "draws.py": "vLLM takes half a minute to start; its flags are parsed below",
 }
 DRIVER = """

@@ -1,4 +1,5 @@
 """Slots, scheduler, published weights, alignment and the teacher's scores."""
+import itertools
 import threading
 
 import pytest
@@ -21,7 +22,7 @@ def filled(lengths, *, prompt=3, columns=2, T=8) -> Slots:
         slots.open(s, s, torch.randint(3, 17, (prompt + s % 2,), generator=g), prompt + s % 2, version=0)
         ids = torch.randint(3, 17, (n, columns), generator=g)
         logpi = torch.randn(n, columns, generator=g)
-        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0] - 1, version=s)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0] - 1, torch.full((n,), s))
     return slots
 
 
@@ -31,13 +32,14 @@ def test_a_slot_gives_back_what_was_written_in_pieces():
     slots = Slots(1, 4, 6, 2)
     slots.open(0, uid=7, context=[5, 6, 7], prompt=3, version=2)
     assert slots.read(0).logq.isnan().all() and len(slots.read(0)) == 0
-    slots.append(0, torch.tensor([8, 9]), torch.tensor([[8, 1], [9, 2]]), -torch.ones(2, 2), -torch.ones(2), version=2)
+    slots.append(0, torch.tensor([8, 9]), torch.tensor([[8, 1], [9, 2]]), -torch.ones(2, 2), -torch.ones(2),
+                 versions=torch.tensor([2, 4]))
     slots.append(0, torch.tensor([4]), torch.tensor([[4, 3]]), torch.tensor([[-5., -6.]]), torch.tensor([-7.]),
-                 version=5)
+                 versions=torch.tensor([5]))
     segment = slots.read(0)
     assert segment.tokens.tolist() == [5, 6, 7, 8, 9, 4] and segment.start == 3
     assert segment.ids.tolist() == [[8, 1], [9, 2], [4, 3]]
-    assert segment.version.tolist() == [2, 2, 5] and int(slots.born[0]) == 2
+    assert segment.version.tolist() == [2, 4, 5] and int(slots.born[0]) == 2
     assert segment.logq.isnan().all(), "nothing is scored yet"
 
 
@@ -45,7 +47,7 @@ def test_a_slot_is_unscored_again_when_it_is_opened_again():
     slots = filled([3])
     slots.logq[0] = 0.0
     slots.open(0, 1, [3, 4], 2, version=1)
-    slots.append(0, torch.tensor([5]), torch.tensor([[5, 5]]), torch.zeros(1, 2), torch.zeros(1), version=1)
+    slots.append(0, torch.tensor([5]), torch.tensor([[5, 5]]), torch.zeros(1, 2), torch.zeros(1), torch.ones(1))
     assert slots.read(0).logq.isnan().all()
 
 
@@ -114,7 +116,7 @@ def test_the_row_before_a_token_predicts_it():
     for s, (prompt, new) in enumerate([([3, 4], [5, 6, 7]), ([8], [9, 10])]):
         slots.open(s, s, prompt, len(prompt), version=0)
         slots.append(s, torch.tensor(new), torch.tensor(new)[:, None], torch.zeros(len(new), 1), torch.zeros(len(new)),
-                     version=0)
+                     torch.zeros(len(new)))
     segments = [slots.read(0), slots.read(1)]
     tokens, mask = pad(segments, "cpu")
     assert mask.tolist() == [[True] * 5, [True] * 3 + [False] * 2]
@@ -131,6 +133,29 @@ def test_micro_batches_hold_every_segment_once_within_the_budget():
     groups = list(by_length(segments, token_budget=20))
     assert sorted(s.slot for g in groups for s in g) == list(range(6))
     assert all(len(g) == 1 or len(g) * max(len(s.tokens) for s in g) <= 20 for g in groups)
+
+
+@pytest.mark.parametrize("budget", [24, 40, 1000])
+@pytest.mark.parametrize("cost", [0.0, 0.1, 1.0])
+def test_no_other_way_to_cut_the_sorted_segments_costs_less(monkeypatch, budget, cost):
+    monkeypatch.setattr("models.alignment.PASS", cost)
+    slots = filled([1, 5, 3, 8, 2, 2, 7, 8])
+    segments = [slots.read(s) for s in range(8)]
+    lengths = sorted((len(s.tokens) for s in segments), reverse=True)
+
+    def price(groups):
+        return sum(len(g) * max(g) + cost * budget for g in groups)
+
+    prices = []
+    for cuts in itertools.product((False, True), repeat=7):
+        edges = [0, *(i + 1 for i in range(7) if cuts[i]), 8]
+        groups = [lengths[a:b] for a, b in itertools.pairwise(edges)]
+        if all(len(g) == 1 or len(g) * max(g) <= budget for g in groups):
+            prices.append(price(groups))
+    found = [[len(s.tokens) for s in g] for g in by_length(segments, budget)]
+    assert price(found) == pytest.approx(min(prices))
+    if budget == 1000:
+        assert {0.0: len(found) == len(set(lengths)), 1.0: len(found) == 1}.get(cost, True)
 
 
 @pytest.mark.parametrize("support", ["candidates", "teacher_topk"])

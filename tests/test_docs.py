@@ -83,7 +83,7 @@ def followed(models, tmp_path_factory) -> dict:
     scratch = root / "scratch"
     scratch.mkdir()
     flags = ["--gpus", "0", "--student", models["student"], "--teacher", models["teacher"],
-             "--task", "doubles", "--estimator", "reverse_mc_capped", "--engine", "naive",
+             "--task", "doubles", "--estimator", "reverse_mc_capped", "--engine", "naive", "--transport", "files",
              "--extend", "emphasis,norms", "--emphasis.tokens", "3,4", "--emphasis.factor", "5",
              "--norms.weight", "0.5", "--log", "table", "--steps", "3", "--batch", "4",
              "--max-prompt", "12", "--max-response", "8", "--eval.n", "4", "--out", "run"]

@@ -60,6 +60,15 @@ def test_a_position_that_is_written_again_is_replaced():
     check(table.take(7, 3), 7, 3)
 
 
+def test_every_position_carries_the_version_that_wrote_it_last():
+    table = DrawnTable("cpu")
+    for version, keys, offsets in [(4, [7, 8], [0, 0]), (5, [7], [1]), (6, [8, 7], [1, 2]), (9, [8], [1])]:
+        table.version = version
+        table.write(keys, offsets, a_step(keys, offsets))
+    assert table.take(7, 3).versions.tolist() == [4, 5, 6]
+    assert table.take(8, 2).versions.tolist() == [4, 9]
+
+
 def test_what_is_taken_is_a_copy():
     """Its row is given to another response."""
     table = DrawnTable("cpu")

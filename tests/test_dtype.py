@@ -82,7 +82,7 @@ def test_an_engine_in_bf16_holds_what_was_published_and_records_what_it_drew(kin
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
-    engine.load({name: p.detach() for name, p in model.named_parameters()})
+    engine.load({name: p.detach() for name, p in model.named_parameters()}, 1)
     torch.testing.assert_close(engine.logp(PROMPTS[1]), sequence_logp(model, PROMPTS[1]), rtol=0, atol=0.02)
     module = import_module(type(engine).__module__)
     rounded = []

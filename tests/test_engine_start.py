@@ -31,7 +31,7 @@ class Engine:
         if first == "start":
             raise RuntimeError(UNSUPPORTED)
 
-    def load(self, tensors):
+    def load(self, tensors, version):
         pass
 
     def checksums(self, layout, version):

@@ -69,7 +69,7 @@ def filled(cfg, extra=None, sparse=False) -> tuple[Slots, list[Segment]]:
         slots.open(s, s, [3, 4 + s], 2, 0)
         ids = torch.randint(3, 17, (n, cfg.mc_samples), generator=g)
         logpi = -3 * torch.rand(n, cfg.mc_samples, generator=g)
-        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], torch.zeros(n))
         slots.logq[s, :n] = -3 * torch.rand(n, cfg.mc_samples, generator=g)
     return slots, [slots.read(s) for s in range(4)]
 

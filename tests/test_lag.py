@@ -22,41 +22,57 @@ class Engine:
     """Draws token `position` of response `uid`, until length_of(uid): what was drawn is seen in the token itself.
 
     Only the first few responses get a token in a step, as in an engine that is full: the others wait without any.
+    Those that run get one on the probe too, as in vLLM; where they may run while weights change.
     """
 
     preempted = 0
 
-    def __init__(self, length_of, room=3):
-        self.length_of, self.rows, self.room = length_of, {}, room
+    def __init__(self, length_of, room=3, keeps=False):
+        self.length_of, self.rows, self.room, self.keeps = length_of, {}, room, keeps
+        self.version, self.versions, self.finished = None, {}, []
 
-    def load(self, tensors):
-        assert not self.rows
+    def load(self, tensors, version):
+        assert self.keeps or not self.rows
+        self.version = version
 
     def checksums(self, layout, version):
         return []
 
     def logp(self, tokens):
+        self.draw()
         return torch.zeros(1)
 
     def add(self, key, tokens, budget, *, uid, position):
         assert key not in self.rows and len(tokens) == 1 + position
         self.rows[key] = (uid, position, [])
+        self.versions[key] = []
 
     def step(self):
-        done = []
+        self.draw()
+        finished, self.finished = self.finished, []
+        return finished
+
+    def draw(self):
         for key, (uid, position, drawn) in list(self.rows.items())[:self.room]:
+            if key in self.finished:
+                continue
             drawn.append(position + len(drawn))
+            self.versions[key].append(self.version)
             if position + len(drawn) >= self.length_of(uid):
-                done.append(key)
-        return done
+                self.finished.append(key)
 
     def take(self, keys):
+        self.finished = [key for key in self.finished if key not in keys]
         out = {}
         for key in keys:
             _, _, drawn = self.rows.pop(key)
             tokens = torch.tensor(drawn, dtype=torch.long)
-            out[key] = Drawn(tokens, tokens[:, None], torch.zeros(len(drawn), 1), torch.zeros(len(drawn)))
+            out[key] = Drawn(tokens, tokens[:, None], torch.zeros(len(drawn), 1), torch.zeros(len(drawn)),
+                             torch.tensor(self.versions.pop(key)))
         return out
+
+    def not_begun(self):
+        return [key for key, (_, _, drawn) in self.rows.items() if not drawn]
 
 
 class Link:
@@ -81,10 +97,11 @@ class Pipeline:
         self.choose, self.length_of, self.max_lag, self.quick_teacher = choose, length_of, max_lag, quick_teacher
         self.slots = Slots((ahead + 1) * batch, 1, T, 1)
         self.scheduler = Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
-        self.weights = SimpleNamespace(version=0, probe=[1, 2], read=self.read, holds=lambda version: True)
+        self.weights = SimpleNamespace(version=0, layout={}, probe=[1, 2], read=self.read,
+                                       holds=lambda version: True)
         self.began = 0
         shared = SharedMemory(self.slots, self.weights)
-        self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of, room))
+        self.start = lambda: Worker(cfg, Link(), shared, Engine(length_of, room, inflight == "keep"))
         self.again = lambda: Scheduler(self.slots, batch, schedule, ahead, max_lag, overdue)
         self.workers = [self.start() for _ in range(workers)]
         self.deaths, self.resumes, self.jumps = deaths, resumes, jumps
@@ -93,6 +110,7 @@ class Pipeline:
         self.inbox = [[] for _ in self.workers]                # orders that a worker has not read yet
         self.teacher, self.learner = [], []
         self.trained: dict[int, list[int]] = {}                # uid -> tokens, in the order of training
+        self.versions: dict[int, list[int]] = {}               # uid -> their versions
         self.lags, self.dropped, self.cuts, self.batches = [], 0, [], []
 
     def read(self, version):
@@ -168,6 +186,7 @@ class Pipeline:
             segment = self.slots.read(t.slot)
             assert len(segment) > 0, "an empty segment reached the learner"
             self.trained.setdefault(t.uid, []).extend(segment.tokens[segment.start:].tolist())
+            self.versions.setdefault(t.uid, []).extend(segment.version.tolist())
             self.lags += (self.scheduler.version - segment.version).tolist()
         self.weights.version += 1                              # published, and only then
         jump = bool(self.jumps and self.choose(4) == 0)
@@ -226,7 +245,7 @@ def lengths(seed, tail):
 
 PIPELINES = dict(seed=st.integers(0, 10 ** 6), batch=st.integers(1, 5), workers=st.integers(1, 3),
                  ahead=st.integers(0, 8), more=st.integers(0, 8), tail=st.sampled_from([0.4, 0.8, 1.5]),
-                 inflight=st.sampled_from(["recompute", "finish"]))
+                 inflight=st.sampled_from(["recompute", "keep", "finish"]))
 QUICK = settings(deadline=None, max_examples=40, suppress_health_check=list(HealthCheck))
 
 
@@ -239,6 +258,7 @@ def play(seed, batch, workers, ahead, more, tail, inflight, overdue="cut", sched
 @given(**PIPELINES)
 @example(seed=0, batch=1, workers=1, ahead=0, more=0, tail=0.4, inflight="recompute")
 @example(seed=0, batch=3, workers=2, ahead=4, more=0, tail=0.4, inflight="finish")
+@example(seed=0, batch=3, workers=2, ahead=4, more=0, tail=0.4, inflight="keep")
 def test_cut_bounds_the_lag_and_trains_every_token_once(**kw):
     p = play(**kw)
     assert max(p.lags) <= p.max_lag
@@ -254,6 +274,7 @@ def test_cut_bounds_the_lag_and_trains_every_token_once(**kw):
 @example(seed=3, batch=3, workers=2, ahead=2, more=0, tail=0.4, inflight="recompute", overdue="cut", resumes=True)
 @example(seed=4, batch=3, workers=2, ahead=4, more=1, tail=0.4, inflight="recompute", overdue="cut", resumes=True)
 @example(seed=5, batch=5, workers=1, ahead=2, more=0, tail=0.4, inflight="finish", overdue="cut", resumes=False)
+@example(seed=3, batch=3, workers=2, ahead=2, more=0, tail=0.4, inflight="keep", overdue="cut", resumes=True)
 def test_deaths_lose_nothing_and_leave_the_bound(overdue, resumes, **kw):
     p = play(**kw, overdue=overdue, deaths=True, resumes=resumes)
     assert overdue == "keep" or max(p.lags) <= p.max_lag
@@ -280,6 +301,8 @@ def test_in_lockstep_deaths_lose_nothing_either(schedule, resumes, **kw):
          deaths=True)
 @example(seed=2, batch=4, workers=3, ahead=4, more=2, tail=0.4, inflight="finish", overdue="keep", resumes=False,
          deaths=False)
+@example(seed=1, batch=4, workers=2, ahead=4, more=0, tail=0.4, inflight="keep", overdue="cut", resumes=False,
+         deaths=True)
 def test_jumps_leave_the_bound_and_lose_what_they_drop_and_nothing_else(overdue, resumes, deaths, **kw):
     p = play(**kw, overdue=overdue, deaths=deaths, resumes=resumes, jumps=True)
     assert overdue == "keep" or max(p.lags) <= p.max_lag
@@ -296,7 +319,7 @@ def test_jumps_leave_the_bound_and_lose_what_they_drop_and_nothing_else(overdue,
 def test_after_a_push_the_oldest_responses_go_on_first():
     """Whatever slots they are in."""
     slots = Slots(5, 1, T, 1)
-    weights = SimpleNamespace(version=0, probe=[1, 2], holds=lambda version: True,
+    weights = SimpleNamespace(version=0, layout={}, probe=[1, 2], holds=lambda version: True,
                               read=lambda version: Published(weights.version, {}, {}, torch.zeros(1)))
     engine = Engine(lambda uid: T)
     worker = Worker(Config(max_response=T), Link(), SharedMemory(slots, weights), engine)
@@ -336,6 +359,30 @@ def running(p):
 
 
 @QUICK
+@given(**PIPELINES | dict(inflight=st.just("keep")), overdue=st.sampled_from(["cut", "wait", "keep"]))
+def test_what_stays_in_the_engine_has_tokens_of_several_versions_in_their_order(overdue, **kw):
+    p = play(**kw, overdue=overdue)
+    assert all(versions == sorted(versions) for versions in p.versions.values())
+    assert all(p.versions[uid][-1] <= p.scheduler.version for uid in p.trained)
+
+
+def test_a_response_that_ends_on_the_probe_is_handed_over_before_anything_else():
+    """Nothing that flushes what runs may take it for unfinished: it would go on after its end."""
+    p = Pipeline(chooser(0), lambda uid: 2, batch=2, workers=1, ahead=0, inflight="keep")
+    worker = p.workers[0]
+    p.route()
+    for order, body in p.inbox[0]:
+        worker.orders[order](body)
+    worker.turn()
+    p.weights.version = 1
+    worker.load(None)
+    kind, body = worker.link.sent[-1]
+    assert kind == "generated" and body["finished"] and body["slots"] == [0, 1] and not worker.running
+    assert [p.slots.read(s).version.tolist() for s in (0, 1)] == [[0, 1], [0, 1]]
+    assert [int(p.slots.born[s]) for s in (0, 1)] == [0, 0]
+
+
+@QUICK
 @given(**PIPELINES)
 def test_wait_bounds_the_lag_and_cuts_nothing(**kw):
     p = play(**kw, overdue="wait")
@@ -372,10 +419,11 @@ def test_step_off_draws_batch_j_wholly_under_version_j_minus_k(**kw):
     assert p.lags == want
 
 
+@pytest.mark.parametrize("inflight", ["recompute", "keep"])
 @pytest.mark.parametrize("rule", ["cut", "drop"])
-def test_an_order_that_crosses_new_weights_ends_only_what_is_overdue(rule):
+def test_an_order_that_crosses_new_weights_ends_only_what_is_overdue(rule, inflight):
     """Slot 1 waits for room without a token while the weights go from 0 to 5: what it draws then is not old."""
-    p = Pipeline(chooser(0), lambda uid: T, batch=2, workers=1, ahead=0)
+    p = Pipeline(chooser(0), lambda uid: T, batch=2, workers=1, ahead=0, inflight=inflight)
     worker = p.workers[0]
     worker.engine.room = 1
     p.route()

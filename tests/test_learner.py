@@ -191,7 +191,8 @@ def test_the_logged_kl_is_unbiased(config, models):
     slots, _ = ready([1] * 100, columns=400)
     for s in range(100):
         slots.open(s, s, prompt[0], 4, version=0)
-        slots.append(s, drawn[s, :, 0], drawn[s], logmu[drawn[s]] + math.log(400), logmu[drawn[s, :, 0]], version=0)
+        logpi = logmu[drawn[s]] + math.log(400)
+        slots.append(s, drawn[s, :, 0], drawn[s], logpi, logmu[drawn[s, :, 0]], torch.zeros(1))
         slots.logq[s, :1] = logq[drawn[s]]
     for kl in ("reverse", "forward"):
         learner = Learner(config(), "cpu", torch.float32)

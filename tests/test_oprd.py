@@ -97,7 +97,7 @@ def scored(cfg, cut=0):
         slots.open(s, s, torch.randint(3, 17, (prompt + before,), generator=g), prompt, 0)
         ids = torch.randint(3, 17, (n, 4), generator=g)
         logpi = -3 * torch.rand(n, 4, generator=g)
-        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], 0)
+        slots.append(s, ids[:, 0], ids, logpi, logpi[:, 0], torch.zeros(n))
     HFTeacher(cfg, "cpu", torch.float32).score([slots.read(s) for s in range(4)], slots)
     return slots, [slots.read(s) for s in range(4)]
 

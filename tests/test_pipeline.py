@@ -88,7 +88,9 @@ def test_sync_has_no_lag_and_is_the_same_run_twice_however_it_is_evaluated(flags
 @pytest.mark.parametrize("engine, rule", [
     ("hf", dict(overdue="cut", max_ahead=1, max_lag=1)), ("vllm", dict(overdue="cut", max_ahead=1, max_lag=1)),
     ("hf", dict(overdue="wait", max_ahead=1, max_lag=1)), ("hf", dict(overdue="drop", max_ahead=1, max_lag=1)),
-    ("hf", dict(overdue="cut", max_ahead=2, max_lag=3, inflight="finish"))])
+    ("hf", dict(overdue="cut", max_ahead=2, max_lag=3, inflight="finish")),
+    ("hf", dict(overdue="cut", max_ahead=2, max_lag=3, inflight="keep")),
+    ("vllm", dict(overdue="wait", max_ahead=2, max_lag=3, inflight="keep", max_running=4, eval__every=10))])
 def test_no_token_is_older_than_max_lag(flags, engine, rule):
     if engine == "vllm":
         pytest.importorskip("vllm")
@@ -164,11 +166,11 @@ WRONG_LOAD = """
 import engines.hf
 NAME = 'model.layers.0.self_attn.q_proj.weight'
 load = engines.hf.HFEngine.load
-def wrong(self, tensors):                # from the fourth push on one tensor stays as it was
+def wrong(self, tensors, version):                # from the fourth push on one tensor stays as it was
     self.pushes = getattr(self, 'pushes', 0) + 1
     if self.pushes > 3:
         tensors = tensors | {NAME: self.model.get_parameter(NAME).detach().clone()}
-    load(self, tensors)
+    load(self, tensors, version)
 engines.hf.HFEngine.load = wrong
 """
 

@@ -52,6 +52,16 @@ def test_vllm_starts_first_and_by_itself_on_a_gpu_that_it_shares_and_takes_less_
     assert shares == {1: [0.3, 0.3], 2: [0.85, 0.3], 3: [0.85, 0.85], 8: [0.85, 0.85]}
 
 
+def test_what_is_published_twice_lies_on_the_first_learners_gpu_with_nccl():
+    shape = Shape(**QWEN)
+    by_worker = {transport: {n.worker: n.parts.get("weights", 0) for n in memory(cfg, shape, shape)}
+                 for transport in ("shared", "nccl") for cfg in [config(8, transport=transport)]}
+    more = {worker: by_worker["nccl"][worker] - gb for worker, gb in by_worker["shared"].items()}
+    twice = 2 * 2 * shape.P / 1e9
+    assert more["learner"] == pytest.approx(twice) == -more["shared"] and more["learner1"] == more["teacher0"] == 0
+    assert more["rollout3"] == pytest.approx(2 * 2 * shape.V * shape.H / 1e9), "two parcels with the embedding"
+
+
 def test_a_learner_holds_16_bytes_per_parameter_and_shares_them_out():
     shape = Shape(**QWEN)
     for learners in (1, 3):

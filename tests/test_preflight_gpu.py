@@ -109,11 +109,17 @@ def test_the_names_and_the_memory_of_gpus_come_from_nvidia_smi(monkeypatch, tmp_
     """CUDA in the parent would take a part of every GPU."""
     tool = tmp_path / "nvidia-smi"
     tool.write_text('#!/bin/sh\ncase "$1" in\n *memory.free*) echo "1000, 2000"; echo "1500, 2000";;\n'
-                    ' *name*) echo "A GPU"; echo "A GPU";;\n *driver*) echo "580.1"; echo "580.1";;\nesac\n')
+                    ' *name*) echo "A GPU, GPU-12ab"; echo "B GPU, GPU-34cd";;\n'
+                    ' *driver*) echo "580.1"; echo "580.1";;\nesac\n')
     tool.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:/bin:/usr/bin")
     monkeypatch.setattr(torch.cuda, "get_device_name", None)
-    assert hardware()["gpus"] == ["A GPU", "A GPU"]
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert hardware()["gpus"] == ["A GPU", "B GPU"]
+    for visible, names in {"1": ["B GPU"], "1,0": ["B GPU", "A GPU"], "GPU-34": ["B GPU"], "": [], "0,7,1": ["A GPU"],
+                           "GPU-": []}.items():
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+        assert hardware()["gpus"] == names, visible
     free = footprint.free_gb()
     mib = 2 ** 20 / 1e9
     assert (free["cuda:0"], free["cuda:1"], free["gpu"]) == pytest.approx((1000 * mib, 1500 * mib, 2000 * mib))

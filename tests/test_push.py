@@ -15,8 +15,9 @@ from models.loading import load_model
 from rollout import Worker
 from tests.conftest import save_tiny
 from transport import checksum as module
-from transport.checksum import checksum, some_columns
+from transport.checksum import Shown, checksum, copy_and_sum, some_columns
 from transport.link import Incurable
+from transport.published import Published
 from transport.shared import SharedMemory
 from transport.weights import Weights
 
@@ -41,8 +42,30 @@ def test_a_checksum_sees_every_number_and_its_place(dtype, shape, monkeypatch):
             swapped[[0, i]] = swapped[[i, 0]]
             seen.add(checksum(swapped))
     assert len(seen) == 2 * x.numel()
-    monkeypatch.setattr(module, "CHUNK", 8)
-    assert checksum(x) in seen, "whatever the chunk"
+    before = checksum(x)
+    for width, rows in ((1, 1), (2, 3)):
+        monkeypatch.setattr(module, "WIDTH", width)
+        monkeypatch.setattr(module, "ROWS", rows)
+        assert checksum(x) == before, "however it is summed"
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_checksum_is_the_sum_of_its_words_by_their_place(dtype):
+    for size in (1, 5, 16_384, 3 * 2 ** 18 + 7):                          # less than a row; rows and a rest
+        x = torch.randn(size, generator=torch.Generator().manual_seed(size)).to(dtype)
+        words = torch.nn.functional.pad(x, (0, -size % (8 // x.itemsize))).view(torch.int64).tolist()
+        assert checksum(x) % 2 ** 64 == sum(word * (2 * i + 1) for i, word in enumerate(words)) % 2 ** 64
+
+
+@pytest.mark.parametrize("shape", [(3,), (700, 100), (16_384,)])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_copy_is_summed_as_it_is_written(dtype, shape):
+    source = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    for target in (torch.zeros(shape, dtype=dtype), torch.zeros(*shape, 2, dtype=dtype)[..., 0]):   # in pieces; at once
+        assert int(copy_and_sum(target, source)) == checksum(target)
+        assert torch.equal(target, source.to(dtype))
+    with pytest.raises(AssertionError):
+        copy_and_sum(torch.zeros(5, 3), torch.zeros(3))                   # which copy_ would repeat
 
 
 def test_a_checksum_takes_a_tensor_wherever_it_lies():
@@ -50,7 +73,14 @@ def test_a_checksum_takes_a_tensor_wherever_it_lies():
     for start in range(4):                                                # not aligned to 8 bytes
         assert checksum(x[start:start + 30]) == checksum(x[start:start + 30].clone())
     assert checksum(x.view(8, 5).T) == checksum(x.view(8, 5).T.contiguous()) != checksum(x)
-    assert checksum(torch.tensor([0.0, 1.0])) == checksum(torch.tensor([-0.0, 1.0]))
+
+
+def test_columns_are_compared_as_a_product_with_the_identity_shows_them():
+    """-0 is 0 there."""
+    x = torch.tensor([[-0.0, 1.0], [2.0, -3.0]])
+    published = Published(0, {"x": x}, {"x": checksum(x)}, torch.zeros(1))
+    at = some_columns(2, 0)
+    assert published.checksum_like(Shown("x", 0, whole=False)) == checksum((x + 0)[:, at]) != checksum(x[:, at])
 
 
 # -- the tolerance of the probe --------------------------------------------------------------------
@@ -134,7 +164,7 @@ def push_with(fault, push, monkeypatch):
     push.worker.load(None)
     old = {name: x.clone() for name, x in push.weights.views(1).items()}
     push.publish(2)
-    monkeypatch.setattr(engine, "load", lambda tensors: load(fault(tensors, old)))
+    monkeypatch.setattr(engine, "load", lambda tensors, version: load(fault(tensors, old), version))
     with pytest.raises(Incurable, match="weights of version 2 did not arrive in the engine") as e:
         push.worker.load(None)
     return str(e.value)
@@ -203,7 +233,7 @@ def test_one_wrong_number_of_a_packed_matrix_is_seen_when_its_column_is_shown(st
     for column in range(push.weights.layout[Q][1]):
         changed = {name: x.clone() for name, x in push.weights.read().tensors.items()}
         changed[Q][0, column] += 1e-7
-        monkeypatch.setattr(engine, "load", lambda tensors: load(changed))
+        monkeypatch.setattr(engine, "load", lambda tensors, version: load(changed, version))
         push.worker.version = -1
         with pytest.raises(Incurable, match=f"the first of them {Q}") if column in shown else nullcontext():
             push.worker.load(None)
@@ -227,8 +257,8 @@ def test_weights_that_change_while_they_are_read_are_read_again(student, monkeyp
     load = engine.load
     loads = []
 
-    def interrupted(tensors):
-        load(tensors)
+    def interrupted(tensors, version):
+        load(tensors, version)
         loads.append(len(loads))
         if len(loads) == 1:                                      # the learner is two versions ahead
             for version in (1, 2):

@@ -35,7 +35,7 @@ ROCKS = list(range(0, VOCAB, 2))       # half of the words of models that know n
 
 
 def drawn(cfg, folders, responses=5) -> list[tuple]:
-    """(prompt, tokens, ids, logpi, logmu) of responses of the stale student."""
+    """(prompt, tokens, ids, logpi, logmu, versions) of responses of the stale student."""
     engine = HFEngine(dataclasses.replace(cfg, student=str(folders / "stale")), "cpu", torch.float32)
     engine.ends = set()
     prompts = [[3 + (s + i) % 10 for i in range(2 + s)] for s in range(responses)]
@@ -47,11 +47,10 @@ def drawn(cfg, folders, responses=5) -> list[tuple]:
     return [(prompts[s], *out[s]) for s in range(responses)]
 
 
-def write(cfg, slots: Slots, bypass: dict[str, Tensor], s: int, drawn: tuple[Tensor, ...], version: int) -> None:
-    """What a rollout worker does with new tokens (tokens, ids, logpi, logmu) of slot s."""
+def write(cfg, slots: Slots, bypass: dict[str, Tensor], s: int, drawn: tuple[Tensor, ...]) -> None:
+    """What a rollout worker does with new tokens (tokens, ids, logpi, logmu, versions) of slot s."""
     engine = SimpleNamespace(take=lambda wanted: {wanted[0]: Drawn(*drawn)})
     worker = Worker(cfg, None, SharedMemory(slots=slots, weights=None, tensors=bypass), engine)
-    worker.version = version
     worker.flush([s])
 
 
@@ -65,9 +64,9 @@ def scored(cfg, responses: list[tuple], bypass: dict[str, Tensor] | None = None)
         for piece in (slice(0, 2), slice(2, None)):
             new = [x[piece] for x in parts]
             if bypass is None:
-                slots.append(s, *new, 0)
+                slots.append(s, *new)
             else:
-                write(cfg, slots, bypass, s, new, 0)
+                write(cfg, slots, bypass, s, new)
     score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(len(responses))], slots,
           row.support, VOCAB, seed=cfg.seed)
     return slots, [slots.read(s) for s in range(len(responses))]
@@ -211,7 +210,7 @@ def test_a_response_or_a_batch_of_which_nothing_is_stored_breaks_nothing(folders
     assert not trained.skipped and metrics["stored"] == 0 and metrics["tokens"] == sum(map(len, segments))
     bypass[CHOSEN][:] = False
     slots.open(2, 12, responses[2][0], len(responses[2][0]), 0)
-    write(cfg, slots, bypass, 2, responses[2][1:], 0)
+    write(cfg, slots, bypass, 2, responses[2][1:])
     score(load_model(cfg.teacher, "cpu", torch.float32), [slots.read(s) for s in range(5)], slots,
           ESTIMATORS[name].support, VOCAB)
     trained = learner.step([slots.read(s) for s in range(5)], 1)
@@ -254,7 +253,8 @@ def test_the_rest_of_a_cut_response_is_kept_as_the_whole_would_have_been(folders
 
     def add(slots, s, piece, version):
         new = y[piece]
-        write(cfg, slots, bypass, s, (new, new[:, None], torch.zeros(len(new), 1), torch.zeros(len(new))), version)
+        zeros = torch.zeros(len(new))
+        write(cfg, slots, bypass, s, (new, new[:, None], zeros[:, None], zeros, zeros + version))
     whole.open(0, 7, [3, 4, 5], 3, 0)
     add(whole, 0, slice(0, 200), 0)
     parts.open(0, 7, [3, 4, 5], 3, 0)

@@ -100,7 +100,7 @@ def engines(tmp_path_factory):
     root = tmp_path_factory.mktemp("engines")
     student = save_tiny(root / "student", seed=3, layers=2)
     cfg = configure(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
-                           "--max-response=24", "--max-running=16", "--mc-samples=3"])
+                           "--max-response=24", "--max-running=16", "--mc-samples=3", "--inflight=keep"])
     made = {"hf": HFEngine(cfg, "cpu", torch.float32)}
     if cfg.engine == "vllm":
         made["vllm"] = engine_class("vllm")(cfg, "cpu", torch.float32)
@@ -112,7 +112,7 @@ def engine(request, engines):
     if request.param not in engines[1]:
         pytest.skip("vLLM is not installed")
     made = engines[1][request.param]
-    made.load(parameters(engines[0]))
+    made.load(parameters(engines[0]), 0)
     yield made
     made.take(list(getattr(made, "names", [])) or [r.key for r in getattr(made, "rows", [])])
 
@@ -135,7 +135,7 @@ def run(engine, prompts=PROMPTS, budget=24, steps=10_000):
     return out | engine.take([key for key in range(len(prompts)) if key not in out])
 
 
-def check(model, prompt, tokens, ids, logpi, logmu):
+def check(model, prompt, tokens, ids, logpi, logmu, _):
     """What is recorded is what the design says of `model` at its position, whatever else was in the batch."""
     with torch.no_grad():
         logits = model(torch.tensor([prompt + tokens.tolist()])).logits[0]
@@ -148,7 +148,7 @@ def check(model, prompt, tokens, ids, logpi, logmu):
 def test_recorded_logprobs_are_the_models(engine, engines):
     model = load_model(engines[0], "cpu", torch.float32)
     for key, drawn in run(engine).items():
-        tokens, ids, logpi, logmu = drawn
+        tokens, ids, logpi, *_ = drawn
         assert ids.shape == logpi.shape == (len(tokens), 3) and torch.equal(ids[:, 0], tokens) and len(tokens) > 0
         assert (ids.sort(-1).values.diff() > 0).all(), "no word twice"
         check(model, PROMPTS[key], *drawn)
@@ -158,7 +158,7 @@ def test_both_engines_draw_the_same_tokens(engines):
     if len(engines[1]) < 2:
         pytest.skip("vLLM is not installed")
     for made in engines[1].values():
-        made.load(parameters(engines[0]))
+        made.load(parameters(engines[0]), 0)
     a, b = (run(made) for made in engines[1].values())
     for key in a:
         assert torch.equal(a[key][1], b[key][1])
@@ -186,7 +186,7 @@ def sharp(engines):
     if "vllm" not in engines[1]:
         pytest.skip("vLLM is not installed")
     weights = parameters(engines[0])
-    engines[1]["vllm"].load(weights | {"lm_head.weight": 25 * weights["lm_head.weight"]})
+    engines[1]["vllm"].load(weights | {"lm_head.weight": 25 * weights["lm_head.weight"]}, 0)
     return engines[1]["vllm"]
 
 
@@ -220,7 +220,7 @@ def test_the_check_above_can_fail(sharp, monkeypatch, wrong):
 def test_after_a_push_the_engine_is_the_new_model_and_back(engine, engines):
     probe = [3, 4, 13, 5, 14, 6, 7]
     for scale in (1.0, 1.3, 1.0):
-        engine.load(parameters(engines[0], scale))
+        engine.load(parameters(engines[0], scale), 1)
         model = load_model(engines[0], "cpu", torch.float32)
         model.load_state_dict(parameters(engines[0], scale))
         torch.testing.assert_close(engine.logp(probe), sequence_logp(model, probe).detach(), rtol=0, atol=1e-4)
@@ -232,7 +232,7 @@ def test_a_response_goes_on_under_new_weights_as_the_new_model(engine, engines):
     """Taken out half-way, weights replaced, added again with its tokens: its context is computed anew."""
     first = run(engine, steps=5)
     assert all(0 < len(drawn.tokens) < 24 for drawn in first.values())
-    engine.load(parameters(engines[0], 1.3))
+    engine.load(parameters(engines[0], 1.3), 1)
     model = load_model(engines[0], "cpu", torch.float32)
     model.load_state_dict(parameters(engines[0], 1.3))
     longer = [p + first[key][0].tolist() for key, p in enumerate(PROMPTS)]
@@ -268,7 +268,7 @@ def test_greedy_answers_are_the_models_own(engine, engines):
 def test_drawn_answers_are_the_same_in_both_engines_and_training_draws_go_on_as_before(engines):
     answers, drawn = [], []
     for made in engines[1].values():
-        made.load(parameters(engines[0]))
+        made.load(parameters(engines[0]), 0)
         before = run(made, budget=6)
         answers.append(made.complete(PROMPTS, 8, 3, 1.0))
         drawn.append((before, run(made, budget=6)))
@@ -304,6 +304,184 @@ def test_answers_to_the_same_prompt_share_no_numbers(engine):
     assert all(a[1:9] != b[:8] for a in answers for b in answers if len(a) > 8), "one the other, a position later"
 
 
+# -- weights that change while responses run ---------------------------------------------------------
+
+def moved(folder, version):
+    """Weights of this version: 0 is the student, the others are far from it and from each other."""
+    g = torch.Generator().manual_seed(version)
+    return {name: p if version == 0 else p + 0.7 * p.std().nan_to_num(1) * torch.randn(p.shape, generator=g)
+            for name, p in parameters(folder).items()}
+
+
+def logits_by_hand(folder, prompt, drawn, recompute=False):
+    """[L, V] that each token was drawn from, read one by one: keys and values are those of the weights that had then
+    been loaded, or with `recompute` those of the weights that draw the token."""
+    from transformers import DynamicCache
+    model = load_model(folder, "cpu", torch.float32)
+    cache, before, found = DynamicCache(config=model.config), prompt, []
+    for token, version in zip(drawn.tokens.tolist(), drawn.versions.tolist()):
+        model.load_state_dict(moved(folder, version))
+        with torch.no_grad():
+            if recompute:
+                cache, before = DynamicCache(config=model.config), prompt + drawn.tokens[:len(found)].tolist()
+            found.append(model(torch.tensor([before]), past_key_values=cache, use_cache=True).logits[0, -1])
+        before = [token]
+    return torch.stack(found)
+
+
+def logp_of(logits, tokens):
+    return logits.log_softmax(-1).gather(-1, tokens[:, None])[:, 0]
+
+
+def drawn_so_far(engine):
+    """By key, how many tokens the responses have that are in the engine."""
+    if isinstance(engine, HFEngine):
+        return {r.key: r.length for r in engine.rows + engine.new}
+    return {key: len(tokens) for key, tokens in engine.emitted.items()}
+
+
+PROBE = [3, 4, 13, 5, 14, 6, 7]
+
+
+def run_with_pushes(engine, folder, pushes, prompts=PROMPTS, budget=24):
+    """Generate, with the weights of `version` after so many steps: pushes {steps: version}. Returns what was drawn, and
+    of each response the versions that its tokens must have."""
+    wanted = {key: [] for key in range(len(prompts))}
+    version, steps, out = 0, 0, {}
+
+    def count(lengths):
+        for key, length in lengths.items():
+            wanted[key] += [version] * (length - len(wanted[key]))
+
+    for key, prompt in enumerate(prompts):
+        engine.add(key, prompt, budget, uid=key, position=0)
+    while len(out) < len(prompts):
+        if steps in pushes:
+            count(drawn_so_far(engine))
+            version = pushes[steps]
+            engine.load(moved(folder, version), version)
+            engine.logp(PROBE)
+        taken = engine.take(engine.step())
+        count({key: len(drawn.tokens) for key, drawn in taken.items()})
+        out |= taken
+        steps += 1
+    return out, wanted
+
+
+def test_kept_responses_are_drawn_from_keys_and_values_of_older_weights(engine, engines):
+    """What is recorded is what was sampled from, and no single version's; the numbers are those of uid and position."""
+    calm = run(engine)
+    drawn, wanted = run_with_pushes(engine, engines[0], {4: 1, 8: 2})
+    mixed = 0
+    for key, response in drawn.items():
+        versions = response.versions.tolist()
+        assert versions == wanted[key]
+        mixed += len(set(versions)) == 3
+        before = versions.count(0)
+        assert torch.equal(response.ids[:before], calm[key].ids[:before]), "a push changes nothing that is drawn"
+        logits = logits_by_hand(engines[0], PROMPTS[key], response)
+        atol = 1e-5 if isinstance(engine, HFEngine) else 1e-4
+        torch.testing.assert_close(response.logmu, logp_of(logits, response.tokens), rtol=0, atol=atol)
+        u = uniforms(0, TRAINING, [key] * len(versions), range(len(versions)), 2)
+        assert torch.equal(draw_optimal(logits, u, 3).ids, response.ids)
+        if len(versions) > before + 1:
+            again = logp_of(logits_by_hand(engines[0], PROMPTS[key], response, recompute=True), response.tokens)
+            assert (response.logmu - again)[before:].abs().max() > 0.02, "the context is not computed again"
+            assert (response.logmu - again)[:before].abs().max() < 1e-4
+    assert mixed, "no response has seen both pushes"
+
+
+def test_a_push_of_the_same_weights_changes_nothing_whether_kept_or_computed_again(engine, engines):
+    kept, _ = run_with_pushes(engine, engines[0], {4: 0})
+    first = run(engine, steps=5)
+    engine.load(parameters(engines[0]), 0)
+    cut = [key for key in first if len(first[key].tokens) < len(kept[key].tokens)]
+    for key in cut:
+        length = len(first[key].tokens)
+        engine.add(key, PROMPTS[key] + first[key].tokens.tolist(), 24 - length, uid=key, position=length)
+    rest = {}
+    while len(rest) < len(cut):
+        rest |= engine.take(engine.step())
+    assert cut
+    for key in cut:
+        assert torch.equal(kept[key].ids, torch.cat([first[key].ids, rest[key].ids]))
+        logmu = torch.cat([first[key].logmu, rest[key].logmu])
+        torch.testing.assert_close(kept[key].logmu, logmu, rtol=0, atol=1e-5)
+
+
+def test_a_response_that_ends_while_the_probe_is_read_is_returned_by_the_next_step(engine, monkeypatch):
+    monkeypatch.setattr(engine, "ends", type(engine.ends)())         # at the third token and not before
+    calm = run(engine, budget=3)
+    for key, prompt in enumerate(PROMPTS):
+        engine.add(key, prompt, 3, uid=key, position=0)
+    done = [*engine.step(), *engine.step()]
+    engine.logp(PROBE)
+    done += engine.step()
+    found = engine.take(done)
+    assert sorted(done) == [0, 1, 2] and engine.step() == []
+    assert all(torch.equal(found[key].ids, calm[key].ids) for key in calm)
+
+
+def test_the_probe_waits_for_no_response_though_all_places_are_taken(engine, engines):
+    prompts = [PROMPTS[i % 3] for i in range(40)]
+    calm = run(engine, prompts)
+    for key, prompt in enumerate(prompts):
+        engine.add(key, prompt, 24, uid=key, position=0)
+    out = engine.take(engine.step())
+    assert set(engine.not_begun()) >= set(range(16, 40)), "there are 16 places"
+    before = drawn_so_far(engine)
+    model = load_model(engines[0], "cpu", torch.float32)
+    torch.testing.assert_close(engine.logp(PROBE), sequence_logp(model, PROBE).detach(), rtol=0, atol=1e-4)
+    assert all(length - before[key] <= 2 for key, length in drawn_so_far(engine).items())
+    while len(out) < 40:
+        out |= engine.take(engine.step())
+    assert all(torch.equal(out[key].ids, calm[key].ids) for key in calm)
+
+
+def test_weights_change_between_responses_only_unless_they_may_be_kept(engine, engines, monkeypatch):
+    monkeypatch.setattr(engine, "keeps", False)
+    engine.add(0, PROMPTS[0], 24, uid=0, position=0)
+    engine.step()
+    with pytest.raises(AssertionError, match="between responses"):
+        engine.load(parameters(engines[0]), 1)
+
+
+def test_a_worker_keeps_responses_over_its_pushes_and_stores_the_version_of_each_token(engine, engines, config):
+    """From the slots: versions, and log-probs of what was sampled from; also of a response that was cut in between."""
+    cfg = config(student=engines[0], teacher=engines[0], inflight="keep", mc_samples=3, max_response=24)
+    layout = {name: x.shape for name, x in parameters(engines[0]).items()}
+    weights = Weights(layout, PROBE, torch.float32)
+
+    def publish(version):
+        model = load_model(engines[0], "cpu", torch.float32)
+        model.load_state_dict(moved(engines[0], version))
+        weights.publish(moved(engines[0], version), version, sequence_logp(model, PROBE).detach())
+    sent = []
+    link = SimpleNamespace(send=lambda kind, **body: sent.append((kind, body)), span=lambda what: nullcontext())
+    slots = Slots(3, 40, 24, 3)
+    worker = Worker(cfg, link, SharedMemory(slots, weights), engine)
+    publish(0)
+    for s, prompt in enumerate(PROMPTS):
+        slots.open(s, s, prompt, len(prompt), 0)
+    worker.take([(None, s) for s in range(3)])
+    for turn in range(60):
+        if turn in (3, 6):
+            publish(turn // 3)
+        worker.turn()
+        if not worker.running:
+            break
+    assert [body["version"] for kind, body in sent if kind == "pushed"] == [0, 1, 2]
+    mixed = 0
+    for s, prompt in enumerate(PROMPTS):
+        x = slots.read(s)
+        assert x.version.tolist() == sorted(x.version.tolist()) and int(slots.born[s]) == 0
+        mixed += len(set(x.version.tolist())) == 3
+        response = SimpleNamespace(tokens=x.new_tokens.long(), versions=x.version)
+        want = logp_of(logits_by_hand(engines[0], prompt, response), response.tokens)
+        torch.testing.assert_close(x.logmu, want, rtol=0, atol=1e-4)
+    assert mixed
+
+
 # -- pushes, with engines of their own -------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", ["hf", "vllm"])
@@ -317,7 +495,7 @@ def test_tied_embeddings_arrive_too(kind, models, tmp_path):
     tensors = {n: p.detach() * 1.3 for n, p in model.named_parameters()}
     assert "lm_head.weight" not in tensors
     model.load_state_dict(tensors, strict=False)
-    engine.load(tensors)
+    engine.load(tensors, 1)
     probe = [3, 4, 5, 6]
     torch.testing.assert_close(engine.logp(probe), sequence_logp(model, probe).detach(), rtol=0, atol=1e-4)
 
@@ -358,25 +536,33 @@ def test_weights_that_an_update_has_ruined_are_blamed_on_the_update(config, mode
 BLOCKS, RESPONSES, LONG = 9, 8, 220       # one block is vLLM's own: a second block for each response is not there
 
 
-def test_a_response_that_vllm_puts_aside_goes_on_with_its_own_numbers(tmp_path, monkeypatch):
-    """So few blocks of keys and values that vLLM takes responses out of its batch and reads them again later."""
+@pytest.fixture(scope="module")
+def tight(tmp_path_factory):
+    """So few blocks of keys and values that vLLM takes responses out of its batch and reads them again later; its
+    student and its Config."""
     pytest.importorskip("vllm")
     import engines.vllm as module
     from control.resolve import configure
-    monkeypatch.setattr(module, "LLM", partial(module.LLM, num_gpu_blocks_override=BLOCKS))
-    student = save_tiny(tmp_path / "student", seed=3, layers=2)
+    student = save_tiny(tmp_path_factory.mktemp("tight") / "student", seed=3, layers=2)
     cfg = configure(["--task=toy", f"--student={student}", f"--teacher={student}", "--gpus=0", "--max-prompt=16",
-                     f"--max-response={LONG}", f"--max-running={RESPONSES}", "--mc-samples=3"])
-    drawn = {}
-    for kind in ("hf", "vllm"):
-        made = engine_class(kind)(cfg, "cpu", torch.float32)
-        made.ends = type(made.ends)()
-        drawn[kind] = run(made, [PROMPTS[0]] * RESPONSES, budget=LONG)
+                     f"--max-response={LONG}", f"--max-running={RESPONSES}", "--mc-samples=3", "--inflight=keep"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "LLM", partial(module.LLM, num_gpu_blocks_override=BLOCKS))
+        made = engine_class("vllm")(cfg, "cpu", torch.float32)
+    made.ends = []
+    return made, student, cfg
+
+
+def test_a_response_that_vllm_puts_aside_goes_on_with_its_own_numbers(tight):
+    made, student, cfg = tight
+    hf = HFEngine(cfg, "cpu", torch.float32)
+    hf.ends = set()
+    drawn = {kind: run(engine, [PROMPTS[0]] * RESPONSES, budget=LONG) for kind, engine in (("hf", hf), ("vllm", made))}
     assert made.preempted >= 3, "vLLM had room for all"
     model = load_model(student, "cpu", torch.float32)
     seen = set()
     for uid in range(RESPONSES):
-        tokens, ids, _, _ = drawn["vllm"][uid]
+        tokens, ids, *_ = drawn["vllm"][uid]
         assert len(tokens) == LONG and torch.equal(ids, drawn["hf"][uid][1]), "as without an interruption"
         with torch.no_grad():
             logits = model(torch.tensor([PROMPTS[0] + tokens.tolist()])).logits[0, len(PROMPTS[0]) - 1:-1]
@@ -384,3 +570,24 @@ def test_a_response_that_vllm_puts_aside_goes_on_with_its_own_numbers(tmp_path, 
         assert torch.equal(draw_optimal(logits, u, 3).ids, ids), "every id follows from its own numbers"
         seen |= set(u.flatten().tolist())
     assert len(seen) == RESPONSES * LONG * 2, "no number is used twice"
+
+
+def test_the_probe_gets_the_first_block_that_comes_free(tight, monkeypatch):
+    """Before the responses that were put aside, which need two each."""
+    made, student, _ = tight
+    for key in range(RESPONSES):
+        made.add(key, PROMPTS[0], LONG, uid=key, position=0)
+    lengths = [0]
+    while max(lengths) - min(lengths) < 3:                   # some are put aside
+        assert made.step() == []
+        lengths = list(drawn_so_far(made).values())
+    made.take([lengths.index(max(lengths))])
+    steps, advance = [], made.advance
+    monkeypatch.setattr(made, "advance", lambda: (steps.append(0), advance()))
+    want = sequence_logp(load_model(student, "cpu", torch.float32), PROBE).detach()
+    torch.testing.assert_close(made.logp(PROBE), want, rtol=0, atol=1e-4)
+    assert len(steps) <= 2
+    out = {}
+    while len(out) < RESPONSES - 1:
+        out |= made.take(made.step())
+    assert all(len(x.tokens) == LONG for x in out.values())

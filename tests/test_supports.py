@@ -75,7 +75,7 @@ def filled(cfg, models, responses=4):
         engine.add(s, prompt, T - s % 3, uid=s, position=0)
     while engine.rows or engine.new:
         for s, drawn in engine.take(engine.step()).items():
-            slots.append(s, *drawn, 0)
+            slots.append(s, *drawn)
     segments = [slots.read(s) for s in range(responses)]
     score(load_model(cfg.teacher, "cpu", torch.float32), segments, slots, row.support, VOCAB, seed=cfg.seed,
           design=cfg.draws)

@@ -56,7 +56,7 @@ def drawn(support: str, sparse: bool = False) -> Slots:
         ids = torch.randint(0, 32, (n, row.drawn(N) + row.top(K)), generator=g)
         ids[:, 0] %= 24                          # what is emitted becomes context: a word that every teacher has
         kept = ~torch.isin(ids[:, 0], torch.tensor(BYPASSED)) if sparse else None
-        slots.append(s, ids[:, 0], ids, torch.full(ids.shape, -1.0), torch.full((len(ids),), -1.0), 0, kept)
+        slots.append(s, ids[:, 0], ids, torch.full(ids.shape, -1.0), torch.full((n,), -1.0), torch.zeros(n), kept)
     return slots
 
 
@@ -162,7 +162,7 @@ def scored(logits_mu: torch.Tensor, logits_q: torch.Tensor, n: int = 32) -> list
     u = torch.rand(T, n, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
     chosen = draw_iid(logits_mu, u, n)
     slots.open(0, 0, [3], 1, 0)
-    slots.append(0, chosen.ids[:, 0], *chosen, 0)
+    slots.append(0, chosen.ids[:, 0], *chosen, torch.zeros(T))
     slots.logq[0] = logits_q.log_softmax(-1).gather(-1, chosen.ids)
     return [slots.read(0)]
 

@@ -1,7 +1,7 @@
 """
 What the parent allocates once and passes to every worker.
 
-What is left out: what lies in a slot (cache.py), how weights are stored (weights.py).
+What is left out: what lies in a slot (cache.py), how weights travel (weights.py).
 Tests: tests/test_pipeline.py
 """
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from cache import Slots
-from transport.weights import WeightTransport
+from transport.versions import WeightTransport
 
 
 @dataclass(frozen=True)
