@@ -382,6 +382,30 @@ def test_a_response_that_ends_on_the_probe_is_handed_over_before_anything_else()
     assert [int(p.slots.born[s]) for s in (0, 1)] == [0, 0]
 
 
+def test_a_response_that_only_seems_overdue_goes_on():
+    """An engine that has read a prompt in part may not know that nothing has been drawn yet."""
+    p = Pipeline(chooser(0), lambda uid: 6, batch=2, workers=1, ahead=0, inflight="keep")
+    worker = p.workers[0]
+    worker.engine.room = 0
+    worker.engine.not_begun = lambda: []
+    p.route()
+    for order, body in p.inbox[0]:
+        worker.orders[order](body)
+    worker.turn()
+    p.weights.version = 1
+    worker.load(None)
+    worker.engine.room = 3
+    worker.turn()
+    assert [int(p.slots.born[s]) for s in (0, 1)] == [0, 0], "as far as the parent can see"
+    worker.cut((0, [0, 1]))
+    kind, body = worker.link.sent[-1]
+    assert kind == "generated" and body["slots"] == [] and worker.running == {0, 1}
+    worker.turn()
+    worker.cut((1, [0, 1]))
+    assert worker.link.sent[-1][1]["slots"] == [0, 1]
+    assert all(set(p.slots.read(s).version.tolist()) == {1} for s in (0, 1))
+
+
 @QUICK
 @given(**PIPELINES)
 def test_wait_bounds_the_lag_and_cuts_nothing(**kw):
