@@ -153,6 +153,11 @@ def wait_until(happened) -> None:
         time.sleep(0.01)
 
 
+def state(pid: int) -> str:
+    """Of a process, as the kernel says: R, S, T (stopped) ..."""
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
 # -- what a reader gets ----------------------------------------------------------------------------
 
 def test_parcels_hold_whole_tensors(tmp_path):
@@ -224,6 +229,15 @@ def test_a_reader_that_is_killed_within_a_transfer_leaves_the_learner_and_its_su
 def test_a_reader_that_stands_still_holds_up_nobody_and_may_come_again(served, started, monkeypatch):
     monkeypatch.setattr(pair, "LIMIT_S", 3.0)                             # of this process, the learner's
     results = Answers()
+    send, sends = pair.Pair.send, []
+
+    def once_it_stands_still(self, x, alive):
+        """The second transfer, that is: all of it might have arrived before."""
+        sends.append(x)
+        if len(sends) == 2:
+            wait_until(lambda: state(first.pid) == "T")
+        send(self, x, alive)
+    monkeypatch.setattr(pair.Pair, "send", once_it_stands_still)
     first = started(stop_within, served, signal.SIGSTOP, results)
     pid = results.get()
     assert max(publish(served, version) for version in (1, 2)) < BOUND_S
