@@ -8,8 +8,9 @@ OPRD on the toy: accuracy by trained tokens, by rank and by lag, against two KL 
     python benchmarks/oprd.py plot               # figures/oprd.png, from oprd.jsonl alone
 
 The student is the toy's (31%). The teacher is this student, trained on until it is good, so that both have one origin;
-in the group `bridge` it is the toy's own, of another origin, depth and width. Runs are the shipped command and its real
-processes, forked from this one, which has imported everything; `step-off` has an exact lag, whoever else is at work.
+in the group `bridge` it is the toy's own, which was trained separately and has another depth and width. Runs are the
+shipped command and its real processes, forked from this one, which has imported everything; `step-off` has an exact
+lag, whoever else is at work.
 A row: flags, commit, hardware, seed; accuracy and trained tokens by step, KL by step, events, seconds of the run (two
 at a time by default: not comparable). Last line of `run`: one JSON object, {label: {"accuracy", "min", "max", "lr"}}.
 """

@@ -41,7 +41,7 @@ from transport.checksum import Shown, checksum, some_columns  # noqa: E402
 
 
 def plain_arguments(cfg: Config, device: str, dtype: torch.dtype) -> dict[str, object]:
-    """What vLLM is told, apart from what is ours in it.
+    """The arguments for vLLM, except our own extensions of it.
 
     There is one place more than responses run, and there are priorities: the request of `logp` has
     a place at once, and the first memory that comes free.

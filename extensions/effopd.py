@@ -55,7 +55,7 @@ MIN_ESS = 0.5            # after a jump, responses with a smaller one are droppe
 
 
 class Hurried(Exception):
-    """The run is told to end while candidates are tried."""
+    """The run is ordered to end while candidates are tried."""
 
 
 class EffOPD(Extension):
@@ -189,7 +189,7 @@ class EffOPD(Extension):
         return False
 
     def value_of(self, now: dict[str, Tensor], k: int) -> float:
-        """The gate's value of candidate k; nan where the run is told to end: then the best so far
+        """The gate's value of candidate k; nan where the run is ordered to end: then the best so far
         has to do."""
         self.move(now, k)
         if self.link is not None and self.ranks.any(self.link.hurried):

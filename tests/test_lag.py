@@ -366,16 +366,25 @@ def test_what_stays_in_the_engine_has_tokens_of_several_versions_in_their_order(
     assert all(p.versions[uid][-1] <= p.scheduler.version for uid in p.trained)
 
 
+def first_turn(p) -> None:
+    """The only worker takes its tickets and makes one step."""
+    p.route()
+    for order, body in p.inbox[0]:
+        p.workers[0].orders[order](body)
+    p.workers[0].turn()
+
+
+def push(p, version: int) -> None:
+    p.weights.version = version
+    p.workers[0].load(None)
+
+
 def test_a_response_that_ends_on_the_probe_is_handed_over_before_anything_else():
     """Nothing that flushes what runs may take it for unfinished: it would go on after its end."""
     p = Pipeline(chooser(0), lambda uid: 2, batch=2, workers=1, ahead=0, inflight="keep")
     worker = p.workers[0]
-    p.route()
-    for order, body in p.inbox[0]:
-        worker.orders[order](body)
-    worker.turn()
-    p.weights.version = 1
-    worker.load(None)
+    first_turn(p)
+    push(p, version=1)
     kind, body = worker.link.sent[-1]
     assert kind == "generated" and body["finished"] and body["slots"] == [0, 1] and not worker.running
     assert [p.slots.read(s).version.tolist() for s in (0, 1)] == [[0, 1], [0, 1]]
@@ -388,12 +397,8 @@ def test_a_response_that_only_seems_overdue_goes_on():
     worker = p.workers[0]
     worker.engine.room = 0
     worker.engine.not_begun = lambda: []
-    p.route()
-    for order, body in p.inbox[0]:
-        worker.orders[order](body)
-    worker.turn()
-    p.weights.version = 1
-    worker.load(None)
+    first_turn(p)
+    push(p, version=1)
     worker.engine.room = 3
     worker.turn()
     assert [int(p.slots.born[s]) for s in (0, 1)] == [0, 0], "as far as the parent can see"

@@ -481,7 +481,7 @@ def test_a_teacher_of_another_origin_is_refused_and_nothing_is_created(flags, fo
 
 
 def test_a_run_brings_the_states_closer_asynchronously_and_resumes(flags, folders):
-    """With a projection, that a run which goes on reads and does not fit anew."""
+    """With a projection, which a resumed run reads and does not fit again."""
     flags |= dict(estimator="reverse_mc", extend="oprd", oprd__weight=2.0, oprd__rank=8, max_ahead=4, steps=40)
     process, _ = start_and_wait_for(flags, step=15)
     process.send_signal(signal.SIGINT)

@@ -1,4 +1,4 @@
-"""What people read of a run: samples, the card, and what a tracker's library is told."""
+"""What people read of a run: samples, the card, and what is sent to a tracker's library."""
 import importlib.util
 import json
 import subprocess

@@ -229,7 +229,7 @@ def test_after_a_push_the_engine_is_the_new_model_and_back(engine, engines):
 
 
 def test_a_response_goes_on_under_new_weights_as_the_new_model(engine, engines):
-    """Taken out half-way, weights replaced, added again with its tokens: its context is computed anew."""
+    """Taken out half-way, weights replaced, added again with its tokens: its context is computed again."""
     first = run(engine, steps=5)
     assert all(0 < len(drawn.tokens) < 24 for drawn in first.values())
     engine.load(parameters(engines[0], 1.3), 1)

@@ -2,7 +2,7 @@
 A server that has imported the large libraries once, and makes a copy of itself for every command that a test runs.
 
 A command spends most of its seconds on importing torch and transformers, in its own process and in its fork server.
-Here both are done before, as in transport/process.py: the copy reads the project's files anew, from where its script
+Here both are done before, as in transport/process.py: the copy reads the project's files again, from where its script
 lies, and shares the fork server. What a copy does is what `python SCRIPT ...` does; tests/test_warm.py compares them.
 
     python tests/warm.py SOCKET     # ends with its standard input

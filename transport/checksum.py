@@ -27,8 +27,8 @@ class Shown:
 
 
 def some_columns(width: int, version: int) -> Tensor:
-    """Which columns of a matrix of `width` are shown of this version: at most COLUMNS, drawn anew
-    for every version. A matrix that is missing, stale or in the place of another differs in nearly
+    """Which columns of a matrix of `width` are shown of this version: at most COLUMNS, other
+    ones for every version. A matrix that is missing, stale or in the place of another differs in nearly
     all of its columns."""
     g = torch.Generator().manual_seed(version)
     return torch.randperm(width, generator=g)[:COLUMNS]

@@ -16,7 +16,7 @@ Who sends what, and when
                 for. If the learner has begun to overwrite it, the clock says so, and the reader
                 reads again, as with shared memory. No reader keeps a mixture.
     lost peer   the socket of a dead rollout worker is closed by the kernel. Its thread gives the
-                pair up and ends; a successor connects anew. A peer that neither dies nor answers is
+                pair up and ends; a successor makes a new connection. A peer that neither dies nor answers is
                 given up after pair.LIMIT_S, and may connect again. A rollout worker that has lost
                 the learner connects again a few times, and then fails.
 

@@ -7,6 +7,7 @@ Tests: tests/test_cache.py, tests/test_direct.py
 """
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from typing import Protocol
 
@@ -61,7 +62,7 @@ def unsharded(parameter: Tensor) -> Tensor:
     return parameter
 
 
-class TwoVersions:
+class TwoVersions(ABC):
     """Version v lies in half v % 2, so that a reader never keeps a half-written one.
 
     starts       by name, where a tensor begins in a half: numbers, not bytes
@@ -102,14 +103,14 @@ class TwoVersions:
         self.probe_logp[half] = probe_logp
         self.clock[1] = version
 
+    @abstractmethod
     def write(self, half: int, parameters: Mapping[str, Tensor],
               gather: Callable[[Tensor], Tensor]) -> Tensor:
         """Fill a half; returns the checksums [number of tensors] once all of it is there."""
-        raise NotImplementedError
 
+    @abstractmethod
     def tensors(self, half: int) -> Mapping[str, Tensor]:
         """What lies in a half, by name."""
-        raise NotImplementedError
 
     def read(self, version: int | None = None) -> Published:
         while True:
