@@ -29,7 +29,7 @@ from control.estimate import (
     this_cpu,
 )
 from control.preflight import ROOT, check_teacher_states
-from control.preflight_models import first_line, fit_lengths
+from control.preflight_models import first_line, fit_lengths, positions
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair
 from models import footprint
@@ -55,10 +55,7 @@ def show(cfg: Config, given: Given = NOTHING) -> None:
     teacher = known_model("teacher", cfg.teacher)
     models = ModelPair(student=student.shape, teacher=teacher.shape, student_config=student.config,
                        teacher_config=teacher.config)
-    room = {f"--{role} {name}": getattr(model.config, "max_position_embeddings", None)
-            for role, name, model in (("student", cfg.student, student),
-                                      ("teacher", cfg.teacher, teacher))}
-    cfg, length_notes = fit_lengths(cfg, given, room)
+    cfg, length_notes = fit_lengths(cfg, given, positions(cfg, student.config, teacher.config))
     free, gpu_gb, owner = gpu_memory(cfg)
     cfg, split_notes = fit_split(cfg, given, models, free, gpu_gb)
     extensions = Extensions.load(cfg)

@@ -86,8 +86,7 @@ def check_tokenizers(cfg: Config, ours: Any, texts: list[str]) -> list[str]:
 
 def fit_models(cfg: Config, given: Given) -> tuple[Config, list[str]]:
     """Lengths that the models have positions for, and numbers of words that they have; notes."""
-    room = {f"{flag} {name}": getattr(text_config(name), "max_position_embeddings", None)
-            for flag, name in named_models(cfg)}
+    room = positions(cfg, text_config(cfg.student), text_config(cfg.teacher))
     cfg, notes = fit_lengths(cfg, given, room)
     words = min(vocab_size(cfg.student), vocab_size(cfg.teacher))
     if cfg.top_k > words:
@@ -97,6 +96,21 @@ def fit_models(cfg: Config, given: Given) -> tuple[Config, list[str]]:
     if cfg.draws == "optimal" and cfg.mc_samples > words:        # all of them are kept
         cfg = replace(cfg, mc_samples=words)
     return cfg, notes
+
+
+def positions(cfg: Config, student: Any, teacher: Any) -> dict[str, int | None]:
+    """How many tokens of prompt and response either model takes, by flag and name; None where its
+    configuration does not say.
+    """
+    room = {}
+    for (flag, name), config, engine in zip(named_models(cfg), (student, teacher),
+                                            (cfg.engine, cfg.teacher_engine)):
+        n = getattr(config, "max_position_embeddings", None)
+        if n and engine == "vllm":           # it draws a token after every text that it scores
+            room[f"{flag} {name} (vLLM needs one of its {n})"] = n - 1
+        else:
+            room[f"{flag} {name}"] = n
+    return room
 
 
 def fit_lengths(cfg: Config, given: Given,
@@ -125,7 +139,7 @@ def fit_lengths(cfg: Config, given: Given,
     if fitted == cfg:
         return cfg, []
     return fitted, [f"--max-prompt {fitted.max_prompt} and --max-response {fitted.max_response}: "
-                    f"so much fits into the {least} positions of the models"]
+                    f"the models take {least} tokens of both together"]
 
 
 def check_slow_teacher(cfg: Config) -> None:

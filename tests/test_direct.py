@@ -278,10 +278,10 @@ control.resolve.check_transport = lambda cfg: None       # which refuses it wher
 DAMAGE = """
 import learner
 published = learner.LearnerWorker.publish
-def wrong(self):                                         # version 3 is damaged on its way
+def wrong(self):      # from version 3 on all are damaged; a single one might never be loaded
     seconds = published(self)
-    if self.version == 3:
-        self.shared.weights.halves[1] *= 1.5
+    if self.version >= 3:
+        self.shared.weights.halves[self.version % 2] *= 1.5
     return seconds
 learner.LearnerWorker.publish = wrong
 """
@@ -308,7 +308,7 @@ def test_the_command_trains_over_gloo_and_every_push_is_proved(flags, tmp_path, 
 
 def test_bits_that_change_on_the_way_end_the_run(flags, tmp_path):
     done = run_over_gloo(flags | dict(steps=50), tmp_path, DAMAGE)
-    assert done.returncode == 1 and "weights of version 3 did not arrive in the engine" in done.stderr, done.stderr
+    assert done.returncode == 1 and "did not arrive in the engine" in done.stderr, done.stderr
 
 
 def test_a_killed_rollout_worker_comes_back_and_reads_on(flags, tmp_path):

@@ -1,11 +1,14 @@
 """Flags that cannot act, and lengths that nobody gave."""
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from asyncopd import main
 from config import Config
 from control.command_line import Given
 from control.no_effect import NO_EFFECT, notes
-from control.preflight_models import fit_lengths
+from control.preflight_models import fit_lengths, positions
 from control.resolve import configure_given
 from tests.conftest import ROOT
 
@@ -59,8 +62,19 @@ def test_every_rule_names_a_flag():
 def test_lengths_that_are_not_given_follow_from_the_models(given, prompt, response):
     cfg, said = fit_lengths(Config(**given), Given(line=given), {"--student S": 512, "--teacher T": 4096})
     assert (cfg.max_prompt, cfg.max_response) == (prompt, response)
-    assert said == [f"--max-prompt {prompt} and --max-response {response}: so much fits into the 512 positions of the "
-                    "models"]
+    assert said == [f"--max-prompt {prompt} and --max-response {response}: the models take 512 tokens of both together"]
+
+
+def test_vllm_needs_a_position_for_itself():
+    models = SimpleNamespace(max_position_embeddings=512), SimpleNamespace()
+    cfg = Config(student="S", teacher="T", engine="vllm")
+    room = positions(cfg, *models)
+    assert room == {"--student S (vLLM needs one of its 512)": 511, "--teacher T": None}
+    assert fit_lengths(cfg, Given(), room)[0].max_response == 511 - 127
+    given = {"max_prompt": 256, "max_response": 256}
+    with pytest.raises(ValueError, match=r"more than the 511 tokens of --student S \(vLLM needs one of its 512\)"):
+        fit_lengths(replace(cfg, **given), Given(line=given), room)
+    assert positions(replace(cfg, engine="hf"), *models) == {"--student S": 512, "--teacher T": None}
 
 
 def test_lengths_that_fit_stay_and_lengths_that_were_given_are_refused():
