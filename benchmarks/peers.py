@@ -3,6 +3,7 @@ The race against TRL: the same pair, prompts, batches, optimizer and seeds, one 
 
     python benchmarks/peers.py race                      # toy with both engines and SmolLM2, five seeds; 40 minutes
     python benchmarks/peers.py race --pairs "toy, hf" --seeds 0
+    python benchmarks/peers.py bare                      # the same work without our code or TRL's; 5 minutes
     python benchmarks/peers.py accuracy                  # seconds to 90% on the toy, each at its best rate; 25 minutes
     python benchmarks/peers.py table                     # the tables, from the records
 
@@ -17,7 +18,8 @@ float32, with AdamW at a constant rate. TRL generates with transformers: its vLL
                   held-out prompts with it later
 
 "SmolLM2" needs the models of `make smollm2`. Records: benchmarks/peers.jsonl. Last line: one JSON object, race: {pair:
-median over seeds of our tokens/s / TRL's}; accuracy: {side: median seconds to 90%}.
+median over seeds of our tokens/s / TRL's}; bare: {pair: CPU seconds per 1,000 tokens}; accuracy: {side: median seconds
+to 90%}.
 """
 from __future__ import annotations
 
@@ -51,6 +53,7 @@ TRL = "trl==1.16.0"
 SETTING = dict(weight_decay=0.01, clip=1.0)      # of both sides; AdamW's other numbers are torch's defaults
 SMOLLM2 = ROOT / "runs" / "smollm2"
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+ROLES = ("generate", "score", "learn")
 EVERY, STEPS, GOAL = 20, 240, 0.9                # of `accuracy`: updates between students, in all, the share to reach
 
 
@@ -63,7 +66,9 @@ class Pair:
     max_response: int
     steps: int
     lr: float
-    flags: list[str] = field(default_factory=list)       # ours alone
+    engine: str                                  # ours alone, as what follows
+    max_running: int
+    flags: list[str] = field(default_factory=list)
 
     def models(self) -> tuple[str, str]:
         if self.task == "toy":
@@ -77,16 +82,24 @@ class Pair:
         rows = [json.loads(line) for line in (ROOT / self.task).read_text().splitlines()]
         return [[{"role": "user", "content": r["prompt"]}] for r in rows if r["split"] == "train"]
 
+    def token_ids(self) -> list[list[int]]:
+        """As an engine takes them: the first prompts, at most as many as run at a time."""
+        from transformers import AutoTokenizer
+        tokenizer = AutoTokenizer.from_pretrained(self.models()[0])
+        prompts = self.prompts()[:self.max_running]
+        if self.task == "toy":
+            return [tokenizer(text)["input_ids"] for text in prompts]
+        return [tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
+                for messages in prompts]
 
-# Ours at its best: responses stay in the engine at a push. On the toy, with 320 of them running, most of what an engine
-# computes would be contexts read again.
-TOY = dict(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4)
+
+TOY = dict(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, max_running=320)
 PAIRS = {
-    "toy, hf": Pair(**TOY, flags=["--engine=hf", "--inflight=keep", "--max-running=320"]),
-    "toy, vllm": Pair(**TOY, flags=["--engine=vllm", "--inflight=keep", "--max-running=320"]),
+    "toy, hf": Pair(**TOY, engine="hf"),
+    "toy, vllm": Pair(**TOY, engine="vllm"),
     "SmolLM2": Pair(task="data/everyday.jsonl", batch=16, max_prompt=64, max_response=64, steps=10, lr=5e-5,
-                    flags=["--data.filter=split==train", "--engine=hf", "--inflight=keep", "--max-ahead=1",
-                           "--max-running=32", "--micro-tokens=2048"])}
+                    engine="hf", max_running=32,
+                    flags=["--data.filter=split==train", "--max-ahead=1", "--micro-tokens=2048"])}
 
 
 # -- the two sides ---------------------------------------------------------------------------------
@@ -130,7 +143,10 @@ def ours(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> d
                "--lr-schedule=constant", "--warmup=0", f"--max-prompt={pair.max_prompt}",
                f"--max-response={pair.max_response}", f"--seed={seed}", "--eval.n=0", f"--out={out}", "--overwrite",
                f"--weight-decay={SETTING['weight_decay']}", f"--clip={SETTING['clip']}",
-               f"--save-every={save_every}", "--faults.keep=0", *pair.flags]
+               f"--save-every={save_every}", "--faults.keep=0", f"--engine={pair.engine}",
+               # Ours at its best: at a push responses stay in the engine. On the toy, with 320 of them running, most
+               # of what an engine computes would be contexts read again
+               "--inflight=keep", f"--max-running={pair.max_running}", *pair.flags]
     shutil.rmtree(out, ignore_errors=True)           # or its old log would be read
     clock = StepClock(out / "log.jsonl")
     with Watch(every_s=1.0, look=clock.look) as watch:
@@ -213,6 +229,20 @@ def ratios(pair: str) -> list[float]:
     speed = {(r["side"], r["seed"]): r["tokens"] / r["seconds"] for r in records("race") if r["pair"] == pair}
     return [x / speed["trl", seed] for (side, seed), x in sorted(speed.items())
             if side == "ours" and ("trl", seed) in speed]
+
+
+def bare(pairs: list[str]) -> dict[str, dict[str, float]]:
+    """The work of each pair by transformers, vLLM and torch alone (peers_bare.py)."""
+    found = {}
+    for name in pairs:
+        pair = PAIRS[name]
+        student, teacher = pair.models()
+        job = dict(student=student, teacher=teacher, engine=pair.engine, rows=pair.max_running, batch=pair.batch,
+                   prompts=pair.token_ids(), max_response=pair.max_response)
+        found[name] = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job)])
+        add({"type": "bare", "pair": name, "cpu_s_per_1000": found[name]})
+        print(f"{name}: {found[name]}", flush=True)
+    return found
 
 
 def accuracy(rates: list[float], seeds: list[int]) -> dict[str, float]:
@@ -305,13 +335,19 @@ def race_table() -> str:
             if mine:
                 found = ratios(pair) if side == "ours" else []
                 lines.append([pair, side, *medians(list(mine.values())), spread(found)])
+        for r in [r for r in records("bare") if r["pair"] == pair][-1:]:
+            lines.append([pair, "bare", *bare_cells(r["cpu_s_per_1000"]), "", "", "", ""])
     return markdown(lines)
+
+
+def bare_cells(cpu_s: dict[str, float]) -> list[str]:
+    """The tokens per second of two cores that do nothing else, and the seconds of each role."""
+    return [f"at most {2000 / sum(cpu_s.values()):,.0f}", *(f"{cpu_s[role]:.3f}" for role in ROLES)]
 
 
 def medians(runs: list[dict]) -> list[str]:
     speed = statistics.median(r["tokens"] / r["seconds"] for r in runs)
-    cpu = [statistics.median(r["cpu_s_per_1000"].get(role, 0.0) for r in runs)
-           for role in ("generate", "score", "learn", "parent")]
+    cpu = [statistics.median(r["cpu_s_per_1000"].get(role, 0.0) for r in runs) for role in (*ROLES, "parent")]
     start, gb = (statistics.median(r[name] for r in runs) for name in ("start_s", "gb"))
     return [f"{speed:,.0f}", *(f"{x:.3f}" if x else "" for x in cpu), f"{start:.0f}", f"{gb:.1f}"]
 
@@ -335,15 +371,17 @@ def accuracy_table() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("what", choices=("race", "accuracy", "table"))
+    parser.add_argument("what", choices=("race", "bare", "accuracy", "table"))
     parser.add_argument("--pairs", nargs="*", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
-    result: dict = {}
+    result: dict[str, object] = {}
     if args.what == "race":
         result = race(args.pairs, args.seeds)
+    elif args.what == "bare":
+        result = bare(args.pairs)
     elif args.what == "accuracy":
         result = accuracy(args.rates, args.seeds)
     print(race_table())

@@ -16,6 +16,7 @@ sys.path[:0] = [str(HERE.parent), str(HERE)]
 import designs  # noqa: E402
 import gsm8k_lm  # noqa: E402
 import kills  # noqa: E402
+import peers  # noqa: E402
 import pipeline  # noqa: E402
 import prune  # noqa: E402
 import rehearsal  # noqa: E402
@@ -49,6 +50,7 @@ PAGES = {
                "splits": splits.table},
     "prune-and-distil.md": {"distilled": prune.before_and_after, "promises": prune.promises, "answers": prune.answers},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
+    "peers.md": {"race": peers.race_table, "accuracy": peers.accuracy_table},
     "log.md": {"metrics": lambda: "\n\n".join(keys_table(keys) for keys in (METRICS, EVAL, DONE))},
     "extensions/oprd.md": {
         "metrics": lambda: keys_table(extension_class("oprd").METRICS),

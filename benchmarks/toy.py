@@ -8,6 +8,7 @@ Every number of the toy in docs/: runs of the shipped command, a row each, and t
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
     python benchmarks/toy.py run draws         # both ways to choose the cached words, five seeds; 30 minutes
     python benchmarks/toy.py run dtype         # float32 and bf16, synchronous, one learner and two; 20 minutes
+    python benchmarks/toy.py run bf16          # the whole run in bf16, three seeds; an hour where the CPU has no bf16
     python benchmarks/toy.py table demo        # the table in docs/, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 
@@ -49,7 +50,9 @@ def groups() -> dict[str, dict[str, list[str]]]:
                                              "--eval.no-teacher"]
                   for seed in range(5) for design in ("iid", "optimal")},
         "dtype": {"float32": [*in_step, "--dtype=float32"], "bfloat16": [*in_step, "--dtype=bfloat16"],
-                  "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]}}
+                  "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]},
+        "bf16": {f"bfloat16, seed {seed}": ["--dtype=bfloat16", "--engine=hf", "--inflight=keep", f"--seed={seed}"]
+                 for seed in range(3)}}
 
 
 def read(group: str, label: str, folder: str) -> dict:

@@ -33,10 +33,15 @@ TOY_MODELS = "--student {student} --teacher {teacher}"
 PAIR = "m.models = lambda: {{'sharpening': dict(student='{student}', teacher='{teacher}')}}\n"
 PAIR_OF_PEERS = """
 m.toy_models = lambda root: ('{student}', '{teacher}')
-m.PAIRS = dict(tiny=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3, flags=['--engine=hf']))
+m.PAIRS = dict(tiny=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3,
+                          engine='hf', max_running=8))
 m.SIDES['trl'] = lambda *a: m.ours(*a) | dict(side='trl')
 """
 SMOKES = {
+    "apply.py": Smoke("", "sys.path.insert(0, str(m.ROOT))\n"
+                          "m.V, m.FEW, m.CALLS = 64, 32, {{32: 2, 64: 2}}\n"
+                          "m.subprocess.run = lambda *a, **k: m.SimpleNamespace(\n"
+                          "    returncode=0, stdout=m.json.dumps(m.measure()))"),
     "audit.py": Smoke("--k 4", "m.DRIFTS = m.DRIFTS[:2]"),
     "designs.py": Smoke("variance --draws 50", "m.COUNTS, m.SHARPNESS = (1, 4), (1.0,)\n"
                                                "m.measure.__defaults__ = (50, (1, 4))"),
@@ -53,6 +58,8 @@ SMOKES = {
     "packing.py": Smoke("", "m.torch.compile = lambda model, **how: model\n"
                             "m.segments = lambda n, *how, made=m.segments: made(min(n, 3), 8, 16)"),
     "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS, spawns=True),
+    "peers_bare.py": Smoke('{{"student":"{student}","teacher":"{teacher}","engine":"hf","rows":2,"batch":2,'
+                           '"prompts":[[3,4,5]],"max_response":4}}'),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "precision.py": Smoke("", "m.BATCH, m.toy_models = 4, lambda root: ('{student}', '{teacher}')"),

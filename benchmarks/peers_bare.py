@@ -1,0 +1,132 @@
+"""
+What generating, scoring and learning cost without the project's code: transformers, vLLM and torch alone.
+
+    python benchmarks/peers_bare.py '{"student": .., "teacher": .., "engine": "hf", "rows": 320, ..}'
+
+peers.py starts it, as the floor under both sides of its race. One thread, models in float32:
+
+    generate   `rows` responses at a time, a prompt and then one token after the other; plain draws, nothing recorded
+    score      the teacher's forward pass with its head
+    learn      the student's forward and backward pass with the cross-entropy of the tokens, and AdamW
+
+All on the same answers of the student, each `batch` of them padded to the longest. No response ends before its time
+under `generate`, so that every token of every row counts.
+Last line: one JSON object, CPU seconds per 1,000 response tokens {"generate", "score", "learn"}.
+"""
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE)]
+
+
+def cpu_s(work: Callable[[], int], rounds: int = 3) -> float:
+    """CPU seconds per 1,000 tokens, of the fastest round; `work` returns its number of tokens. A first round is not
+    counted."""
+    found = []
+    for _ in range(rounds + 1):
+        start = time.process_time()
+        tokens = work()
+        found.append(1000 * (time.process_time() - start) / tokens)
+    return min(found[1:])
+
+
+def generate_hf(student: str, prompts: list[list[int]], max_response: int) -> float:
+    import torch
+    from transformers import AutoModelForCausalLM
+    model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
+    length = min(map(len, prompts))
+    first = torch.tensor([p[-length:] for p in prompts])         # as long as the shortest: no padding
+
+    @torch.no_grad()
+    def work() -> int:
+        ids, cache = first, None
+        for _ in range(max_response):
+            out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+            cache = out.past_key_values
+            ids = torch.multinomial(out.logits[:, -1].softmax(-1), 1)
+        return len(prompts) * max_response
+
+    return cpu_s(work)
+
+
+def generate_vllm(student: str, prompts: list[list[int]], max_response: int) -> float:
+    import os
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")      # one thread, on the first core
+    import engines.vllm_environment  # noqa: F401 - vLLM in this process
+    from vllm import LLM, SamplingParams  # isort: skip
+    length = max(map(len, prompts)) + max_response
+    llm = LLM(student, dtype="float32", max_model_len=length, max_num_seqs=len(prompts), skip_tokenizer_init=True,
+              enable_prefix_caching=False, disable_log_stats=True)
+    params = SamplingParams(max_tokens=max_response, ignore_eos=True, detokenize=False)
+
+    def work() -> int:
+        llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+        return len(prompts) * max_response
+
+    return cpu_s(work)
+
+
+def padded(prompts: list[list[int]], answers: list[list[int]], batch: int) -> Iterator[tuple]:
+    """[B, T] tokens, and what comes next at each position, -100 where that is no token of the answer."""
+    import torch
+    for i in range(0, len(prompts), batch):
+        rows = [p + a for p, a in zip(prompts[i:i + batch], answers[i:i + batch])]
+        tokens = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.long)
+        target = torch.full_like(tokens, -100)
+        for row, (ids, prompt) in enumerate(zip(rows, prompts[i:i + batch])):
+            tokens[row, :len(ids)] = torch.tensor(ids)
+            target[row, len(prompt) - 1:len(ids) - 1] = torch.tensor(ids[len(prompt):])
+        yield tokens, target
+
+
+def score_and_learn(job: dict, prompts: list[list[int]]) -> dict[str, float]:
+    """Without padding in the head: it reads the rows of the answers alone."""
+    import torch
+    from torch.nn.functional import cross_entropy
+    from transformers import AutoModelForCausalLM
+
+    from examples.against_teacher import engine_of
+    answers = engine_of(job["student"]).complete(prompts, job["max_response"], temperature=1.0)
+    tokens = sum(map(len, answers))
+    batches = list(padded(prompts, answers, job["batch"]))
+    student, teacher = (AutoModelForCausalLM.from_pretrained(job[role], dtype=torch.float32)
+                        for role in ("student", "teacher"))
+    optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+
+    @torch.no_grad()
+    def score() -> int:
+        for ids, target in batches:
+            rows = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[target >= 0]
+            teacher.get_output_embeddings()(rows)
+        return tokens
+
+    def learn() -> int:
+        for ids, target in batches:
+            rows = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[target >= 0]
+            cross_entropy(student.get_output_embeddings()(rows), target[target >= 0]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return tokens
+
+    return {"score": cpu_s(score), "learn": cpu_s(learn)}
+
+
+def main() -> None:
+    import torch
+    job = json.loads(sys.argv[1])
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    prompts = (job["prompts"] * job["rows"])[:job["rows"]]
+    generate = generate_vllm if job["engine"] == "vllm" else generate_hf
+    found = {"generate": generate(job["student"], prompts, job["max_response"])}
+    print(json.dumps(found | score_and_learn(job, prompts)))
+
+
+if __name__ == "__main__":
+    main()
