@@ -68,6 +68,17 @@ def measure() -> dict[str, list[float]]:
     return found
 
 
+def table() -> str:
+    """Markdown: the newest record of every commit, medians."""
+    from record.report import markdown
+    found = {}
+    if RECORDS.exists():
+        for line in RECORDS.read_text().splitlines():
+            r = json.loads(line)
+            found[r["commit"][:7]] = [f"{statistics.median(ms):.1f}" for ms in r["ms"].values()]
+    return markdown([["commit", f"V = {FEW}, ms", f"V = {V:,}, ms"], *([commit, *ms] for commit, ms in found.items())])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
     parser.add_argument("--root", type=Path, default=ROOT, help="the checkout whose code is measured")

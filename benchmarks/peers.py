@@ -1,30 +1,34 @@
 """
-The race against TRL: the same pair, prompts, batches, optimizer and seeds, one after the other on the same machine.
+The race against TRL: the same pair, prompts, batch size, loss and optimizer, one after the other on the same machine.
 
-    python benchmarks/peers.py race                      # toy with both engines and SmolLM2, five seeds; 40 minutes
-    python benchmarks/peers.py race --pairs "toy, hf" --seeds 0
+    python benchmarks/peers.py threads                   # TRL with one thread and with two; the race takes the faster
+    python benchmarks/peers.py race                      # the toy with both engines, and SmolLM2: five seeds, two hours
+    python benchmarks/peers.py race --pairs toy --seeds 0
     python benchmarks/peers.py bare                      # the same work without our code or TRL's; 5 minutes
-    python benchmarks/peers.py accuracy                  # seconds to 90% on the toy, each at its best rate; 25 minutes
+    python benchmarks/peers.py accuracy                  # seconds to 90% on the toy, each at its best rate; an hour
     python benchmarks/peers.py table                     # the tables, from the records
 
 TRL's DistillationTrainer runs in an environment of its own, runs/peers/trl, which the first use makes: pip installs TRL
-there, torch and transformers are those of this environment. Both sides minimise the exact reverse KL over all words, in
-float32, with AdamW at a constant rate. TRL generates with transformers: its vLLM mode needs a GPU.
+there, torch and transformers are those of this environment. Both sides minimise the reverse KL over all words at every
+token of the student's samples, in float32, with AdamW at a constant rate. TRL generates with transformers: its vLLM
+mode needs a GPU.
 
     tokens/s      trained tokens per second, from the first prompt to the end of the last update, on both sides; that
                   includes the time in which a pipeline fills
     CPU s         seconds of CPU per 1,000 trained tokens, after the first update, by what they were spent on
-    accuracy      both save the student every 20 updates, which is part of their time, and the same code answers the
+    accuracy      both save the student every few updates, which is part of their time, and the same code answers the
                   held-out prompts with it later
 
 "SmolLM2" needs the models of `make smollm2`. Records: benchmarks/peers.jsonl. Last line: one JSON object, race: {pair:
-median over seeds of our tokens/s / TRL's}; bare: {pair: CPU seconds per 1,000 tokens}; accuracy: {side: median seconds
-to 90%}.
+{engine: median over seeds of our tokens/s / TRL's}}; threads: {pair: how many}; bare: {"pair, engine": CPU seconds per
+1,000 tokens}; accuracy: {side: median seconds to 90%}.
 """
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import shutil
 import statistics
 import subprocess
@@ -32,7 +36,7 @@ import sys
 import sysconfig
 import time
 import venv
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -49,34 +53,39 @@ from record.report import markdown  # noqa: E402
 
 RECORDS = HERE / "peers.jsonl"
 FOLDER = ROOT / "runs" / "peers"
-TRL = "trl==1.16.0"
-SETTING = dict(weight_decay=0.01, clip=1.0)      # of both sides; AdamW's other numbers are torch's defaults
+TRL_VERSION = "1.16.0"
+SETTING = dict(weight_decay=0.0, clip=1.0)       # of both sides; AdamW's other numbers are torch's defaults
 SMOLLM2 = ROOT / "runs" / "smollm2"
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
+EVERY, STEPS, GOAL = 10, 240, 0.9                # of `accuracy`: updates between students, in all, the share to reach
 ROLES = ("generate", "score", "learn")
-EVERY, STEPS, GOAL = 20, 240, 0.9                # of `accuracy`: updates between students, in all, the share to reach
+TRL = "TRL"                                      # a side; ours are called by their engine
 
 
 @dataclass(frozen=True)
 class Pair:
     """What both sides train."""
-    task: str                                    # a flag of asyncopd.py
+    task: str                                    # "toy", or a file of prompts
     batch: int
     max_prompt: int
     max_response: int
     steps: int
     lr: float
-    engine: str                                  # ours alone, as what follows
+    engines: tuple[str, ...]                     # ours alone, as what follows
     max_running: int
-    flags: list[str] = field(default_factory=list)
+    max_ahead: int
+    flags: tuple[str, ...] = ()
 
     def models(self) -> tuple[str, str]:
+        """As from the project's folder, in which both sides run."""
         if self.task == "toy":
-            return toy_models(ROOT / "runs")
-        return str(SMOLLM2 / "pruned-12-18-24"), str(SMOLLM2 / "teacher")
+            found = toy_models(ROOT / "runs")
+        else:
+            found = (str(SMOLLM2 / "pruned-12-18-24"), str(SMOLLM2 / "teacher"))
+        return tuple(folder.removeprefix(f"{ROOT}/") for folder in found)
 
     def prompts(self) -> list:
-        """As TRL takes them: a text, or messages for the chat template."""
+        """Texts, or messages for the chat template. The toy's leave out those that `right` asks."""
         if self.task == "toy":
             return [row.prompt for row in toy_task(200).train]
         rows = [json.loads(line) for line in (ROOT / self.task).read_text().splitlines()]
@@ -85,72 +94,83 @@ class Pair:
     def token_ids(self) -> list[list[int]]:
         """As an engine takes them: the first prompts, at most as many as run at a time."""
         from transformers import AutoTokenizer
-        tokenizer = AutoTokenizer.from_pretrained(self.models()[0])
+        tokenizer = AutoTokenizer.from_pretrained(ROOT / self.models()[0])
         prompts = self.prompts()[:self.max_running]
         if self.task == "toy":
             return [tokenizer(text)["input_ids"] for text in prompts]
         return [tokenizer.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
                 for messages in prompts]
 
+    def sides(self) -> tuple[str, ...]:
+        return (*self.engines, TRL)
 
-TOY = dict(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, max_running=320)
+
 PAIRS = {
-    "toy, hf": Pair(**TOY, engine="hf"),
-    "toy, vllm": Pair(**TOY, engine="vllm"),
+    "toy": Pair(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, engines=("hf", "vllm"),
+                max_running=320, max_ahead=4),
     "SmolLM2": Pair(task="data/everyday.jsonl", batch=16, max_prompt=64, max_response=64, steps=10, lr=5e-5,
-                    engine="hf", max_running=32,
-                    flags=["--data.filter=split==train", "--max-ahead=1", "--micro-tokens=2048"])}
+                    engines=("hf",), max_running=32, max_ahead=1, flags=("--micro-tokens=2048",))}
 
 
 # -- the two sides ---------------------------------------------------------------------------------
 
 def environment() -> Path:
-    """TRL's python; made if it is not there."""
-    python = FOLDER / "trl" / "bin" / "python"
-    if not python.exists():
-        print(f"installing {TRL} into {python.parent.parent}", file=sys.stderr, flush=True)
-        venv.create(FOLDER / "trl", with_pip=True)
-        version = f"python{sys.version_info.major}.{sys.version_info.minor}"
-        link = FOLDER / "trl" / "lib" / version / "site-packages" / "project.pth"
-        link.write_text(sysconfig.get_paths()["purelib"] + "\n")
-        subprocess.run([python, "-m", "pip", "install", "-q", "--disable-pip-version-check", TRL], check=True)
-    return python
+    """TRL's python; made if it is not there, or not complete."""
+    folder = FOLDER / "trl"
+    library = folder / "lib" / f"python{sys.version_info.major}.{sys.version_info.minor}" / "site-packages"
+    if not (library / f"trl-{TRL_VERSION}.dist-info").exists():
+        print(f"installing trl {TRL_VERSION} into {folder}", file=sys.stderr, flush=True)
+        venv.create(folder, with_pip=True)
+        (library / "project.pth").write_text(sysconfig.get_paths()["purelib"] + "\n")
+        subprocess.run([folder / "bin" / "python", "-m", "pip", "install", "-q", "--disable-pip-version-check",
+                        f"trl=={TRL_VERSION}"], check=True)
+    return folder / "bin" / "python"
 
 
-def trl(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> dict:
-    """A run of TRL."""
+def write_prompts(pair: Pair) -> Path:
+    """The file that both sides read."""
+    file = FOLDER / "prompts.jsonl"
+    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in pair.prompts()))
+    return file.relative_to(ROOT)
+
+
+def trl(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0, threads: int = 0) -> dict:
+    """A run of TRL, with as many threads as there are cores if it is not said how many."""
     student, teacher = pair.models()
-    prompts, out = FOLDER / "prompts.jsonl", FOLDER / "trl-run"
+    out = FOLDER / "trl-run"
     shutil.rmtree(out, ignore_errors=True)
-    prompts.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in pair.prompts()))
-    job = dict(student=student, teacher=teacher, prompts=str(prompts), steps=steps, batch=pair.batch, lr=lr,
+    threads = threads or len(os.sched_getaffinity(0))
+    job = dict(student=student, teacher=teacher, prompts=str(write_prompts(pair)), steps=steps, batch=pair.batch, lr=lr,
                max_response=pair.max_response, seed=seed, out=str(out), save_every=save_every, **SETTING)
-    python = environment()
+    command = [str(environment()), str(HERE / "peers_trl.py")]
     with Watch(every_s=1.0) as watch:
-        found = last_json([str(python), str(HERE / "peers_trl.py"), json.dumps(job)])
+        began = time.monotonic()
+        found = last_json([*command, json.dumps(job | {"began": began})], OMP_NUM_THREADS=str(threads))
     after_first = found["tokens"] - found["steps"][0][1]
     per_1000 = {role: 1000 * s / max(1, after_first) for role, s in found["cpu_s"].items()}
-    return {"side": "trl", "seed": seed, "lr": lr, "tokens": found["tokens"], "seconds": found["seconds"],
-            "start_s": found["start_s"], "gb": watch.gb, "cpu_s_per_1000": per_1000, "steps": found["steps"]}
+    return {"side": TRL, "seed": seed, "lr": lr, "tokens": found["tokens"], "seconds": found["seconds"],
+            "start_s": found["start_s"], "gb": watch.gb, "cpu_s_per_1000": per_1000, "steps": found["steps"],
+            "threads": found["threads"]}
 
 
-def ours(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> dict:
+def ours(engine: str, pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> dict:
     """A run of asyncopd.py."""
     student, teacher = pair.models()
     out = FOLDER / "our-run"
-    command = [sys.executable, "asyncopd.py", f"--student={student}", f"--teacher={teacher}", f"--task={pair.task}",
-               "--gpus=0", "--estimator=reverse_dense", f"--steps={steps}", f"--batch={pair.batch}", f"--lr={lr}",
-               "--lr-schedule=constant", "--warmup=0", f"--max-prompt={pair.max_prompt}",
-               f"--max-response={pair.max_response}", f"--seed={seed}", "--eval.n=0", f"--out={out}", "--overwrite",
-               f"--weight-decay={SETTING['weight_decay']}", f"--clip={SETTING['clip']}",
-               f"--save-every={save_every}", "--faults.keep=0", f"--engine={pair.engine}",
-               # Ours at its best: at a push responses stay in the engine. On the toy, with 320 of them running, most
-               # of what an engine computes would be contexts read again
-               "--inflight=keep", f"--max-running={pair.max_running}", *pair.flags]
+    flags = [f"--student={student}", f"--teacher={teacher}", f"--task={write_prompts(pair)}",
+             "--gpus=0", "--estimator=reverse_dense", f"--steps={steps}", f"--batch={pair.batch}", f"--lr={lr}",
+             "--lr-schedule=constant", "--warmup=0", f"--max-prompt={pair.max_prompt}",
+             f"--max-response={pair.max_response}", f"--seed={seed}", "--eval.n=0", "--overwrite",
+             f"--weight-decay={SETTING['weight_decay']}", f"--clip={SETTING['clip']}",
+             f"--save-every={save_every}", "--faults.keep=0", f"--engine={engine}", f"--max-ahead={pair.max_ahead}",
+             # Ours at its best: at a push responses stay in the engine. On the toy, with 320 of them running, most
+             # of what an engine computes would be contexts read again
+             "--inflight=keep", f"--max-running={pair.max_running}", *pair.flags]
     shutil.rmtree(out, ignore_errors=True)           # or its old log would be read
     clock = StepClock(out / "log.jsonl")
     with Watch(every_s=1.0, look=clock.look) as watch:
-        subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
+        subprocess.run([sys.executable, "asyncopd.py", *flags, f"--out={out}"], cwd=ROOT, check=True,
+                       stdout=subprocess.DEVNULL)
     log = read(out / "log.jsonl")
     updates = [x for x in log if x["type"] == "step"]
     trained = 0
@@ -158,9 +178,9 @@ def ours(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> d
     for x in updates:
         trained += x["tokens"]
         after.append([x["wall_s"], trained])
-    return {"side": "ours", "seed": seed, "lr": lr, "tokens": log[-1]["tokens_trained"], "seconds": log[-1]["wall_s"],
+    return {"side": engine, "seed": seed, "lr": lr, "tokens": log[-1]["tokens_trained"], "seconds": log[-1]["wall_s"],
             "start_s": clock.first_s, "gb": watch.gb, "cpu_s_per_1000": clock.per_1000(log[0]["pids"]), "steps": after,
-            "overlap": log[-1]["overlap"], "lag_mean": log[-1]["lag_mean"]}
+            "overlap": log[-1]["overlap"], "lag_mean": log[-1]["lag_mean"], "argv": ["asyncopd.py", *flags]}
 
 
 class StepClock:
@@ -200,35 +220,59 @@ def read(log: Path) -> list[dict]:
     return [json.loads(line) for line in log.read_text().splitlines(keepends=True) if line.endswith("\n")]
 
 
-def last_json(command: list[str]) -> dict:
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def last_json(command: list[str], **environment: str) -> dict:
+    quiet = {"HF_HUB_OFFLINE": "1"}                  # and TRL reports no use of it
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ | quiet | environment)
     if done.returncode:
         raise RuntimeError(f"{command[1]} failed\n{done.stderr[-2000:]}")
     return json.loads(done.stdout.splitlines()[-1])
 
 
-SIDES = {"ours": ours, "trl": trl}
+def run(side: str, name: str, *how, **more) -> dict:
+    if side == TRL:
+        return trl(PAIRS[name], *how, **more, threads=faster_threads(name))
+    return ours(side, PAIRS[name], *how, **more)
 
 
 # -- what is asked ---------------------------------------------------------------------------------
 
-def race(pairs: list[str], seeds: list[int]) -> dict[str, float]:
-    """Both sides with each seed, the second one first every other time."""
+def threads(pairs: list[str]) -> dict[str, int]:
+    """TRL with one thread and with as many as there are cores."""
+    for name in pairs:
+        pair = PAIRS[name]
+        for count in (1, len(os.sched_getaffinity(0))):
+            found = trl(pair, 0, pair.lr, max(3, pair.steps // 3), threads=count)
+            add({"type": "threads", "pair": name} | found | {"steps": len(found["steps"])})
+            print(f"{name}, {count} threads: {found['tokens'] / found['seconds']:,.0f} tokens/s", flush=True)
+    return {name: faster_threads(name) for name in pairs}
+
+
+def faster_threads(pair: str) -> int:
+    """0 where it was not tried."""
+    speed = {r["threads"]: r["tokens"] / r["seconds"] for r in records("threads") if r["pair"] == pair}
+    return max(speed, key=lambda count: speed[count], default=0)
+
+
+def race(pairs: list[str], seeds: list[int]) -> dict[str, dict[str, float]]:
+    """All sides with each seed, each of them the first one in its turn."""
     for name in pairs:
         pair = PAIRS[name]
         for i, seed in enumerate(seeds):
-            for side in ("ours", "trl") if i % 2 == 0 else ("trl", "ours"):
-                found = SIDES[side](pair, seed, pair.lr, pair.steps)
+            sides = pair.sides()
+            first = i % len(sides)
+            for side in (*sides[first:], *sides[:first]):
+                found = run(side, name, seed, pair.lr, pair.steps)
                 add({"type": "race", "pair": name} | found | {"steps": len(found["steps"])})
                 print(f"{name}, seed {seed}, {side}: {found['tokens'] / found['seconds']:,.0f} tokens/s", flush=True)
-    return {name: statistics.median(ratios(name)) for name in pairs}
+    return {name: {engine: statistics.median(ratios(name, engine)) for engine in PAIRS[name].engines}
+            for name in pairs}
 
 
-def ratios(pair: str) -> list[float]:
+def ratios(pair: str, engine: str) -> list[float]:
     """Our trained tokens per second / TRL's, by seed, of the newest runs."""
     speed = {(r["side"], r["seed"]): r["tokens"] / r["seconds"] for r in records("race") if r["pair"] == pair}
-    return [x / speed["trl", seed] for (side, seed), x in sorted(speed.items())
-            if side == "ours" and ("trl", seed) in speed]
+    return [x / speed[TRL, seed] for (side, seed), x in sorted(speed.items())
+            if side == engine and (TRL, seed) in speed]
 
 
 def bare(pairs: list[str]) -> dict[str, dict[str, float]]:
@@ -237,30 +281,31 @@ def bare(pairs: list[str]) -> dict[str, dict[str, float]]:
     for name in pairs:
         pair = PAIRS[name]
         student, teacher = pair.models()
-        job = dict(student=student, teacher=teacher, engine=pair.engine, rows=pair.max_running, batch=pair.batch,
-                   prompts=pair.token_ids(), max_response=pair.max_response)
-        found[name] = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job)])
-        add({"type": "bare", "pair": name, "cpu_s_per_1000": found[name]})
-        print(f"{name}: {found[name]}", flush=True)
+        for engine in pair.engines:
+            job = dict(student=student, teacher=teacher, engine=engine, rows=pair.max_running, batch=pair.batch,
+                       prompts=pair.token_ids(), max_response=pair.max_response)
+            seconds = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job)])
+            add({"type": "bare", "pair": name, "engine": engine, "cpu_s_per_1000": seconds})
+            print(f"{name}, {engine}: {seconds}", flush=True)
+            found[f"{name}, {engine}"] = seconds
     return found
 
 
 def accuracy(rates: list[float], seeds: list[int]) -> dict[str, float]:
     """Seconds to GOAL: all rates with the first seed, the others at each side's best one."""
-    pair = PAIRS["toy, hf"]
     first, *others = seeds
     for lr in rates:
-        for side in SIDES:
-            timed(side, pair, first, lr)
+        for side in ("hf", TRL):
+            timed(side, first, lr)
     for seed in others:
-        for side in SIDES:
-            timed(side, pair, seed, best_rate(side))
-    return {side: statistics.median(to_goal(side)) for side in SIDES}
+        for side in ("hf", TRL):
+            timed(side, seed, best_rate(side))
+    return {side: statistics.median(to_goal(side)) for side in ("hf", TRL)}
 
 
-def timed(side: str, pair: Pair, seed: int, lr: float) -> None:
-    found = SIDES[side](pair, seed, lr, STEPS, EVERY)
-    folder = FOLDER / ("trl-run" if side == "trl" else "our-run")
+def timed(side: str, seed: int, lr: float) -> None:
+    found = run(side, "toy", seed, lr, STEPS, save_every=EVERY)
+    folder = FOLDER / ("trl-run" if side == TRL else "our-run")
     reached = {}
     for step in range(EVERY, STEPS + 1, EVERY):
         reached[step] = right(student_after(folder, step))
@@ -287,8 +332,8 @@ def right(folder: Path) -> float:
     from examples.against_teacher import engine_of
     task = toy_task(200)
     rows: list[Row] = task.eval
-    tokenizer = AutoTokenizer.from_pretrained(PAIRS["toy, hf"].models()[0])
-    answers = engine_of(str(folder)).complete(encode(rows, tokenizer), PAIRS["toy, hf"].max_response)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT / PAIRS["toy"].models()[0])
+    answers = engine_of(str(folder)).complete(encode(rows, tokenizer), PAIRS["toy"].max_response)
     texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
     return sum(task.grade(text, row.answer) for text, row in zip(texts, rows)) / len(rows)
 
@@ -299,17 +344,23 @@ def goal_s(record: dict) -> float:
     return min(at, default=float("inf"))
 
 
+def timed_runs(side: str) -> dict[tuple[float, int], dict]:
+    """By rate and seed, the newest run of each."""
+    return {(r["lr"], r["seed"]): r for r in records("accuracy") if r["side"] == side}
+
+
 def best_rate(side: str) -> float:
-    """The rate with which the seed that has all rates reaches GOAL first."""
-    mine = [r for r in records("accuracy") if r["side"] == side]
-    return min((goal_s(r), r["lr"]) for r in mine if r["seed"] == mine[0]["seed"])[1]
+    """The rate with which the first seed, the one that has all rates, reaches GOAL soonest."""
+    runs = timed_runs(side)
+    first = min(seed for _, seed in runs)
+    return min((goal_s(r), lr) for (lr, seed), r in runs.items() if seed == first)[1]
 
 
 def to_goal(side: str) -> list[float]:
-    """By seed, at the best rate."""
-    lr = best_rate(side)
-    by_seed = {r["seed"]: goal_s(r) for r in records("accuracy") if (r["side"], r["lr"]) == (side, lr)}
-    return [by_seed[seed] for seed in sorted(by_seed)]
+    """By seed, at the best rate. The first seed has chosen it and does not count, where there are others."""
+    best = best_rate(side)
+    by_seed = {seed: goal_s(r) for (lr, seed), r in timed_runs(side).items() if lr == best}
+    return [by_seed[seed] for seed in sorted(by_seed)][len(by_seed) > 1:]
 
 
 # -- records and tables ----------------------------------------------------------------------------
@@ -318,26 +369,40 @@ def records(kind: str) -> list[dict]:
     return [r for r in read(RECORDS) if r["type"] == kind]
 
 
-def add(record: dict) -> None:
+@functools.cache
+def made_by() -> dict:
+    """Before the first record is added, which changes the checkout."""
     made = provenance({}, {})
-    how = {name: made[name] for name in ("commit", "hardware", "versions")}
+    return {name: made[name] for name in ("commit", "hardware", "versions")}
+
+
+def add(record: dict) -> None:
     with RECORDS.open("a") as file:
-        file.write(json.dumps(record | how) + "\n")
+        file.write(json.dumps(record | made_by()) + "\n")
 
 
 def race_table() -> str:
     """Markdown: medians over seeds, of the newest run of each."""
     lines = [["pair", "side", "tokens/s", "CPU s per 1,000 tokens: generate", "score", "learn", "parent",
-              "first update, s", "peak GB", "ours / TRL, median (least to most)"]]
-    for pair in PAIRS:
-        for side in SIDES:
-            mine = {r["seed"]: r for r in records("race") if (r["pair"], r["side"]) == (pair, side)}
+              "first update, s", "peak GB", "/ TRL, median (least to most)"]]
+    for name, pair in PAIRS.items():
+        for side in pair.sides():
+            mine = {r["seed"]: r for r in records("race") if (r["pair"], r["side"]) == (name, side)}
             if mine:
-                found = ratios(pair) if side == "ours" else []
-                lines.append([pair, side, *medians(list(mine.values())), spread(found)])
-        for r in [r for r in records("bare") if r["pair"] == pair][-1:]:
-            lines.append([pair, "bare", *bare_cells(r["cpu_s_per_1000"]), "", "", "", ""])
+                lines.append([name, label(side), *medians(list(mine.values())), spread(ratios(name, side))])
+        for engine in pair.engines:
+            for r in [r for r in records("bare") if (r["pair"], r["engine"]) == (name, engine)][-1:]:
+                lines.append([name, f"bare, {ENGINES[engine]}", *bare_cells(r["cpu_s_per_1000"]), "", "", "", ""])
     return markdown(lines)
+
+
+ENGINES = {"hf": "transformers", "vllm": "vLLM"}
+
+
+def label(side: str) -> str:
+    if side == TRL:
+        return "TRL, transformers"
+    return f"asyncopd, {ENGINES[side]}"
 
 
 def bare_cells(cpu_s: dict[str, float]) -> list[str]:
@@ -361,24 +426,35 @@ def spread(ratios: list[float]) -> str:
 def accuracy_table() -> str:
     """Markdown: seconds to GOAL of each side at its best rate."""
     lines = [["side", "best learning rate", f"seconds to {GOAL:.0%}, by seed", "median"]]
-    for side in SIDES:
-        if any(r["side"] == side for r in records("accuracy")):
+    for side in ("hf", TRL):
+        if timed_runs(side):
             found = to_goal(side)
-            lines.append([side, f"{best_rate(side):g}", ", ".join(f"{x:.0f}" for x in found),
-                          f"{statistics.median(found):.0f}"])
+            lines.append([label(side), f"{best_rate(side):g}", ", ".join(map(in_seconds, found)),
+                          in_seconds(statistics.median(found))])
+    if len(lines) == 1:
+        return "Not measured yet."
     return markdown(lines)
+
+
+def in_seconds(x: float) -> str:
+    if x == float("inf"):
+        return f"not in {STEPS} updates"
+    return f"{x:.0f}"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("what", choices=("race", "bare", "accuracy", "table"))
+    parser.add_argument("what", choices=("threads", "race", "bare", "accuracy", "table"))
     parser.add_argument("--pairs", nargs="*", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     args = parser.parse_args()
     FOLDER.mkdir(parents=True, exist_ok=True)
+    made_by()
     result: dict[str, object] = {}
-    if args.what == "race":
+    if args.what == "threads":
+        result = threads(args.pairs)
+    elif args.what == "race":
         result = race(args.pairs, args.seeds)
     elif args.what == "bare":
         result = bare(args.pairs)

@@ -3,14 +3,15 @@ What generating, scoring and learning cost without the project's code: transform
 
     python benchmarks/peers_bare.py '{"student": .., "teacher": .., "engine": "hf", "rows": 320, ..}'
 
-peers.py starts it, as the floor under both sides of its race. One thread, models in float32:
+peers.py starts it, to show the least that both sides of its race can take. One thread, models in float32:
 
     generate   `rows` responses at a time, a prompt and then one token after the other; plain draws, nothing recorded
-    score      the teacher's forward pass with its head
-    learn      the student's forward and backward pass with the cross-entropy of the tokens, and AdamW
+    score      the teacher's forward pass, as far as its head
+    learn      both heads, the reverse KL over all words, the student's forward and backward pass, and AdamW
 
-All on the same answers of the student, each `batch` of them padded to the longest. No response ends before its time
-under `generate`, so that every token of every row counts.
+Score and learn have the same answers of the student, each `batch` of them padded to the longest. Under `generate` every
+response has its greatest length, so that every token of every row counts: an estimate, since attention to longer
+contexts costs more and a prompt is shared by more tokens.
 Last line: one JSON object, CPU seconds per 1,000 response tokens {"generate", "score", "learn"}.
 """
 from __future__ import annotations
@@ -57,12 +58,12 @@ def generate_hf(student: str, prompts: list[list[int]], max_response: int) -> fl
 
 def generate_vllm(student: str, prompts: list[list[int]], max_response: int) -> float:
     import os
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "0")      # one thread, on the first core
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))        # one thread
     import engines.vllm_environment  # noqa: F401 - vLLM in this process
     from vllm import LLM, SamplingParams  # isort: skip
     length = max(map(len, prompts)) + max_response
     llm = LLM(student, dtype="float32", max_model_len=length, max_num_seqs=len(prompts), skip_tokenizer_init=True,
-              enable_prefix_caching=False, disable_log_stats=True)
+              enable_prefix_caching=False, disable_log_stats=True, enforce_eager=True)
     params = SamplingParams(max_tokens=max_response, ignore_eos=True, detokenize=False)
 
     def work() -> int:
@@ -86,9 +87,8 @@ def padded(prompts: list[list[int]], answers: list[list[int]], batch: int) -> It
 
 
 def score_and_learn(job: dict, prompts: list[list[int]]) -> dict[str, float]:
-    """Without padding in the head: it reads the rows of the answers alone."""
+    """Without padding in the heads: they read the rows of the answers alone."""
     import torch
-    from torch.nn.functional import cross_entropy
     from transformers import AutoModelForCausalLM
 
     from examples.against_teacher import engine_of
@@ -98,18 +98,22 @@ def score_and_learn(job: dict, prompts: list[list[int]]) -> dict[str, float]:
     student, teacher = (AutoModelForCausalLM.from_pretrained(job[role], dtype=torch.float32)
                         for role in ("student", "teacher"))
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.0)
+    scored: list[torch.Tensor] = []
 
     @torch.no_grad()
     def score() -> int:
+        scored.clear()
         for ids, target in batches:
-            rows = teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[target >= 0]
-            teacher.get_output_embeddings()(rows)
+            scored.append(teacher.base_model(input_ids=ids, use_cache=False).last_hidden_state[target >= 0])
         return tokens
 
     def learn() -> int:
-        for ids, target in batches:
+        for (ids, target), of_teacher in zip(batches, scored):
             rows = student.base_model(input_ids=ids, use_cache=False).last_hidden_state[target >= 0]
-            cross_entropy(student.get_output_embeddings()(rows), target[target >= 0]).backward()
+            logp = student.get_output_embeddings()(rows).log_softmax(-1)
+            with torch.no_grad():
+                logq = teacher.get_output_embeddings()(of_teacher).log_softmax(-1)
+            (logp.exp() * (logp - logq)).sum(-1).mean().backward()
             optimizer.step()
             optimizer.zero_grad()
         return tokens

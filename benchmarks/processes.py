@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -21,14 +22,16 @@ TICKS = os.sysconf("SC_CLK_TCK")
 class Watch(threading.Thread):
     """Looks at every process below this one, every `every_s` seconds, between `with` and its end.
 
-    gb     the most that they held together (PSS)
+    gb     the most that they held together (PSS); looked at every `memory_s`, since it is a lot of work
     cpu_s  by process, seconds of CPU so far, also of those that have ended
     """
 
-    def __init__(self, every_s: float = 10.0, look: Callable[[Watch], None] = lambda watch: None):
+    def __init__(self, every_s: float = 10.0, memory_s: float = 10.0,
+                 look: Callable[[Watch], None] = lambda watch: None):
         """`look` is called after every look, with this object."""
         super().__init__(daemon=True)
         self.every_s = every_s
+        self.memory_s = memory_s
         self.look = look
         self.gb = 0.0
         self.cpu_s: dict[int, float] = {}
@@ -43,10 +46,13 @@ class Watch(threading.Thread):
         self.join()
 
     def run(self) -> None:
+        weighed = float("-inf")
         while not self.ended.wait(self.every_s):
             found = descendants()
             self.cpu_s |= found
-            self.gb = max(self.gb, sum(map(pss_gb, found)))
+            if time.monotonic() - weighed >= self.memory_s:
+                weighed = time.monotonic()
+                self.gb = max(self.gb, sum(map(pss_gb, found)))
             self.look(self)
 
 
@@ -83,7 +89,7 @@ def pss_gb(pid: int) -> float:
 
 
 def main() -> None:
-    with Watch(every_s=0.05) as watch:
+    with Watch(every_s=0.05, memory_s=0.05) as watch:
         subprocess.run([sys.executable, "-c", "print(sum(range(10 ** 7)))"], check=True)
     print(json.dumps({"gb": watch.gb, "cpu_s": max(watch.cpu_s.values(), default=0.0)}))
 

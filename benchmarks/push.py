@@ -103,7 +103,26 @@ def measure(model: str, layers: int, dtype_name: str, rounds: int, cpu: bool) ->
             if version >= UNCOUNTED:
                 seconds[name].append(time.perf_counter() - start)
     gb = sum(p.numel() for p in parameters.values()) * dtype.itemsize / 1e9
-    return {"gb": gb, "device": device, "threads": torch.get_num_threads(), "seconds": seconds}
+    return {"gb": gb, "device": device, "threads": torch.get_num_threads(), "seconds": seconds,
+            "proved": hasattr(engine, "checksums")}
+
+
+def table() -> str:
+    """Markdown: the newest record of code that proves the bits of a push, and of code that does not."""
+    from record.report import markdown
+    lines = [["code", "layers, GB of a version", "publish, s", "push, s"]]
+    for label, proved in (("earlier, nothing proved", False), ("this one, all bits proved", True)):
+        for r in [r for r in records() if r["proved"] == proved][-1:]:
+            seconds = {name: statistics.median(s) for name, s in r["seconds"].items()}
+            lines.append([label, f"{r['layers']}, {r['gb']:.1f}", f"{seconds['publish_s']:.2f}",
+                          f"{seconds['push_s']:.2f}"])
+    return markdown(lines)
+
+
+def records() -> list[dict]:
+    if not RECORDS.exists():
+        return []
+    return [json.loads(line) for line in RECORDS.read_text().splitlines()]
 
 
 def commit_of(root: Path) -> str:

@@ -13,12 +13,14 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE)]
 
+import apply  # noqa: E402
 import designs  # noqa: E402
 import gsm8k_lm  # noqa: E402
 import kills  # noqa: E402
 import peers  # noqa: E402
 import pipeline  # noqa: E402
 import prune  # noqa: E402
+import push  # noqa: E402
 import rehearsal  # noqa: E402
 import splits  # noqa: E402
 import step  # noqa: E402
@@ -42,12 +44,12 @@ PAGES = {
         "step": step.table,
         "faults": kills.table,
     },
-    "using.md": {"dtype": toy.dtype_table},
+    "using.md": {"dtype": toy.dtype_table, "bf16": lambda: toy.table("bf16")},
     "estimators.md": {"estimators": estimator_table},
     "optimal-cache.md": {"noise": designs.noise, "baseline": designs.baseline, "training": designs.training,
                          "draws": toy.draws_table},
     "gpu.md": {"where": rehearsal.where, "runs": rehearsal.runs_table, "costs": rehearsal.costs_table,
-               "splits": splits.table},
+               "splits": splits.table, "push": push.table, "apply": apply.table},
     "prune-and-distil.md": {"distilled": prune.before_and_after, "promises": prune.promises, "answers": prune.answers},
     "staleness.md": {"lag": lambda: pipeline.table() + "\n\n" + toy.table("lag")},
     "peers.md": {"race": peers.race_table, "accuracy": peers.accuracy_table},

@@ -31,7 +31,16 @@ ROWS = HERE / "toy.jsonl"
 
 
 def groups() -> dict[str, dict[str, list[str]]]:
+    """Flags, by group and label. In all groups but "bf16" contexts are computed again at every push: the rows of a
+    group must be alike, and the first ones are older than `inflight: keep` in configs/toy.yaml."""
     from estimators import ESTIMATORS
+    found = {group: {label: ["--inflight=recompute", *flags] for label, flags in rows.items()}
+             for group, rows in recomputed(ESTIMATORS).items()}
+    return found | {"bf16": {f"bfloat16, seed {seed}": ["--dtype=bfloat16", "--engine=hf", "--inflight=keep",
+                                                        f"--seed={seed}"] for seed in range(3)}}
+
+
+def recomputed(estimators) -> dict[str, dict[str, list[str]]]:
     in_step = ["--steps=100", "--eval.every=0", "--lr=0.0002", "--schedule=sync", "--engine=hf"]
     short = ["--steps=100", "--eval.every=0", "--max-ahead=4", "--lr=0.0002"]
     return {
@@ -39,7 +48,7 @@ def groups() -> dict[str, dict[str, list[str]]]:
                  "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
                  "schedule sync": ["--schedule=sync"]},
         "estimators": {name: [f"--estimator={name}", "--eval.every=0", "--eval.no-teacher"]
-                       for name, row in ESTIMATORS.items() if row.head},      # `none` needs an extension's loss
+                       for name, row in estimators.items() if row.head},      # `none` needs an extension's loss
         # at L = 1 most responses are cut, and a batch of segments holds half the tokens: twice the steps
         "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1", "--steps=200"],
                 "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
@@ -50,9 +59,7 @@ def groups() -> dict[str, dict[str, list[str]]]:
                                              "--eval.no-teacher"]
                   for seed in range(5) for design in ("iid", "optimal")},
         "dtype": {"float32": [*in_step, "--dtype=float32"], "bfloat16": [*in_step, "--dtype=bfloat16"],
-                  "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]},
-        "bf16": {f"bfloat16, seed {seed}": ["--dtype=bfloat16", "--engine=hf", "--inflight=keep", f"--seed={seed}"]
-                 for seed in range(3)}}
+                  "bfloat16, two learners": [*in_step, "--dtype=bfloat16", "--learners=2"]}}
 
 
 def read(group: str, label: str, folder: str) -> dict:

@@ -134,8 +134,8 @@ def student_layout(folder: str) -> dict[str, torch.Size]:
 
 
 def probe_tokens(prompts: list[list[int]], limit: int) -> list[int]:
-    """A sequence of at most 64 tokens, and of at most `limit`."""
-    return (prompts[0] + prompts[-1] + prompts[0])[:min(64, limit)]
+    """A sequence of 2 to 64 tokens, shorter than `limit` if it can be: vLLM draws one more."""
+    return (prompts[0] + prompts[-1] + prompts[0])[:min(64, max(2, limit - 1))]
 
 
 # -- extensions ----------------------------------------------------------------------------------

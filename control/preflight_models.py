@@ -102,14 +102,12 @@ def positions(cfg: Config, student: Any, teacher: Any) -> dict[str, int | None]:
     """How many tokens of prompt and response either model takes, by flag and name; None where its
     configuration does not say.
     """
-    room = {}
-    for (flag, name), config, engine in zip(named_models(cfg), (student, teacher),
-                                            (cfg.engine, cfg.teacher_engine)):
-        n = getattr(config, "max_position_embeddings", None)
-        if n and engine == "vllm":           # it draws a token after every text that it scores
-            room[f"{flag} {name} (vLLM needs one of its {n})"] = n - 1
-        else:
-            room[f"{flag} {name}"] = n
+    room = {f"--student {cfg.student}": getattr(student, "max_position_embeddings", None)}
+    of_teacher = getattr(teacher, "max_position_embeddings", None)
+    if of_teacher and cfg.teacher_engine == "vllm":      # draws a token after every text that it scores
+        room[f"--teacher {cfg.teacher} in vLLM"] = of_teacher - 1
+    else:
+        room[f"--teacher {cfg.teacher}"] = of_teacher
     return room
 
 

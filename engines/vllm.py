@@ -46,7 +46,7 @@ def plain_arguments(cfg: Config, device: str, dtype: torch.dtype) -> dict[str, o
     There is one place more than responses run, and there are priorities: the request of `logp` has
     a place at once, and the first memory that comes free.
     """
-    length = cfg.max_prompt + cfg.max_response + 1
+    length = cfg.max_prompt + cfg.max_response
     return dict(model=cfg.student, dtype=str(dtype).removeprefix("torch."), seed=cfg.seed,
                 max_model_len=length, max_num_seqs=cfg.max_running + 1,
                 scheduling_policy="priority",

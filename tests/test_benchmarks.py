@@ -33,15 +33,13 @@ TOY_MODELS = "--student {student} --teacher {teacher}"
 PAIR = "m.models = lambda: {{'sharpening': dict(student='{student}', teacher='{teacher}')}}\n"
 PAIR_OF_PEERS = """
 m.toy_models = lambda root: ('{student}', '{teacher}')
-m.PAIRS = dict(tiny=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3,
-                          engine='hf', max_running=8))
-m.SIDES['trl'] = lambda *a: m.ours(*a) | dict(side='trl')
+m.PAIRS = dict(toy=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3, engines=('hf',),
+                          max_running=8, max_ahead=1))
+m.trl = lambda *a, threads, **k: m.ours('hf', *a, **k) | dict(side=m.TRL)
+m.EVERY, m.STEPS, m.GOAL = 1, 2, 0
 """
 SMOKES = {
-    "apply.py": Smoke("", "sys.path.insert(0, str(m.ROOT))\n"
-                          "m.V, m.FEW, m.CALLS = 64, 32, {{32: 2, 64: 2}}\n"
-                          "m.subprocess.run = lambda *a, **k: m.SimpleNamespace(\n"
-                          "    returncode=0, stdout=m.json.dumps(m.measure()))"),
+    "apply.py": Smoke("--measure --root .", "m.CALLS = {{32: 2}}"),
     "audit.py": Smoke("--k 4", "m.DRIFTS = m.DRIFTS[:2]"),
     "designs.py": Smoke("variance --draws 50", "m.COUNTS, m.SHARPNESS = (1, 4), (1.0,)\n"
                                                "m.measure.__defaults__ = (50, (1, 4))"),
@@ -57,7 +55,8 @@ SMOKES = {
                      "m.GROUPS = dict(head=dict(oprd=m.OPRD)); m.COMMON |= dict(eval__n=4)"),
     "packing.py": Smoke("", "m.torch.compile = lambda model, **how: model\n"
                             "m.segments = lambda n, *how, made=m.segments: made(min(n, 3), 8, 16)"),
-    "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS, spawns=True),
+    "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS + "m.FOLDER.mkdir(parents=True); m.accuracy([1e-3], [0])",
+                      spawns=True),
     "peers_bare.py": Smoke('{{"student":"{student}","teacher":"{teacher}","engine":"hf","rows":2,"batch":2,'
                            '"prompts":[[3,4,5]],"max_response":4}}'),
     "pipeline.py": Smoke("--smoke", spawns=True),

@@ -65,16 +65,15 @@ def test_lengths_that_are_not_given_follow_from_the_models(given, prompt, respon
     assert said == [f"--max-prompt {prompt} and --max-response {response}: the models take 512 tokens of both together"]
 
 
-def test_vllm_needs_a_position_for_itself():
-    models = SimpleNamespace(max_position_embeddings=512), SimpleNamespace()
-    cfg = Config(student="S", teacher="T", engine="vllm")
+def test_a_teacher_in_vllm_needs_a_position_for_itself():
+    models = SimpleNamespace(max_position_embeddings=1024), SimpleNamespace(max_position_embeddings=512)
+    cfg = Config(student="S", teacher="T", engine="vllm", teacher_engine="vllm")
     room = positions(cfg, *models)
-    assert room == {"--student S (vLLM needs one of its 512)": 511, "--teacher T": None}
-    assert fit_lengths(cfg, Given(), room)[0].max_response == 511 - 127
-    given = {"max_prompt": 256, "max_response": 256}
-    with pytest.raises(ValueError, match=r"more than the 511 tokens of --student S \(vLLM needs one of its 512\)"):
-        fit_lengths(replace(cfg, **given), Given(line=given), room)
-    assert positions(replace(cfg, engine="hf"), *models) == {"--student S": 512, "--teacher T": None}
+    assert room == {"--student S": 1024, "--teacher T in vLLM": 511}
+    fitted, _ = fit_lengths(cfg, Given(), room)
+    assert fitted.max_prompt + fitted.max_response == 511
+    assert positions(replace(cfg, teacher_engine="hf"), *models) == {"--student S": 1024, "--teacher T": 512}
+    assert positions(cfg, SimpleNamespace(), models[1]) == {"--student S": None, "--teacher T in vLLM": 511}
 
 
 def test_lengths_that_fit_stay_and_lengths_that_were_given_are_refused():
