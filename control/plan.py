@@ -21,8 +21,8 @@ from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
 from transport.direct import PARCEL_BYTES
 from transport.process import worker_name
 
-# Interpreter and libraries; on a GPU also its context
-PROCESS_GB = {"rollout": 1.0, "teacher": 0.5, "learner": 0.5}
+PROCESS_GB = 0.5                 # interpreter and libraries; on a GPU also its context
+VLLM_GB = 0.5                    # the same of vLLM
 REMEDY = {
     "weights": "a smaller model",
     "gradients": "a smaller student, more --learners, or --lora-rank",
@@ -209,7 +209,7 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
         else:
             parts = rollout_parts(cfg, student, gpu_gb)
         parts = {name: size / 1e9 for name, size in parts.items()}
-        parts["process"] = PROCESS_GB[worker.role]
+        parts["process"] = process_gb(cfg, worker.role)
         needs += [Need(worker.name, device, parts) for device in worker.devices]
     if cfg.gpus > 0:
         needs.append(loading(cfg, student, teacher))
@@ -220,6 +220,13 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
     if cfg.transport != "nccl":
         shared = {"weights": 2 * student.P * itemsize(cfg) / 1e9} | shared     # published twice
     return [*needs, Need("shared", "shm", shared)]
+
+
+def process_gb(cfg: Config, role: str) -> float:
+    engines = {"rollout": cfg.engine, "teacher": cfg.teacher_engine}
+    if engines.get(role) == "vllm":
+        return PROCESS_GB + VLLM_GB
+    return PROCESS_GB
 
 
 def micro_batch(cfg: Config) -> int:
@@ -282,9 +289,10 @@ def longer_head(cfg: Config, model: Shape) -> int:
 
 
 def rollout_parts(cfg: Config, student: Shape, gpu_gb: float) -> dict[str, float]:
-    """Bytes of a rollout worker; on a CPU its weights exist twice while new ones are loaded."""
+    """Bytes of a rollout worker. On a CPU vLLM packs its weights: while new ones are loaded they
+    exist twice. Transformers copies them into place."""
     weights = itemsize(cfg) * student.P
-    if cfg.gpus == 0:
+    if cfg.gpus == 0 and cfg.engine == "vllm":
         weights *= 2
     if cfg.transport == "nccl":              # parcels on their way; the embedding is the largest
         weights += 2 * max(PARCEL_BYTES, itemsize(cfg) * student.V * student.H)
