@@ -284,10 +284,11 @@ def bare(pairs: list[str]) -> dict[str, dict[str, float]]:
         for engine in pair.engines:
             job = dict(student=student, teacher=teacher, engine=engine, rows=pair.max_running, batch=pair.batch,
                        prompts=pair.token_ids(), max_response=pair.max_response)
-            seconds = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job)])
-            add({"type": "bare", "pair": name, "engine": engine, "cpu_s_per_1000": seconds})
-            print(f"{name}, {engine}: {seconds}", flush=True)
-            found[f"{name}, {engine}"] = seconds
+            began = {"began": time.monotonic()}
+            record = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job | began)])
+            add({"type": "bare", "pair": name, "engine": engine} | record)
+            print(f"{name}, {engine}: {record}", flush=True)
+            found[f"{name}, {engine}"] = record["cpu_s_per_1000"]
     return found
 
 
@@ -392,7 +393,8 @@ def race_table() -> str:
                 lines.append([name, label(side), *medians(list(mine.values())), spread(ratios(name, side))])
         for engine in pair.engines:
             for r in [r for r in records("bare") if (r["pair"], r["engine"]) == (name, engine)][-1:]:
-                lines.append([name, f"bare, {ENGINES[engine]}", *bare_cells(r["cpu_s_per_1000"]), "", "", "", ""])
+                lines.append([name, f"bare, {ENGINES[engine]}", *bare_cells(r["cpu_s_per_1000"]), "",
+                              f"{r['start_s']:.0f}", "", ""])
     return markdown(lines)
 
 

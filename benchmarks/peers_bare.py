@@ -12,7 +12,8 @@ peers.py starts it, to show the least that both sides of its race can take. One 
 Score and learn have the same answers of the student, each `batch` of them padded to the longest. Under `generate` every
 response has its greatest length, so that every token of every row counts: an estimate, since attention to longer
 contexts costs more and a prompt is shared by more tokens.
-Last line: one JSON object, CPU seconds per 1,000 response tokens {"generate", "score", "learn"}.
+Last line: one JSON object, {"cpu_s_per_1000": {"generate", "score", "learn"}, "start_s": from "began" to the first
+token of every response}.
 """
 from __future__ import annotations
 
@@ -37,7 +38,8 @@ def cpu_s(work: Callable[[], int], rounds: int = 3) -> float:
     return min(found[1:])
 
 
-def generate_hf(student: str, prompts: list[list[int]], max_response: int) -> float:
+def generate_hf(student: str, prompts: list[list[int]]) -> Callable[[int], int]:
+    """A function that generates so many tokens for each prompt and returns how many these are."""
     import torch
     from transformers import AutoModelForCausalLM
     model = AutoModelForCausalLM.from_pretrained(student, dtype=torch.float32)
@@ -45,32 +47,32 @@ def generate_hf(student: str, prompts: list[list[int]], max_response: int) -> fl
     first = torch.tensor([p[-length:] for p in prompts])         # as long as the shortest: no padding
 
     @torch.no_grad()
-    def work() -> int:
+    def work(length: int) -> int:
         ids, cache = first, None
-        for _ in range(max_response):
+        for _ in range(length):
             out = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
             cache = out.past_key_values
             ids = torch.multinomial(out.logits[:, -1].softmax(-1), 1)
-        return len(prompts) * max_response
+        return len(prompts) * length
 
-    return cpu_s(work)
+    return work
 
 
-def generate_vllm(student: str, prompts: list[list[int]], max_response: int) -> float:
+def generate_vllm(student: str, prompts: list[list[int]], max_response: int) -> Callable[[int], int]:
+    """The same. No response will be longer than `max_response`."""
     import os
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))        # one thread
     import engines.vllm_environment  # noqa: F401 - vLLM in this process
     from vllm import LLM, SamplingParams  # isort: skip
-    length = max(map(len, prompts)) + max_response
-    llm = LLM(student, dtype="float32", max_model_len=length, max_num_seqs=len(prompts), skip_tokenizer_init=True,
-              enable_prefix_caching=False, disable_log_stats=True, enforce_eager=True)
-    params = SamplingParams(max_tokens=max_response, ignore_eos=True, detokenize=False)
+    llm = LLM(student, dtype="float32", max_model_len=max(map(len, prompts)) + max_response, max_num_seqs=len(prompts),
+              skip_tokenizer_init=True, enable_prefix_caching=False, disable_log_stats=True, enforce_eager=True)
 
-    def work() -> int:
+    def work(length: int) -> int:
+        params = SamplingParams(max_tokens=length, ignore_eos=True, detokenize=False)
         llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
-        return len(prompts) * max_response
+        return len(prompts) * length
 
-    return cpu_s(work)
+    return work
 
 
 def padded(prompts: list[list[int]], answers: list[list[int]], batch: int) -> Iterator[tuple]:
@@ -127,9 +129,14 @@ def main() -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     prompts = (job["prompts"] * job["rows"])[:job["rows"]]
-    generate = generate_vllm if job["engine"] == "vllm" else generate_hf
-    found = {"generate": generate(job["student"], prompts, job["max_response"])}
-    print(json.dumps(found | score_and_learn(job, prompts)))
+    if job["engine"] == "vllm":
+        generate = generate_vllm(job["student"], prompts, job["max_response"])
+    else:
+        generate = generate_hf(job["student"], prompts)
+    generate(1)
+    start_s = time.monotonic() - job["began"]
+    found = {"generate": cpu_s(lambda: generate(job["max_response"]))}
+    print(json.dumps({"cpu_s_per_1000": found | score_and_learn(job, prompts), "start_s": start_s}))
 
 
 if __name__ == "__main__":

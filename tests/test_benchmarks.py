@@ -64,7 +64,7 @@ SMOKES = {
     "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS + "m.FOLDER.mkdir(parents=True); m.accuracy([1e-3], [0])",
                       spawns=True),
     "peers_bare.py": Smoke('{{"student":"{student}","teacher":"{teacher}","engine":"hf","rows":2,"batch":2,'
-                           '"prompts":[[3,4,5]],"max_response":4}}'),
+                           '"prompts":[[3,4,5]],"max_response":4,"began":0}}'),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "precision.py": Smoke("", "m.BATCH, m.toy_models = 4, lambda root: ('{student}', '{teacher}')"),
