@@ -390,7 +390,8 @@ def race_table() -> str:
         for side in pair.sides():
             mine = {r["seed"]: r for r in records("race") if (r["pair"], r["side"]) == (name, side)}
             if mine:
-                lines.append([name, label(side), *medians(list(mine.values())), spread(ratios(name, side))])
+                lines.append([name, label(side), *medians(list(mine.values())),
+                              spread(ratios(name, side) if side != TRL else [])])
         for engine in pair.engines:
             for r in [r for r in records("bare") if (r["pair"], r["engine"]) == (name, engine)][-1:]:
                 lines.append([name, f"bare, {ENGINES[engine]}", *bare_cells(r["cpu_s_per_1000"]), "",

@@ -108,14 +108,15 @@ def measure(model: str, layers: int, dtype_name: str, rounds: int, cpu: bool) ->
 
 
 def table() -> str:
-    """Markdown: the newest record of code that proves the bits of a push, and of code that does not."""
+    """Markdown: with each number of threads the newest record of code that proves the bits of a push, and of code that
+    does not."""
     from record.report import markdown
-    lines = [["code", "layers, GB of a version", "publish, s", "push, s"]]
-    for label, proved in (("earlier, nothing proved", False), ("this one, all bits proved", True)):
-        for r in [r for r in records() if r["proved"] == proved][-1:]:
-            seconds = {name: statistics.median(s) for name, s in r["seconds"].items()}
-            lines.append([label, f"{r['layers']}, {r['gb']:.1f}", f"{seconds['publish_s']:.2f}",
-                          f"{seconds['push_s']:.2f}"])
+    lines = [["threads", "code", "layers, GB of a version", "publish, s", "push, s"]]
+    newest = {(r["threads"], r["proved"]): r for r in records()}
+    for (threads, proved), r in sorted(newest.items()):
+        label = "this one, all bits proved" if proved else "earlier, nothing proved"
+        seconds = {name: f"{statistics.median(s):.2f}" for name, s in r["seconds"].items()}
+        lines.append([str(threads), label, f"{r['layers']}, {r['gb']:.1f}", seconds["publish_s"], seconds["push_s"]])
     return markdown(lines)
 
 
