@@ -8,7 +8,7 @@ Every number of the toy in docs/: runs of the shipped command, a row each, and t
     python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
     python benchmarks/toy.py run draws         # both ways to choose the cached words, five seeds; 30 minutes
     python benchmarks/toy.py run dtype         # float32 and bf16, synchronous, one learner and two; 20 minutes
-    python benchmarks/toy.py run bf16          # the whole run in bf16, three seeds; an hour where the CPU has no bf16
+    python benchmarks/toy.py run bf16          # the whole run in bf16, three seeds; half an hour or more
     python benchmarks/toy.py table demo        # the table in docs/, from benchmarks/toy.jsonl alone
     python benchmarks/toy.py add demo "seed 0" runs/toy-...      # a run that exists already
 

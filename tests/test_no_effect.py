@@ -8,6 +8,7 @@ from asyncopd import main
 from config import Config
 from control.command_line import Given
 from control.no_effect import NO_EFFECT, notes
+from control.preflight import probe_tokens
 from control.preflight_models import fit_lengths, positions
 from control.resolve import configure_given
 from tests.conftest import ROOT
@@ -74,6 +75,14 @@ def test_a_teacher_in_vllm_needs_a_position_for_itself():
     assert fitted.max_prompt + fitted.max_response == 511
     assert positions(replace(cfg, teacher_engine="hf"), *models) == {"--student S": 1024, "--teacher T": 512}
     assert positions(cfg, SimpleNamespace(), models[1]) == {"--student S": None, "--teacher T in vLLM": 511}
+
+
+def test_the_probe_leaves_room_for_the_token_that_vllm_draws_after_it():
+    prompts = [[3] * 40, [4] * 40]
+    for limit in (3, 50, 64, 65):
+        assert len(probe_tokens(prompts, limit)) == min(64, limit - 1)
+    assert probe_tokens(prompts, 1000) == [3] * 40 + [4] * 24
+    assert len(probe_tokens(prompts, 2)) == 2, "a single token has no log-prob"
 
 
 def test_lengths_that_fit_stay_and_lengths_that_were_given_are_refused():
