@@ -65,6 +65,10 @@ class Request:
     uid: int
     position: int                            # of its first new token, in the response
 
+    def __deepcopy__(self, memo: dict) -> Request:
+        """vLLM copies every request's parameters; this part of them never changes."""
+        return self
+
 
 class VLLMEngine(Engine):
     """vLLM inside the worker's own process: it has no children, so that a kill leaves no orphan.
@@ -87,6 +91,8 @@ class VLLMEngine(Engine):
     def __init__(self, cfg: Config, device: str, dtype: torch.dtype):
         self.ends = stop_ids(cfg.student, cfg.teacher)
         self.drawing = training_drawing(cfg)
+        if device == "cpu":      # or the first `logp` compiles the ranks of its log-probs, in seconds
+            torch.compiler.set_stance("force_eager")
         self.llm = LLM(**plain_arguments(cfg, device, dtype), logits_processors=["engines.vllm:Draws"],
                        worker_extension_cls="engines.vllm.Extension")
         self.engine = self.llm.llm_engine

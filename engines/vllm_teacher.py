@@ -44,6 +44,8 @@ class VLLMTeacher:
         self.vocab = vocab_size(cfg.student)         # rows of the student's head
         self.rows = vocab_size(cfg.teacher)          # and of the teacher's
         length = cfg.max_prompt + cfg.max_response + 1       # vLLM always generates one token
+        if not self.on_gpu:      # or the first answer compiles the ranks of its log-probs, in seconds
+            torch.compiler.set_stance("force_eager")
         self.llm = LLM(cfg.teacher, dtype=str(dtype).removeprefix("torch."), max_model_len=length,
                        max_logprobs=-1, max_num_batched_tokens=max(length, cfg.micro_tokens),
                        gpu_memory_utilization=gpu_share(cfg, "teacher"), enforce_eager=True,
