@@ -109,7 +109,7 @@ PAIRS = {
     "toy": Pair(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, engines=("hf", "vllm"),
                 max_running=320, max_ahead=4),
     "SmolLM2": Pair(task="data/everyday.jsonl", batch=16, max_prompt=64, max_response=64, steps=10, lr=5e-5,
-                    engines=("hf",), max_running=32, max_ahead=1, flags=("--micro-tokens=2048",))}
+                    engines=("vllm",), max_running=48, max_ahead=2, flags=("--micro-tokens=2048",))}
 
 
 # -- the two sides ---------------------------------------------------------------------------------

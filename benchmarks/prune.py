@@ -38,6 +38,7 @@ from cache import Segment  # noqa: E402
 from control.resolve import configure  # noqa: E402
 from data.prompts import read_rows  # noqa: E402
 from examples.against_teacher import ROWS, Teacher, interval, per_token, table  # noqa: E402
+from learner import split  # noqa: E402
 from models.alignment import by_length  # noqa: E402
 from models.head import head_backward  # noqa: E402
 from record.provenance import provenance  # noqa: E402
@@ -54,18 +55,19 @@ METHODS = {                                              # flags of asyncopd.py;
     "supervised on the teacher's answers": [],
 }
 SUPERVISED = "supervised on the teacher's answers"
-RATES = (5e-5, 1e-4, 2e-4)
-TOKENS = 12_000
+RATES = (1e-4, 2e-4, 4e-4)
+TOKENS = 6_000
 PAIRS = ("sync", "async")
 
 
 # -- one run of the grid, in one process ----------------------------------------------------------
 
 class PrunedRun(Run):
-    """A run of the configuration; synchronous, so that no method has a lag."""
+    """A run of the configuration at a constant rate; synchronous, so that no method has a lag."""
 
     def __init__(self, flags: list[str], supervised: bool):
-        cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", "--schedule=sync", *flags])
+        cfg = configure([f"--config={CONFIG}", "--gpus=0", "--engine=hf", "--schedule=sync", "--lr-schedule=constant",
+                         "--warmup=2", *flags])
         super().__init__(cfg, read_rows(cfg.task, cfg.data.prompt_key, cfg.data.answer_key, cfg.data.filter))
         self.supervised = supervised
         if supervised:                           # the teacher answers
@@ -81,16 +83,17 @@ class PrunedRun(Run):
         return super().train(segments)
 
     def imitate(self, segments: list[Segment]) -> dict[str, object]:
-        """One update by cross-entropy on the new tokens, with the learner's optimizer and clipping."""
+        """By cross-entropy on the new tokens, with the learner's minibatches, optimizer and clipping."""
         student = self.learner.student
-        count = sum(map(len, segments))
-        for group in by_length(segments, self.cfg.micro_tokens):
-            rows = student.rows(group)
-            y = torch.cat([s.new_tokens for s in group]).long()[:, None]
-            gradient, _ = head_backward(student.head, rows.detach(), y, cross_entropy, count=count, all_words=False,
-                                        chunk=student.chunk, dtype=torch.float32)
-            rows.backward(gradient)
-        self.learner.update(self.learner.learning_rate())
+        for minibatch in split(segments, self.cfg.minibatches):
+            count = sum(map(len, minibatch))
+            for group in by_length(minibatch, self.cfg.micro_tokens):
+                rows = student.rows(group)
+                y = torch.cat([s.new_tokens for s in group]).long()[:, None]
+                gradient, _ = head_backward(student.head, rows.detach(), y, cross_entropy, count=count, all_words=False,
+                                            chunk=student.chunk, dtype=torch.float32)
+                rows.backward(gradient)
+            self.learner.update(self.learner.learning_rate())
         return {}
 
 
