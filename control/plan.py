@@ -229,10 +229,10 @@ def process_gb(cfg: Config, role: str) -> float:
     return PROCESS_GB
 
 
-def micro_batch(cfg: Config) -> int:
-    """The most tokens in a forward pass of learner or teacher."""
+def micro_batch(cfg: Config, responses: int) -> int:
+    """The most tokens in a forward pass of learner or teacher, of at most so many responses."""
     longest = cfg.max_prompt + cfg.max_response
-    return max(longest, min(cfg.micro_tokens, cfg.batch * longest))
+    return max(longest, min(cfg.micro_tokens, responses * longest))
 
 
 def learner_parts(cfg: Config, student: Shape, teacher: Shape,
@@ -240,7 +240,7 @@ def learner_parts(cfg: Config, student: Shape, teacher: Shape,
     """Bytes of one learner: its shard of the student in float32, and a micro-batch."""
     half = in_bf16(cfg)
     support = ESTIMATORS[cfg.estimator].support
-    tokens = micro_batch(cfg)
+    tokens = micro_batch(cfg, math.ceil(cfg.batch / cfg.minibatches))
     n = cfg.learners
     trained = student.adapters(cfg.lora_rank) if cfg.lora_rank else student.P
     compute = 2 * student.P if half else 0   # bf16 copies, kept for the backward pass
@@ -272,7 +272,7 @@ def teacher_parts(cfg: Config, teacher: Shape, gpu_gb: float,
         width += teacher.L * teacher.H
     per_logit = 10 if in_bf16(cfg) else 8
     parts = {"weights": itemsize(cfg) * teacher.P / cfg.teacher_gpus,
-             "activations": itemsize(cfg) * micro_batch(cfg) * width,
+             "activations": itemsize(cfg) * micro_batch(cfg, cfg.batch) * width,
              "logits": 1024 * teacher.V * per_logit + longer_head(cfg, teacher)}
     if cfg.teacher_engine == "vllm":
         parts["cache"] = cache_bytes(cfg, teacher, "teacher", gpu_gb)

