@@ -71,6 +71,14 @@ def test_a_learner_holds_16_bytes_per_parameter_and_shares_them_out():
         assert compute <= 2.1 * shape.P / 1e9, "one bf16 copy at most"
 
 
+def test_a_learner_reads_no_more_at_once_than_an_optimizer_batch_and_a_teacher_the_whole():
+    shape = Shape(**QWEN)
+    small = dict(batch=8, max_prompt=10, max_response=90, micro_tokens=10_000)
+    one, four = ({n.worker: n.parts["activations"] for n in memory(config(8, **small, minibatches=m), shape, shape)
+                  if "activations" in n.parts} for m in (1, 4))
+    assert four["learner"] == pytest.approx(one["learner"] / 4) and four["teacher0"] == one["teacher0"]
+
+
 @pytest.mark.parametrize("half", [False, True])
 @pytest.mark.parametrize("again", [False, True])
 def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):

@@ -121,6 +121,15 @@ def parameters(folder, scale=1.0):
     return {n: p.detach() * scale for n, p in load_model(folder, "cpu", torch.float32).named_parameters()}
 
 
+def test_vllm_compiles_nothing_on_a_cpu(engines):
+    """It would, at the first probe, while the run waits."""
+    if "vllm" not in engines[1]:
+        pytest.skip("vLLM is not installed")
+    compiled = []
+    increased = torch.compile(lambda x: x + 1, backend=lambda graph, inputs: compiled.append(graph) or graph)
+    assert increased(torch.ones(1)) == 2 and not compiled
+
+
 PROMPTS = [[3, 4, 13, 5, 14], [9, 9, 13, 3, 4, 14], [5, 14]]
 
 
