@@ -1,17 +1,18 @@
 """
-The race against TRL: the same pair, prompts, batch size, loss and optimizer, one after the other on the same machine.
+The race against TRL: the same pair, prompts, batch size, loss and optimizer, in turns on the same machine.
 
     python benchmarks/peers.py threads                   # TRL with one thread and with two; the race takes the faster
     python benchmarks/peers.py race                      # the toy with both engines, and SmolLM2: five seeds, two hours
     python benchmarks/peers.py race --pairs toy --seeds 0
-    python benchmarks/peers.py bare                      # the same work without our code or TRL's; 5 minutes
     python benchmarks/peers.py accuracy                  # seconds to 90% on the toy, each at its best rate; an hour
     python benchmarks/peers.py table                     # the tables, from the records
 
 TRL's DistillationTrainer runs in an environment of its own, runs/peers/trl, which the first use makes: pip installs TRL
 there, torch and transformers are those of this environment. Both sides minimise the reverse KL over all words at every
 token of the student's samples, in float32, with AdamW at a constant rate. TRL generates with transformers: its vLLM
-mode needs a GPU.
+mode needs a GPU. The sides of a race run in turns of two seconds (turns.py), because the machine's speed changes from
+minute to minute; each has the whole machine in its turn, and its times leave the others' turns out. The same work
+without our code or TRL's (peers_bare.py) takes its turns too.
 
     tokens/s      trained tokens per second, from the first prompt to the end of the last update, on both sides; that
                   includes the time in which a pipeline fills
@@ -20,13 +21,13 @@ mode needs a GPU.
                   held-out prompts with it later
 
 "SmolLM2" needs the models of `make smollm2`. Records: benchmarks/peers.jsonl. Last line: one JSON object, race: {pair:
-{engine: median over seeds of our tokens/s / TRL's}}; threads: {pair: how many}; bare: {"pair, engine": CPU seconds per
-1,000 tokens}; accuracy: {side: median seconds to 90%}.
+{side: median over seeds of its tokens/s / TRL's}}; threads: {pair: how many}; accuracy: {side: median seconds to 90%}.
 """
 from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import shutil
@@ -36,7 +37,8 @@ import sys
 import sysconfig
 import time
 import venv
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -44,6 +46,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(HERE)]
 
 from processes import Watch  # noqa: E402
+from turns import Turns, in_turns  # noqa: E402
 
 from data.prompts import Row  # noqa: E402
 from data.tasks import toy_task  # noqa: E402
@@ -59,7 +62,7 @@ SMOLLM2 = ROOT / "runs" / "smollm2"
 RATES = (1e-4, 2e-4, 4e-4, 8e-4)
 EVERY, STEPS, GOAL = 10, 240, 0.9                # of `accuracy`: updates between students, in all, the share to reach
 ROLES = ("generate", "score", "learn")
-TRL = "TRL"                                      # a side; ours are called by their engine
+TRL, BARE = "TRL", "bare "                       # sides: ours are called by their engine, "bare hf" is hf alone
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,10 @@ class Pair:
                 for messages in prompts]
 
     def sides(self) -> tuple[str, ...]:
-        return (*self.engines, TRL)
+        return (*self.engines, TRL, *self.bare())
+
+    def bare(self) -> tuple[str, ...]:
+        return tuple(BARE + engine for engine in self.engines)
 
 
 PAIRS = {
@@ -127,75 +133,80 @@ def environment() -> Path:
     return folder / "bin" / "python"
 
 
-def write_prompts(pair: Pair) -> Path:
-    """The file that both sides read."""
-    file = FOLDER / "prompts.jsonl"
-    file.write_text("".join(json.dumps({"prompt": p}) + "\n" for p in pair.prompts()))
-    return file.relative_to(ROOT)
+def prompts_of(pair: Pair) -> str:
+    """The file that both sides read, as from the project's folder."""
+    return str((FOLDER / f"{Path(pair.task).stem}.jsonl").relative_to(ROOT))
 
 
-def trl(pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0, threads: int = 0) -> dict:
-    """A run of TRL, with as many threads as there are cores if it is not said how many."""
+def folder_of(side: str) -> Path:
+    return FOLDER / f"{side}-run".replace(" ", "-")
+
+
+def trl(pair: Pair, job: Job) -> dict:
+    """A run of TRL."""
     student, teacher = pair.models()
-    out = FOLDER / "trl-run"
-    shutil.rmtree(out, ignore_errors=True)
-    threads = threads or len(os.sched_getaffinity(0))
-    job = dict(student=student, teacher=teacher, prompts=str(write_prompts(pair)), steps=steps, batch=pair.batch, lr=lr,
-               max_response=pair.max_response, seed=seed, out=str(out), save_every=save_every, **SETTING)
-    command = [str(environment()), str(HERE / "peers_trl.py")]
+    asked = dict(student=student, teacher=teacher, prompts=prompts_of(pair), steps=job.steps, batch=pair.batch,
+                 lr=job.lr, max_response=pair.max_response, seed=job.seed, out=str(folder_of(TRL)),
+                 save_every=job.save_every, **SETTING)
+    command = [str(environment()), str(HERE / "peers_trl.py"), json.dumps(asked)]
     with Watch(every_s=1.0) as watch:
-        began = time.monotonic()
-        found = last_json([*command, json.dumps(job | {"began": began})], OMP_NUM_THREADS=str(threads))
+        launched = time.monotonic()
+        found = last_json(command, OMP_NUM_THREADS=str(job.threads))
     after_first = found["tokens"] - found["steps"][0][1]
     per_1000 = {role: 1000 * s / max(1, after_first) for role, s in found["cpu_s"].items()}
-    return {"side": TRL, "seed": seed, "lr": lr, "tokens": found["tokens"], "seconds": found["seconds"],
-            "start_s": found["start_s"], "gb": watch.gb, "cpu_s_per_1000": per_1000, "steps": found["steps"],
-            "threads": found["threads"]}
+    return {"launched": launched, "began": found["began"], "steps": found["steps"], "gb": watch.gb,
+            "cpu_s_per_1000": per_1000, "threads": found["threads"]}
 
 
-def ours(engine: str, pair: Pair, seed: int, lr: float, steps: int, save_every: int = 0) -> dict:
+def ours(pair: Pair, job: Job) -> dict:
     """A run of asyncopd.py."""
     student, teacher = pair.models()
-    out = FOLDER / "our-run"
-    flags = [f"--student={student}", f"--teacher={teacher}", f"--task={write_prompts(pair)}",
-             "--gpus=0", "--estimator=reverse_dense", f"--steps={steps}", f"--batch={pair.batch}", f"--lr={lr}",
-             "--lr-schedule=constant", "--warmup=0", f"--max-prompt={pair.max_prompt}",
-             f"--max-response={pair.max_response}", f"--seed={seed}", "--eval.n=0", "--overwrite",
+    out = folder_of(job.side)
+    flags = [f"--student={student}", f"--teacher={teacher}", f"--task={prompts_of(pair)}",
+             "--gpus=0", "--estimator=reverse_dense", f"--steps={job.steps}", f"--batch={pair.batch}",
+             f"--lr={job.lr}", "--lr-schedule=constant", "--warmup=0", f"--max-prompt={pair.max_prompt}",
+             f"--max-response={pair.max_response}", f"--seed={job.seed}", "--eval.n=0", "--overwrite",
              f"--weight-decay={SETTING['weight_decay']}", f"--clip={SETTING['clip']}",
-             f"--save-every={save_every}", "--faults.keep=0", f"--engine={engine}", f"--max-ahead={pair.max_ahead}",
+             f"--save-every={job.save_every}", "--faults.keep=0", f"--engine={job.side}",
+             f"--max-ahead={pair.max_ahead}",
              # Ours at its best: at a push responses stay in the engine. On the toy, with 320 of them running, most
              # of what an engine computes would be contexts read again
              "--inflight=keep", f"--max-running={pair.max_running}", *pair.flags]
     shutil.rmtree(out, ignore_errors=True)           # or its old log would be read
     clock = StepClock(out / "log.jsonl")
     with Watch(every_s=1.0, look=clock.look) as watch:
+        launched = time.monotonic()
         subprocess.run([sys.executable, "asyncopd.py", *flags, f"--out={out}"], cwd=ROOT, check=True,
                        stdout=subprocess.DEVNULL)
     log = read(out / "log.jsonl")
-    updates = [x for x in log if x["type"] == "step"]
-    trained = 0
-    after = []
-    for x in updates:
-        trained += x["tokens"]
-        after.append([x["wall_s"], trained])
-    return {"side": engine, "seed": seed, "lr": lr, "tokens": log[-1]["tokens_trained"], "seconds": log[-1]["wall_s"],
-            "start_s": clock.first_s, "gb": watch.gb, "cpu_s_per_1000": clock.per_1000(log[0]["pids"]), "steps": after,
-            "overlap": log[-1]["overlap"], "lag_mean": log[-1]["lag_mean"], "argv": ["asyncopd.py", *flags]}
+    steps = list(zip([x["wall_s"] for x in updates(log)],
+                     itertools.accumulate(x["tokens"] for x in updates(log))))
+    return {"launched": launched, "began": clock.began, "steps": steps, "gb": watch.gb,
+            "cpu_s_per_1000": clock.per_1000(log[0]["pids"]), "lag_mean": log[-1]["lag_mean"],
+            "argv": ["asyncopd.py", *flags]}
+
+
+def updates(log: list[dict]) -> list[dict]:
+    return [x for x in log if x["type"] == "step"]
 
 
 class StepClock:
-    """Notes every process's CPU seconds whenever more updates are in the log."""
+    """Notes every process's CPU seconds whenever more updates are in the log.
+
+    `began` is when the first prompt was handed out, by time.monotonic(). An update is in the log a moment after it has
+    ended, so that no look at the log gives a time too early, and the earliest is the best.
+    """
 
     def __init__(self, log: Path):
         self.log = log
-        self.began = time.monotonic()
-        self.first_s = 0.0                       # from here to the first update
+        self.began = float("inf")
         self.marks: list[tuple[int, dict[int, float]]] = []      # (trained tokens, CPU seconds by process)
 
     def look(self, watch: Watch) -> None:
-        tokens = sum(x["tokens"] for x in read(self.log) if x["type"] == "step")
-        if tokens and not self.first_s:
-            self.first_s = time.monotonic() - self.began
+        so_far = updates(read(self.log))
+        tokens = sum(x["tokens"] for x in so_far)
+        if so_far:
+            self.began = min(self.began, time.monotonic() - so_far[-1]["wall_s"])
         if tokens and (not self.marks or tokens > self.marks[-1][0]):
             self.marks.append((tokens, dict(watch.cpu_s)))
 
@@ -228,10 +239,72 @@ def last_json(command: list[str], **environment: str) -> dict:
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def run(side: str, name: str, *how, **more) -> dict:
-    if side == TRL:
-        return trl(PAIRS[name], *how, **more, threads=faster_threads(name))
-    return ours(side, PAIRS[name], *how, **more)
+def bare(pair: Pair, job: Job) -> dict:
+    """The pair's work by transformers, vLLM and torch alone: on every core a process that does nothing else. A core
+    is faster while the others idle. Medians over the cores."""
+    student, teacher = pair.models()
+    asked = dict(student=student, teacher=teacher, engine=job.side.removeprefix(BARE), rows=pair.max_running,
+                 batch=pair.batch, prompts=pair.token_ids(), max_response=pair.max_response)
+
+    def on(core: int) -> dict:
+        return last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(asked | {"core": core})])
+
+    launched = time.monotonic()
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(on, os.sched_getaffinity(0)))
+    cpu_s = {role: statistics.median(x["cpu_s_per_1000"][role] for x in found) for role in ROLES}
+    return {"launched": launched, "began": min(x["began"] for x in found), "cpu_s_per_1000": cpu_s}
+
+
+# -- in turns --------------------------------------------------------------------------------------
+
+@dataclass(frozen=True)
+class Job:
+    """A run of one side."""
+    side: str
+    pair: str                                    # its name
+    seed: int
+    lr: float
+    steps: int
+    save_every: int = 0
+    threads: int = 0                             # TRL's
+
+
+def one(job: Job) -> dict:
+    """What a side has found; times are those of time.monotonic(), pauses included."""
+    pair = PAIRS[job.pair]
+    if job.side == TRL:
+        return trl(pair, job)
+    if job.side.startswith(BARE):
+        return bare(pair, job)
+    return ours(pair, job)
+
+
+def together(jobs: list[Job]) -> list[dict]:
+    """The records of jobs that take turns; times are of their own turns."""
+    for job in jobs:
+        shutil.rmtree(folder_of(job.side), ignore_errors=True)
+        lines = [json.dumps({"prompt": p}) + "\n" for p in PAIRS[job.pair].prompts()]
+        (ROOT / prompts_of(PAIRS[job.pair])).write_text("".join(lines))
+    environment()
+    commands = [[sys.executable, str(HERE / "peers.py"), "one", "--job", json.dumps(asdict(job))] for job in jobs]
+    found = []
+    for job, turns in zip(jobs, in_turns(commands, cwd=ROOT)):
+        record = {"side": job.side, "pair": job.pair, "seed": job.seed, "lr": job.lr}
+        found.append(record | in_own_time(json.loads(turns.stdout.splitlines()[-1]), turns))
+    return found
+
+
+def in_own_time(found: dict, turns: Turns) -> dict:
+    """What a side has found, in seconds of its own turns: from the first prompt to each update ("steps") and to the
+    last one, and from the command to the first one, or to the first token of a bare engine ("start_s")."""
+    launched, began, steps = found.pop("launched"), found.pop("began"), found.pop("steps", [])
+    own = [(turns.seconds(began, began + s), tokens) for s, tokens in steps]
+    if not own:
+        return found | {"start_s": turns.seconds(launched, began)}
+    seconds, tokens = own[-1]
+    return found | {"tokens": tokens, "seconds": seconds, "steps": own,
+                    "start_s": turns.seconds(launched, began) + own[0][0]}
 
 
 # -- what is asked ---------------------------------------------------------------------------------
@@ -240,79 +313,79 @@ def threads(pairs: list[str]) -> dict[str, int]:
     """TRL with one thread and with as many as there are cores."""
     for name in pairs:
         pair = PAIRS[name]
-        for count in (1, len(os.sched_getaffinity(0))):
-            found = trl(pair, 0, pair.lr, max(3, pair.steps // 3), threads=count)
-            add({"type": "threads", "pair": name} | found | {"steps": len(found["steps"])})
-            print(f"{name}, {count} threads: {found['tokens'] / found['seconds']:,.0f} tokens/s", flush=True)
+        for count in (1, cores()):
+            found, = together([Job(TRL, name, 0, pair.lr, max(3, pair.steps // 3), threads=count)])
+            add({"type": "threads"} | found | {"steps": len(found["steps"])})
+            print(f"{name}, {count} threads: {tokens_s(found):,.0f} tokens/s", flush=True)
     return {name: faster_threads(name) for name in pairs}
 
 
+def cores() -> int:
+    return len(os.sched_getaffinity(0))
+
+
+def tokens_s(record: dict) -> float:
+    return record["tokens"] / record["seconds"]
+
+
 def faster_threads(pair: str) -> int:
-    """0 where it was not tried."""
-    speed = {r["threads"]: r["tokens"] / r["seconds"] for r in records("threads") if r["pair"] == pair}
-    return max(speed, key=lambda count: speed[count], default=0)
+    """As many as there are cores where it was not tried."""
+    speed = {r["threads"]: tokens_s(r) for r in records("threads") if r["pair"] == pair}
+    return max(speed, key=lambda count: speed[count], default=cores())
 
 
 def race(pairs: list[str], seeds: list[int]) -> dict[str, dict[str, float]]:
-    """All sides with each seed, each of them the first one in its turn."""
+    """All sides with each seed."""
     for name in pairs:
         pair = PAIRS[name]
-        for i, seed in enumerate(seeds):
-            sides = pair.sides()
-            first = i % len(sides)
-            for side in (*sides[first:], *sides[:first]):
-                found = run(side, name, seed, pair.lr, pair.steps)
-                add({"type": "race", "pair": name} | found | {"steps": len(found["steps"])})
-                print(f"{name}, seed {seed}, {side}: {found['tokens'] / found['seconds']:,.0f} tokens/s", flush=True)
-    return {name: {engine: statistics.median(ratios(name, engine)) for engine in PAIRS[name].engines}
-            for name in pairs}
+        for seed in seeds:
+            jobs = [Job(side, name, seed, pair.lr, pair.steps, threads=faster_threads(name)) for side in pair.sides()]
+            for found in together(jobs):
+                if found["side"] in pair.bare():
+                    add({"type": "bare"} | found)
+                    print(f"{name}, seed {seed}, {found['side']}: {found['cpu_s_per_1000']}", flush=True)
+                else:
+                    add({"type": "race"} | found | {"steps": len(found["steps"])})
+                    print(f"{name}, seed {seed}, {found['side']}: {tokens_s(found):,.0f} tokens/s", flush=True)
+    return {name: {side: statistics.median(ratios(name, side)) for side in PAIRS[name].sides()} for name in pairs}
 
 
-def ratios(pair: str, engine: str) -> list[float]:
-    """Our trained tokens per second / TRL's, by seed, of the newest runs."""
-    speed = {(r["side"], r["seed"]): r["tokens"] / r["seconds"] for r in records("race") if r["pair"] == pair}
-    return [x / speed[TRL, seed] for (side, seed), x in sorted(speed.items())
-            if side == engine and (TRL, seed) in speed]
+def speeds(pair: str) -> dict[tuple[str, int], float]:
+    """Trained tokens per second by side and seed, of the newest runs. A bare side has those of cores that do nothing
+    but its work."""
+    found = {(r["side"], r["seed"]): tokens_s(r) for r in records("race") if r["pair"] == pair}
+    bound = {(r["side"], r["seed"]): 1000 * cores() / sum(r["cpu_s_per_1000"].values())
+             for r in records("bare") if r["pair"] == pair}
+    return found | bound
 
 
-def bare(pairs: list[str]) -> dict[str, dict[str, float]]:
-    """The work of each pair by transformers, vLLM and torch alone (peers_bare.py)."""
-    found = {}
-    for name in pairs:
-        pair = PAIRS[name]
-        student, teacher = pair.models()
-        for engine in pair.engines:
-            job = dict(student=student, teacher=teacher, engine=engine, rows=pair.max_running, batch=pair.batch,
-                       prompts=pair.token_ids(), max_response=pair.max_response)
-            began = {"began": time.monotonic()}
-            record = last_json([sys.executable, str(HERE / "peers_bare.py"), json.dumps(job | began)])
-            add({"type": "bare", "pair": name, "engine": engine} | record)
-            print(f"{name}, {engine}: {record}", flush=True)
-            found[f"{name}, {engine}"] = record["cpu_s_per_1000"]
-    return found
+def ratios(pair: str, side: str) -> list[float]:
+    """A side's tokens per second / TRL's, by seed."""
+    found = speeds(pair)
+    return [speed / found[TRL, seed] for (name, seed), speed in sorted(found.items())
+            if name == side and (TRL, seed) in found]
 
 
 def accuracy(rates: list[float], seeds: list[int]) -> dict[str, float]:
     """Seconds to GOAL: all rates with the first seed, the others at each side's best one."""
     first, *others = seeds
     for lr in rates:
-        for side in ("hf", TRL):
-            timed(side, first, lr)
+        timed(first, dict.fromkeys(("hf", TRL), lr))
     for seed in others:
-        for side in ("hf", TRL):
-            timed(side, seed, best_rate(side))
+        timed(seed, {side: best_rate(side) for side in ("hf", TRL)})
     return {side: statistics.median(to_goal(side)) for side in ("hf", TRL)}
 
 
-def timed(side: str, seed: int, lr: float) -> None:
-    found = run(side, "toy", seed, lr, STEPS, save_every=EVERY)
-    folder = FOLDER / ("trl-run" if side == TRL else "our-run")
-    reached = {}
-    for step in range(EVERY, STEPS + 1, EVERY):
-        reached[step] = right(student_after(folder, step))
-    seconds = {step: found["steps"][step - 1][0] for step in reached}
-    add({"type": "accuracy"} | found | {"steps": len(found["steps"]), "accuracy": reached, "at_s": seconds})
-    print(f"{side}, lr {lr:g}, seed {seed}: {reached}", flush=True)
+def timed(seed: int, rates: dict[str, float]) -> None:
+    """A run of each side, in turns, with its rate."""
+    jobs = [Job(side, "toy", seed, lr, STEPS, save_every=EVERY, threads=faster_threads("toy"))
+            for side, lr in rates.items()]
+    for found in together(jobs):
+        side = found["side"]
+        reached = {step: right(student_after(folder_of(side), step)) for step in range(EVERY, STEPS + 1, EVERY)}
+        seconds = {step: found["steps"][step - 1][0] for step in reached}
+        add({"type": "accuracy"} | found | {"steps": len(found["steps"]), "accuracy": reached, "at_s": seconds})
+        print(f"{side}, lr {found['lr']:g}, seed {seed}: {reached}", flush=True)
 
 
 def student_after(folder: Path, step: int) -> Path:
@@ -388,14 +461,13 @@ def race_table() -> str:
               "first update, s", "peak GB", "/ TRL, median (least to most)"]]
     for name, pair in PAIRS.items():
         for side in pair.sides():
-            mine = {r["seed"]: r for r in records("race") if (r["pair"], r["side"]) == (name, side)}
+            mine = {r["seed"]: r for r in (*records("race"), *records("bare"))
+                    if (r["pair"], r["side"]) == (name, side)}
             if mine:
-                lines.append([name, label(side), *medians(list(mine.values())),
+                speed = statistics.median(v for (s, _), v in speeds(name).items() if s == side)
+                at_most = "at most " * (side in pair.bare())
+                lines.append([name, label(side), f"{at_most}{speed:,.0f}", *medians(list(mine.values())),
                               spread(ratios(name, side) if side != TRL else [])])
-        for engine in pair.engines:
-            for r in [r for r in records("bare") if (r["pair"], r["engine"]) == (name, engine)][-1:]:
-                lines.append([name, f"bare, {ENGINES[engine]}", *bare_cells(r["cpu_s_per_1000"]), "",
-                              f"{r['start_s']:.0f}", "", ""])
     return markdown(lines)
 
 
@@ -405,19 +477,15 @@ ENGINES = {"hf": "transformers", "vllm": "vLLM"}
 def label(side: str) -> str:
     if side == TRL:
         return "TRL, transformers"
+    if side.startswith(BARE):
+        return f"bare, {ENGINES[side.removeprefix(BARE)]}"
     return f"asyncopd, {ENGINES[side]}"
 
 
-def bare_cells(cpu_s: dict[str, float]) -> list[str]:
-    """The tokens per second of two cores that do nothing else, and the seconds of each role."""
-    return [f"at most {2000 / sum(cpu_s.values()):,.0f}", *(f"{cpu_s[role]:.3f}" for role in ROLES)]
-
-
 def medians(runs: list[dict]) -> list[str]:
-    speed = statistics.median(r["tokens"] / r["seconds"] for r in runs)
     cpu = [statistics.median(r["cpu_s_per_1000"].get(role, 0.0) for r in runs) for role in (*ROLES, "parent")]
-    start, gb = (statistics.median(r[name] for r in runs) for name in ("start_s", "gb"))
-    return [f"{speed:,.0f}", *(f"{x:.3f}" if x else "" for x in cpu), f"{start:.0f}", f"{gb:.1f}"]
+    start, gb = (statistics.median(r.get(name, 0.0) for r in runs) for name in ("start_s", "gb"))
+    return [*(f"{x:.3f}" if x else "" for x in cpu), f"{start:.0f}", f"{gb:.1f}" if gb else ""]
 
 
 def spread(ratios: list[float]) -> str:
@@ -447,11 +515,15 @@ def in_seconds(x: float) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0])
-    parser.add_argument("what", choices=("threads", "race", "bare", "accuracy", "table"))
+    parser.add_argument("what", choices=("threads", "race", "accuracy", "table", "one"))
     parser.add_argument("--pairs", nargs="*", default=list(PAIRS), choices=PAIRS)
     parser.add_argument("--seeds", nargs="*", type=int, default=list(range(5)))
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
+    parser.add_argument("--job", type=json.loads, help="of `one`, which is a side's process in a race")
     args = parser.parse_args()
+    if args.what == "one":
+        print(json.dumps(one(Job(**args.job))))
+        return
     FOLDER.mkdir(parents=True, exist_ok=True)
     made_by()
     result: dict[str, object] = {}
@@ -459,8 +531,6 @@ def main() -> None:
         result = threads(args.pairs)
     elif args.what == "race":
         result = race(args.pairs, args.seeds)
-    elif args.what == "bare":
-        result = bare(args.pairs)
     elif args.what == "accuracy":
         result = accuracy(args.rates, args.seeds)
     print(race_table())

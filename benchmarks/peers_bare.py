@@ -1,9 +1,10 @@
 """
 What generating, scoring and learning cost without the project's code: transformers, vLLM and torch alone.
 
-    python benchmarks/peers_bare.py '{"student": .., "teacher": .., "engine": "hf", "rows": 320, ..}'
+    python benchmarks/peers_bare.py '{"student": .., "teacher": .., "engine": "hf", "rows": 320, "core": 0, ..}'
 
-peers.py starts it, to show the least that both sides of its race can take. One thread, models in float32:
+peers.py starts it, to show the least that both sides of its race can take. One thread on the core that is named,
+models in float32:
 
     generate   `rows` responses at a time, a prompt and then one token after the other; plain draws, nothing recorded
     score      the teacher's forward pass, as far as its head
@@ -12,12 +13,13 @@ peers.py starts it, to show the least that both sides of its race can take. One 
 Score and learn have the same answers of the student, each `batch` of them padded to the longest. Under `generate` every
 response has its greatest length, so that every token of every row counts: an estimate, since attention to longer
 contexts costs more and a prompt is shared by more tokens.
-Last line: one JSON object, {"cpu_s_per_1000": {"generate", "score", "learn"}, "start_s": from "began" to the first
-token of every response}.
+Last line: one JSON object, {"cpu_s_per_1000": {"generate", "score", "learn"}, "began": when every response had its
+first token, by time.monotonic()}.
 """
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -60,8 +62,7 @@ def generate_hf(student: str, prompts: list[list[int]]) -> Callable[[int], int]:
 
 def generate_vllm(student: str, prompts: list[list[int]], max_response: int) -> Callable[[int], int]:
     """The same. No response will be longer than `max_response`."""
-    import os
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(min(os.sched_getaffinity(0))))        # one thread
+    os.environ["VLLM_CPU_OMP_THREADS_BIND"] = str(min(os.sched_getaffinity(0)))      # one thread
     import engines.vllm_environment  # noqa: F401 - vLLM in this process
     from vllm import LLM, SamplingParams  # isort: skip
     llm = LLM(student, dtype="float32", max_model_len=max(map(len, prompts)) + max_response, max_num_seqs=len(prompts),
@@ -126,6 +127,7 @@ def score_and_learn(job: dict, prompts: list[list[int]]) -> dict[str, float]:
 def main() -> None:
     import torch
     job = json.loads(sys.argv[1])
+    os.sched_setaffinity(0, [job["core"]])
     torch.set_num_threads(1)
     torch.manual_seed(0)
     prompts = (job["prompts"] * job["rows"])[:job["rows"]]
@@ -134,9 +136,9 @@ def main() -> None:
     else:
         generate = generate_hf(job["student"], prompts)
     generate(1)
-    start_s = time.monotonic() - job["began"]
+    began = time.monotonic()
     found = {"generate": cpu_s(lambda: generate(job["max_response"]))}
-    print(json.dumps({"cpu_s_per_1000": found | score_and_learn(job, prompts), "start_s": start_s}))
+    print(json.dumps({"cpu_s_per_1000": found | score_and_learn(job, prompts), "began": began}))
 
 
 if __name__ == "__main__":

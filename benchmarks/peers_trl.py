@@ -9,9 +9,8 @@ no progress bar, and buffers for the logits that are no wider than the vocabular
 the toy's 32 words is memory that is fetched and never used). CPU seconds of its one process are divided by what it was
 doing: generate, score (the teacher's forward pass without its head, which the loss applies), learn (the rest of a
 step).
-Last line: one JSON object, {"seconds" from the first prompt to the last update, "start_s" from "began" to the first
-update, "tokens" trained, "cpu_s" by role after the first update, "steps": [[seconds, tokens] after each update],
-"threads"}.
+Last line: one JSON object, {"began": the first prompt, by time.monotonic(), "tokens" trained, "cpu_s" by role after the
+first update, "steps": [[seconds since then, tokens] after each update], "threads"}.
 """
 from __future__ import annotations
 
@@ -92,9 +91,8 @@ def main() -> None:
     teacher = trainer.teacher_model.base_model
     teacher.forward = clock.timed("score", teacher.forward)
     trainer.train()
-    end = clock.steps[-1]
-    print(json.dumps({"seconds": end[0], "start_s": clock.began - job["began"] + clock.steps[0][0], "tokens": end[1],
-                      "cpu_s": clock.cpu_s, "steps": clock.steps, "threads": torch.get_num_threads()}))
+    print(json.dumps({"began": clock.began, "tokens": clock.tokens, "cpu_s": clock.cpu_s, "steps": clock.steps,
+                      "threads": torch.get_num_threads()}))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """
 The engine in plain transformers: continuous batching over one key-value cache.
 
-Slower than vLLM, exact, and available everywhere: the reference for what an engine does. The cache
-is padded on the left; rows join and leave between two steps.
-What is left out: sliding windows (refused), paged memory. Shapes: R rows, L cached positions.
+Exact, and available everywhere: the reference for what an engine does. Rows of the cache
+(kv_cache.py) join and leave between two steps.
+What is left out: sliding windows (refused), paged memory. Shapes: R rows.
 Tests: tests/test_rollout.py
 """
 from __future__ import annotations
@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from config import Config
 from engines.base import Engine
 from engines.drawn import Drawn, DrawnTable
+from engines.kv_cache import KVCache
 from engines.sampling import draw_rows, training_drawing
+from engines.to_device import to_device
 from models.head import float32_logits, sequence_logp
 from models.loading import load_model, stop_ids
 from transport.checksum import Shown, copy_and_sum
@@ -34,6 +35,11 @@ class Response:
     position: int                                # of its first new token, in the response
     length: int = 0                              # new tokens so far
     last: int = -1                               # the token emitted last
+
+    @property
+    def column(self) -> int:
+        """Of the token emitted last, in the cache."""
+        return len(self.tokens) + self.length - 1
 
 
 class HFEngine(Engine):
@@ -52,11 +58,10 @@ class HFEngine(Engine):
         self.keeps = cfg.inflight == "keep"      # responses may be here while weights change
         self.max_running = cfg.max_running
         self.ends = set(stop_ids(cfg.student, cfg.teacher))
-        self.rows: list[Response] = []           # in the order of the cache's batch dimension
+        self.rows: list[Response] = []           # in the order of the cache's rows
         self.new: list[Response] = []            # not in the cache yet
         self.drawn = DrawnTable(model.device)
-        self.cache = None                        # transformers' DynamicCache
-        self.mask: Tensor | None = None          # [R, L], bool
+        self.cache = KVCache(cfg.max_running, cfg.max_prompt + cfg.max_response)
         self.sums: dict[str, Tensor] = {}        # checksums of the parameters, by name
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
@@ -84,11 +89,11 @@ class HFEngine(Engine):
         if self.new and room > 0:
             rows = self.new[:room]
             self.new = self.new[room:]
-            logits = self.prefill([r.tokens for r in rows])
+            logits = self.read([r.tokens for r in rows])
             self.rows = self.rows + rows
         elif self.rows:
             rows = self.rows
-            logits = self.decode([r.last for r in rows])
+            logits = self.extend(rows)
         else:
             return []
         chosen = draw_rows(logits, [r.uid for r in rows], [r.position + r.length for r in rows],
@@ -103,66 +108,39 @@ class HFEngine(Engine):
         found = {r.key: self.drawn.take(r.key, r.length)
                  for r in self.rows + self.new if r.key in keys}
         self.new = [r for r in self.new if r.key not in keys]
-        stay = [i for i, r in enumerate(self.rows) if r.key not in keys]
-        if len(stay) < len(self.rows):
-            self.keep_rows(stay)
+        gone = [i for i, r in enumerate(self.rows) if r.key in keys]
+        self.rows = [self.rows[i] for i in self.cache.remove(gone)]
         return found
 
     def not_begun(self) -> list[int]:
         return [r.key for r in self.rows + self.new if r.length == 0]
 
-    # -- the cache
+    # -- the model
 
-    def keep_rows(self, stay: list[int]) -> None:
-        """Remove all other rows from the cache, and the columns that now only pad."""
-        self.rows = [self.rows[i] for i in stay]
-        self.mask = self.mask[stay]
-        lead = 0
-        if stay:
-            lead = int((~self.mask.any(0)).int().cumprod(0).sum())
-        self.mask = self.mask[:, lead:]
-        for layer in self.cache.layers:
-            layer.keys = layer.keys[stay][:, :, lead:]
-            layer.values = layer.values[stay][:, :, lead:]
-
-    def prefill(self, prompts: list[list[int]]) -> Tensor:
+    def read(self, prompts: list[list[int]]) -> Tensor:
         """Read new rows into the cache; logits [len(prompts), V] of what follows each."""
-        from transformers import DynamicCache
-        L = max(map(len, prompts))
         device = self.model.device
-        tokens = torch.tensor([[0] * (L - len(p)) + list(p) for p in prompts], device=device)
-        mask = torch.tensor([[False] * (L - len(p)) + [True] * len(p) for p in prompts],
-                            device=device)
-        cache = DynamicCache(config=self.model.config)
-        logits = self.forward(tokens, mask, cache)
-        if self.rows:
-            self.join(cache, mask)
-        else:
-            self.cache = cache
-            self.mask = mask
-        return logits
+        T = max(map(len, prompts))
+        self.cache.read(len(prompts), T)
+        tokens = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
+        hidden = self.forward(tokens, torch.arange(T, device=device)[None], mask=None)
+        rows, ends = to_device([list(range(len(prompts))), [len(p) - 1 for p in prompts]], device)
+        return self.logits(hidden[rows, ends])
 
-    def join(self, cache, mask: Tensor) -> None:
-        """Append rows to the cache, both padded on the left to the same length."""
-        L = max(mask.shape[1], self.mask.shape[1])
-        self.mask = torch.cat([pad(m, (L - m.shape[1], 0)) for m in (self.mask, mask)])
-
-        def joined(a: Tensor, b: Tensor) -> Tensor:
-            return torch.cat([pad(x, (0, 0, L - x.shape[2], 0)) for x in (a, b)])
-
-        for ours, new in zip(self.cache.layers, cache.layers):
-            ours.keys = joined(ours.keys, new.keys)
-            ours.values = joined(ours.values, new.values)
-
-    def decode(self, last: list[int]) -> Tensor:
+    def extend(self, rows: list[Response]) -> Tensor:
         """One more token for every row; logits [R, V] of what follows it."""
-        self.mask = pad(self.mask, (0, 1), value=True)
-        tokens = torch.tensor(last, device=self.model.device)[:, None]
-        return self.forward(tokens, self.mask, self.cache)
+        device = self.model.device
+        self.cache.extend([r.column for r in rows])
+        tokens, columns = to_device([[r.last for r in rows], self.cache.at], device)
+        hidden = self.forward(tokens[:, None], columns[:, None], self.cache.mask(device))
+        return self.logits(hidden[:, 0])
 
-    def forward(self, tokens: Tensor, mask: Tensor, cache) -> Tensor:
-        position = mask.long().cumsum(-1).sub(1).clamp(min=0)[:, -tokens.shape[1]:]
+    def forward(self, tokens: Tensor, position: Tensor, mask: Tensor | None) -> Tensor:
+        """Hidden states [R, T, hidden]. Without a mask a token sees all to its left."""
         out = self.model.base_model(input_ids=tokens, attention_mask=mask, position_ids=position,
-                                    past_key_values=cache, use_cache=True)
-        # The model's own head would round its logits to bf16
-        return float32_logits(self.model.get_output_embeddings(), out.last_hidden_state[:, -1])
+                                    past_key_values=self.cache, use_cache=True)
+        return out.last_hidden_state
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """In float32: the model's own head would round them to bf16."""
+        return float32_logits(self.model.get_output_embeddings(), hidden)

@@ -35,13 +35,16 @@ PAIR_OF_PEERS = """
 m.toy_models = lambda root: ('{student}', '{teacher}')
 m.PAIRS = dict(toy=m.Pair(task='toy', batch=4, max_prompt=8, max_response=8, steps=2, lr=1e-3, engines=('hf',),
                           max_running=8, max_ahead=1))
-def ours(*how, ours=m.ours, **more):
-    m.found = ours(*how, **more)
+def of_trl(pair, job):                           # as if TRL had done what ours has just done
+    m.shutil.copytree(m.folder_of('hf'), m.folder_of(m.TRL), dirs_exist_ok=True)
     return m.found
-def of_trl(*how, **more):                        # as if TRL had done what ours has just done
-    m.shutil.copytree(m.FOLDER / 'our-run', m.FOLDER / 'trl-run', dirs_exist_ok=True)
-    return m.found | dict(side=m.TRL)
-m.ours, m.trl = ours, of_trl
+def in_this_process(commands, cwd):
+    turns = []
+    for command in commands:
+        m.found = m.one(m.Job(**m.json.loads(command[-1])))
+        turns.append(m.Turns([], [(0, 1e12)], m.json.dumps(m.found)))
+    return turns
+m.environment, m.trl, m.in_turns = lambda: None, of_trl, in_this_process
 m.EVERY, m.STEPS, m.GOAL = 1, 2, 0
 """
 SMOKES = {
@@ -64,7 +67,7 @@ SMOKES = {
     "peers.py": Smoke("race --seeds 0", PAIR_OF_PEERS + "m.FOLDER.mkdir(parents=True); m.accuracy([1e-3], [0])",
                       spawns=True),
     "peers_bare.py": Smoke('{{"student":"{student}","teacher":"{teacher}","engine":"hf","rows":2,"batch":2,'
-                           '"prompts":[[3,4,5]],"max_response":4,"began":0}}'),
+                           '"prompts":[[3,4,5]],"max_response":4,"core":0}}'),
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "precision.py": Smoke("", "m.BATCH, m.toy_models = 4, lambda root: ('{student}', '{teacher}')"),
@@ -87,6 +90,7 @@ SMOKES = {
                              "m.TOY += ['--batch=4']"),
     "step.py": Smoke("toy", "m.toy = lambda pairs, toy=m.toy: toy(1)"),
     "teacher.py": Smoke("", "m.LENGTHS, m.ROUNDS = (12, 5), 1"),
+    "turns.py": Smoke(),
     "toy.py": Smoke("run lag --engine=hf --steps=2 --batch=4 --eval.n=4 --max-prompt=8 --max-response=8 "
                     "--warmup=0 " + TOY_MODELS,
                     "m.groups = lambda groups=m.groups: {{'lag': dict(list(groups()['lag'].items())[:1])}}"),
