@@ -35,6 +35,8 @@ from transport.link import Incurable, Link, ParentGone
 
 Worker = Callable[..., None]
 
+YIELD = 5                      # how much nicer the engine hf is than the others: nice(2)
+
 # What the server imports before it makes the first copy: libraries, none of which uses a GPU when
 # it is imported. A copy of a process that has used one could not.
 PRELOADED = ["torch", "transformers.models.auto.modeling_auto", "transformers.generation"]
@@ -60,7 +62,7 @@ def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: 
     """The target of a worker's process. Whatever the worker raises is sent to the parent."""
     device = begin(log, device)
     if device == "cpu":
-        use_cores(role, index)
+        use_cores(role, index, cfg.engine)
     link = Link(pipe, pulse)
     link.wait_for_turn()
     try:
@@ -99,15 +101,22 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def use_cores(role: str, index: int) -> None:
+def use_cores(role: str, index: int, engine: str) -> None:
     """Half of the cores for torch. vLLM binds its threads to cores: one, so that the rest are
     free.
+
+    The engine hf lets teacher and learner go first, which have work only if it has given them some.
+    With an equal share of the cores it may run ahead of them, until most responses wait for the
+    others and a step has few rows, each of which costs more then. So a run is faster, and its data
+    fresher. vLLM needs its share: a row costs it more.
     """
     cores = sorted(os.sched_getaffinity(0))
     torch.set_num_threads(max(1, len(cores) // 2))
     if role == "rollout":
         core = cores[index % max(1, len(cores) - 1)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
+        if engine == "hf":
+            os.nice(YIELD)
 
 
 def visible_gpus(device: str, visible: str | None) -> tuple[str, str]:
