@@ -55,11 +55,18 @@ class Turns:
             os.killpg(self.process.pid, signal.SIGSTOP)
         self.spans.append((begin, time.monotonic()))
 
+    def clear(self) -> None:
+        """End whatever is left of the group, such as a child that was stopped while its parent ended."""
+        if self.process:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self.process.pid, signal.SIGKILL)
+            self.process.wait()
+
 
 def in_turns(commands: Sequence[Sequence[str]], turn_s: float = TURN_S, cwd: str | None = None) -> list[Turns]:
     """Runs the commands to their ends and returns what they printed.
 
-    Raises: RuntimeError if a command fails; the others are killed then.
+    Nothing that they have started outlives them. Raises: RuntimeError if a command fails; the others are killed then.
     """
     found = [Turns(command) for command in commands]
     files = [tempfile.TemporaryFile("w+") for _ in found]
@@ -76,10 +83,7 @@ def in_turns(commands: Sequence[Sequence[str]], turn_s: float = TURN_S, cwd: str
     finally:
         for turns, file in zip(found, files):
             file.close()
-            if turns.process and turns.running():
-                with contextlib.suppress(ProcessLookupError):        # it has just ended
-                    os.killpg(turns.process.pid, signal.SIGKILL)
-                turns.process.wait()
+            turns.clear()
     return found
 
 

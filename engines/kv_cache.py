@@ -71,7 +71,7 @@ class KVCache(Cache):
     # -- what transformers calls
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int,
-               *args, **kwargs) -> tuple[Tensor, Tensor]:
+               *unused) -> tuple[Tensor, Tensor]:
         """Keep what a layer has computed, [n or R, H, T, D]; returns the keys and values that it
         attends to: of new rows their own, else those of the first `width` columns."""
         if layer_idx == len(self.keys):

@@ -230,7 +230,11 @@ def test_a_killed_learner_of_two_ends_the_run_by_its_name(flags):
 
 def test_on_a_cpu_the_engine_hf_lets_the_others_go_first():
     """More responses run in a step then, and a run on two cores is 5% faster."""
-    asked = "import os, sys; from transport.process import use_cores as f; f(sys.argv[1], 0, sys.argv[2]); print(os.nice(0))"
+    asked = """if True:
+        import os, sys
+        from transport.process import use_cores
+        use_cores(sys.argv[1], 0, sys.argv[2])
+        print(os.nice(0))"""
     nice = {who: int(subprocess.run([sys.executable, "-c", asked, *who], cwd=ROOT, capture_output=True, text=True,
                                     check=True).stdout)
             for who in [("rollout", "hf"), ("rollout", "vllm"), ("teacher", "hf"), ("learner", "hf")]}
