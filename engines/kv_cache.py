@@ -29,8 +29,9 @@ class KVCache(Cache):
         self.new = 0                             # rows that the pass reads; 0: it extends all rows
         self.at: list[int] = []                  # [R], the column of each row's next token
         self.place: dict[torch.device, Tensor] = {}              # [2, R], rows and columns of these
-        self.keys: list[Tensor] = []             # by layer, [rows or more, H, columns or more, D]
-        self.values: list[Tensor] = []
+        # By layer, as far as it has some of its own: [rows or more, H, columns or more, D]
+        self.keys: dict[int, Tensor] = {}
+        self.values: dict[int, Tensor] = {}
 
     def read(self, n: int, T: int) -> None:
         """The next pass reads n new rows of T tokens, padded on the right."""
@@ -63,7 +64,7 @@ class KVCache(Cache):
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         if holes:
-            for x in (*self.keys, *self.values):
+            for x in (*self.keys.values(), *self.values.values()):
                 x[holes] = x[movers]
         self.rows = stay
         return order
@@ -74,11 +75,10 @@ class KVCache(Cache):
                *unused) -> tuple[Tensor, Tensor]:
         """Keep what a layer has computed, [n or R, H, T, D]; returns the keys and values that it
         attends to: of new rows their own, else those of the first `width` columns."""
-        if layer_idx == len(self.keys):
-            self.keys.append(key_states[:0, :, :0])
-            self.values.append(value_states[:0, :, :0])
-        keys = self.keys[layer_idx] = self.large_enough(self.keys[layer_idx])
-        values = self.values[layer_idx] = self.large_enough(self.values[layer_idx])
+        keys = self.large_enough(self.keys.get(layer_idx, key_states[:0, :, :0]))
+        values = self.large_enough(self.values.get(layer_idx, value_states[:0, :, :0]))
+        self.keys[layer_idx] = keys
+        self.values[layer_idx] = values
         if self.new:
             rows = slice(self.rows - self.new, self.rows)
             keys[rows, :, :self.width] = key_states
