@@ -172,7 +172,6 @@ def ours(pair: Pair, job: Job) -> dict:
              # Ours at its best: at a push responses stay in the engine. On the toy, with 320 of them running, most
              # of what an engine computes would be contexts read again
              "--inflight=keep", f"--max-running={pair.max_running}", *pair.flags]
-    shutil.rmtree(out, ignore_errors=True)           # or its old log would be read
     clock = StepClock(out / "log.jsonl")
     with Watch(every_s=1.0, look=clock.look) as watch:
         launched = time.monotonic()
@@ -283,10 +282,11 @@ def one(job: Job) -> dict:
 def together(jobs: list[Job]) -> list[dict]:
     """The records of jobs that take turns; times are of their own turns."""
     for job in jobs:
-        shutil.rmtree(folder_of(job.side), ignore_errors=True)
-        lines = [json.dumps({"prompt": p}) + "\n" for p in PAIRS[job.pair].prompts()]
-        (ROOT / prompts_of(PAIRS[job.pair])).write_text("".join(lines))
-    environment()
+        shutil.rmtree(folder_of(job.side), ignore_errors=True)       # or its old log would be read
+    for pair in {PAIRS[job.pair] for job in jobs}:
+        lines = [json.dumps({"prompt": p}) + "\n" for p in pair.prompts()]
+        (ROOT / prompts_of(pair)).write_text("".join(lines))
+    environment()                                    # before the turns, so that its making is in nobody's
     commands = [[sys.executable, str(HERE / "peers.py"), "one", "--job", json.dumps(asdict(job))] for job in jobs]
     found = []
     for job, turns in zip(jobs, in_turns(commands, cwd=ROOT)):

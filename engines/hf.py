@@ -122,7 +122,7 @@ class HFEngine(Engine):
         device = self.model.device
         T = max(map(len, prompts))
         self.cache.read(len(prompts), T)
-        tokens = torch.tensor([p + [0] * (T - len(p)) for p in prompts], device=device)
+        tokens = to_device([p + [0] * (T - len(p)) for p in prompts], device)
         hidden = self.forward(tokens, torch.arange(T, device=device)[None], mask=None)
         rows, ends = to_device([list(range(len(prompts))), [len(p) - 1 for p in prompts]], device)
         return self.logits(hidden[rows, ends])
@@ -131,7 +131,8 @@ class HFEngine(Engine):
         """One more token for every row; logits [R, V] of what follows it."""
         device = self.model.device
         self.cache.extend([r.column for r in rows])
-        tokens, columns = to_device([[r.last for r in rows], self.cache.at], device)
+        tokens = to_device([r.last for r in rows], device)
+        _, columns = self.cache.places(device)
         hidden = self.forward(tokens[:, None], columns[:, None], self.cache.mask(device))
         return self.logits(hidden[:, 0])
 

@@ -51,6 +51,7 @@ class KVCache(Cache):
         return torch.arange(self.width, device=device) <= self.places(device)[1][:, None]
 
     def places(self, device: torch.device) -> Tensor:
+        """Rows and columns of the tokens that the next pass adds, [2, R]."""
         if device not in self.place:
             self.place[device] = to_device([list(range(self.rows)), self.at], device)
         return self.place[device]
@@ -64,8 +65,11 @@ class KVCache(Cache):
         for hole, mover in zip(holes, movers, strict=True):
             order[hole] = mover
         if holes:
-            for x in (*self.keys.values(), *self.values.values()):
-                x[holes] = x[movers]
+            stored = (*self.keys.values(), *self.values.values())
+            moves = {device: to_device([holes, movers], device) for device in {x.device for x in stored}}
+            for x in stored:
+                to, of = moves[x.device]
+                x[to] = x[of]
         self.rows = stay
         return order
 

@@ -18,7 +18,7 @@ def turns(monkeypatch):
 
 BUSY = """if True:
     import json, time
-    seen, end = [time.monotonic()], time.process_time() + 0.5
+    seen, end = [time.monotonic()], time.process_time() + 1.0
     while time.process_time() < end:
         if time.monotonic() - seen[-1] > 0.01:
             seen.append(time.monotonic())
@@ -26,7 +26,7 @@ BUSY = """if True:
 
 
 def test_only_one_command_runs_at_a_time_and_its_seconds_are_its_own(turns):
-    both = turns.in_turns([[sys.executable, "-c", BUSY]] * 2, turn_s=0.1)
+    both = turns.in_turns([[sys.executable, "-c", BUSY]] * 2, turn_s=0.3)
     seen = [json.loads(x.stdout) for x in both]
     for mine, others in zip(both, reversed(both)):
         for begin, end in mine.spans:
