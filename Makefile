@@ -1,4 +1,4 @@
-# make demo    install into .venv, train the toy with vLLM: a few minutes on a laptop
+# make demo    install into .venv, train the toy: a few minutes on a laptop; FLAGS="--engine vllm" generates with vLLM
 # make smollm2 prune a published chat model, and win back by distillation what it lost: on two cores, no GPU
 # make test    the same installation: style, imports, every test
 # make lint    style and imports only

@@ -5,7 +5,7 @@ Every number of the toy in docs/: runs of the shipped command, a row each, and t
     python benchmarks/toy.py run estimators    # every row of ESTIMATORS, demo's settings and seed; 25 minutes
     python benchmarks/toy.py run estimators m2po --engine=hf          # one of them, with more flags
     python benchmarks/toy.py run lag           # the cut rule at three bounds, and keep; 4 minutes
-    python benchmarks/toy.py run pairs         # synchronous and asynchronous in turn, three times; 4 minutes
+    python benchmarks/toy.py run pairs         # sync and async in turn, three times, both engines; 10 minutes
     python benchmarks/toy.py run draws         # both ways to choose the cached words, five seeds; 30 minutes
     python benchmarks/toy.py run dtype         # float32 and bf16, synchronous, one learner and two; 20 minutes
     python benchmarks/toy.py run bf16          # the whole run in bf16, three seeds; half an hour or more
@@ -18,6 +18,7 @@ Last line of `run`: one JSON object, {label: {"before", "after", "kl_before", "k
 import argparse
 import json
 import math
+import statistics
 import subprocess
 import sys
 from pathlib import Path
@@ -31,18 +32,25 @@ ROWS = HERE / "toy.jsonl"
 
 
 def groups() -> dict[str, dict[str, list[str]]]:
-    """Flags, by group and label. In all groups but "bf16" contexts are computed again at every push: the rows of a
-    group must be alike, and the first ones are older than `inflight: keep` in configs/toy.yaml."""
+    """Flags, by group and label. All but "bf16" and "pairs" compute contexts again at every push, and generate with
+    vLLM where they do not say otherwise: the rows of a group must be alike, and the first ones are older than
+    `inflight: keep` and `engine: hf` in configs/toy.yaml."""
     from estimators import ESTIMATORS
-    found = {group: {label: ["--inflight=recompute", *flags] for label, flags in rows.items()}
+    found = {group: {label: ["--inflight=recompute", "--engine=vllm", *flags] for label, flags in rows.items()}
              for group, rows in recomputed(ESTIMATORS).items()}
-    return found | {"bf16": {f"bfloat16, seed {seed}": ["--dtype=bfloat16", "--engine=hf", "--inflight=keep",
-                                                        f"--seed={seed}"] for seed in range(3)}}
+    pairs = {f"{schedule} {i}, {engine}": [*SHORT, "--inflight=keep", f"--engine={engine}", f"--schedule={schedule}"]
+             for engine in PAIR_ENGINES for i in (1, 2, 3) for schedule in ("sync", "async")}
+    bf16 = {f"bfloat16, seed {seed}": ["--dtype=bfloat16", "--engine=hf", "--inflight=keep", f"--seed={seed}"]
+            for seed in range(3)}
+    return found | {"pairs": pairs, "bf16": bf16}
+
+
+SHORT = ["--steps=100", "--eval.every=0", "--max-ahead=4", "--lr=0.0002"]
+PAIR_ENGINES = ("hf", "vllm")
 
 
 def recomputed(estimators) -> dict[str, dict[str, list[str]]]:
     in_step = ["--steps=100", "--eval.every=0", "--lr=0.0002", "--schedule=sync", "--engine=hf"]
-    short = ["--steps=100", "--eval.every=0", "--max-ahead=4", "--lr=0.0002"]
     return {
         "demo": {"reverse, seed 0": ["--seed=0"], "reverse, seed 1": ["--seed=1"], "reverse, seed 2": ["--seed=2"],
                  "forward, K = 16": ["--kl=forward", "--top-k=16"], "engine hf": ["--engine=hf"],
@@ -50,11 +58,9 @@ def recomputed(estimators) -> dict[str, dict[str, list[str]]]:
         "estimators": {name: [f"--estimator={name}", "--eval.every=0", "--eval.no-teacher"]
                        for name, row in estimators.items() if row.head},      # `none` needs an extension's loss
         # at L = 1 most responses are cut, and a batch of segments holds half the tokens: twice the steps
-        "lag": {"cut, A = 1, L = 1": [*short, "--max-ahead=1", "--max-lag=1", "--steps=200"],
-                "cut, A = 2, L = 4": [*short, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": short,
-                "keep, A = 4": [*short, "--overdue=keep"]},
-        "pairs": {f"{schedule} {i}": [*short, f"--schedule={schedule}"] for i in (1, 2, 3)
-                  for schedule in ("sync", "async")},
+        "lag": {"cut, A = 1, L = 1": [*SHORT, "--max-ahead=1", "--max-lag=1", "--steps=200"],
+                "cut, A = 2, L = 4": [*SHORT, "--max-ahead=2", "--max-lag=4"], "cut, A = 4, L = 16": SHORT,
+                "keep, A = 4": [*SHORT, "--overdue=keep"]},
         "draws": {f"{design}, seed {seed}": [f"--draws={design}", f"--seed={seed}", "--eval.every=20",
                                              "--eval.no-teacher"]
                   for seed in range(5) for design in ("iid", "optimal")},
@@ -141,22 +147,23 @@ def table(group: str) -> str:
             out.append(f"| {label} | {accuracy} | {sum(kl[:10]) / 10:.3f} → {sum(kl[-10:]) / 10:.3f} | "
                        f"{d['lag_mean']:.1f} / {d['lag_max']} | {d['overlap']:.2f} | "
                        f"{d['train_tok_s'] / 1000:.1f}k | {d['wall_s']:.0f} |")
-    if group == "pairs" and len(by_label) == 6:
-        out += ["", pairs(by_label)]
+    if group == "pairs":
+        for engine in PAIR_ENGINES:
+            if all(f"{schedule} {i}, {engine}" in by_label for i in (1, 2, 3) for schedule in ("sync", "async")):
+                out += ["", pairs(by_label, engine)]
     return "\n".join(out)
 
 
-def pairs(by_label: dict[str, dict]) -> str:
+def pairs(by_label: dict[str, dict], engine: str) -> str:
     """What overlap gains on two cores, against the most that it could: all work of the synchronous run, from both cores
     at once, or its longest role if that is more."""
-    ratios = [by_label[f"async {i}"]["done"]["train_tok_s"] / by_label[f"sync {i}"]["done"]["train_tok_s"]
-              for i in (1, 2, 3)]
-    bounds = []
-    for i in (1, 2, 3):
-        busy = by_label[f"sync {i}"]["done"]["busy"].values()
-        bounds.append(1 / max(max(busy), sum(busy) / 2))
-    return (f"async / sync in trained tokens per second: {', '.join(f'{r:.2f}' for r in ratios)} (median "
-            f"{sorted(ratios)[1]:.2f}); the most that overlap could give on two cores: {sorted(bounds)[1]:.2f}")
+    runs = {schedule: [by_label[f"{schedule} {i}, {engine}"]["done"] for i in (1, 2, 3)]
+            for schedule in ("sync", "async")}
+    ratios = [a["train_tok_s"] / s["train_tok_s"] for s, a in zip(runs["sync"], runs["async"])]
+    bounds = [1 / max(max(s["busy"].values()), sum(s["busy"].values()) / 2) for s in runs["sync"]]
+    return (f"{engine}: async / sync in trained tokens per second {', '.join(f'{r:.2f}' for r in ratios)} (median "
+            f"{statistics.median(ratios):.2f}); the most that overlap could give on two cores: "
+            f"{statistics.median(bounds):.2f}")
 
 
 def main():
