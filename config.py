@@ -284,6 +284,16 @@ def in_bf16(cfg: Config) -> bool:
     return compute_dtype(cfg) == torch.bfloat16
 
 
+def slot_count(cfg: Config) -> int:
+    """Slots of a run: control/scheduler.py says what this number bounds."""
+    return (cfg.max_ahead + 1) * cfg.batch
+
+
+def most_running(cfg: Config) -> int:
+    """Responses that a rollout worker can have at the same time: each holds a slot."""
+    return min(cfg.max_running, math.ceil(slot_count(cfg) / cfg.rollouts))
+
+
 def flag_of(name: str) -> str:
     """The flag that sets a field. Example: data.prompt_key -> --data.prompt-key."""
     return "--" + name.replace("_", "-")

@@ -37,7 +37,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import torch  # noqa: E402
 
-from config import Config, Eval  # noqa: E402
+from config import Config, Eval, slot_count  # noqa: E402
 from control import controller  # noqa: E402
 from control.plan import plan  # noqa: E402
 from control.preflight import Job  # noqa: E402
@@ -84,7 +84,7 @@ class StandIn:
     def __init__(self, cfg, device, dtype):
         self.kind, self.pace = read_task(cfg.task)
         self.rows, self.debt, self.preempted, self.version = {}, 0.0, 0, 0
-        full = max(1, (cfg.max_ahead + 1) * cfg.batch // cfg.rollouts)
+        full = max(1, slot_count(cfg) // cfg.rollouts)
         self.read_s = self.turn_s(full) / full / PREFILL           # per token of context
 
     def turn_s(self, running):

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from config import Config
+from config import Config, slot_count
 from control import no_effect, plan
 from control.command_line import NOTHING, Given
 from control.estimate import (
@@ -109,16 +109,15 @@ def model_rows(cfg: Config, student: KnownModel, teacher: KnownModel) -> list[li
 def pipeline_rows(cfg: Config, teacher: Shape, added: plan.Additions,
                   needs: list[plan.Need]) -> list[list[str]]:
     estimator = ESTIMATORS[cfg.estimator]
-    slots = (cfg.max_ahead + 1) * cfg.batch
     scores = estimator.bytes(cfg.mc_samples, cfg.top_k, teacher.H * plan.itemsize(cfg))
     sizes = plan.row_bytes(added.slot_tensors)
     tensors = [[f"bytes per row of {name}", f"{size:,}"] for name, size in sizes.items()]
     shared = next(n for n in needs if n.worker == "shared")
-    return [["slots, (max-ahead + 1) x batch", f"{slots:,}"],
+    return [["slots, (max-ahead + 1) x batch", f"{slot_count(cfg):,}"],
             ["dtype of compute", cfg.dtype],
             [f"bytes per token of {cfg.estimator}", f"{scores:,}"],
             *tensors,
-            ["kB per slot", f"{shared.parts['cache'] / slots * 1e6:,.0f}"],
+            ["kB per slot", f"{shared.parts['cache'] / slot_count(cfg) * 1e6:,.0f}"],
             ["lag, versions", expected_lag(cfg)]]
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from config import Config
+from config import Config, most_running
 from control import plan
 from control.command_line import Given
 from extension import ModelPair
@@ -125,8 +125,7 @@ def estimate(cfg: Config, models: ModelPair, needs: list[plan.Need],
 
     rollout = next(n for n in needs if n.worker == "rollout0")
     room = rollout.parts["cache"] * 1e9 / student.cached(size)             # tokens
-    slots = (cfg.max_ahead + 1) * cfg.batch
-    running = max(1, int(min(cfg.max_running, slots / cfg.rollouts, room / (prompt + response))))
+    running = max(1, int(min(most_running(cfg), room / (prompt + response))))
     held = size * student.P + running * (prompt + response / 2) * student.cached(size)
     engine_step = max(held / machine.bytes_s, 2 * running * student.P / flops)
     passes = 4 if cfg.gradient_checkpointing else 3

@@ -7,7 +7,7 @@ Tests: tests/test_pipeline.py
 from __future__ import annotations
 
 from cache import Slots
-from config import Config, compute_dtype, each_flag
+from config import Config, compute_dtype, each_flag, slot_count
 from control import plan
 from control.preflight import Job
 from control.resolve import default_values
@@ -22,7 +22,7 @@ def allocate(cfg: Config, job: Job) -> SharedMemory:
     """Make what all processes share. The number of slots is explained in scheduler.Scheduler."""
     estimator = ESTIMATORS[cfg.estimator]
     extra = {name: (t.shape, t.dtype) for name, t in job.slot_tensors.items()}
-    slots = Slots((cfg.max_ahead + 1) * cfg.batch, cfg.max_prompt, cfg.max_response,
+    slots = Slots(slot_count(cfg), cfg.max_prompt, cfg.max_response,
                   estimator.columns(cfg.mc_samples, cfg.top_k),
                   hidden=job.hidden if estimator.support == "full" else 0,
                   dtype=compute_dtype(cfg), extra=extra, sparse=Extensions.load(cfg).sparse)

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
-from config import Config, compute_dtype, in_bf16
+from config import Config, compute_dtype, in_bf16, most_running, slot_count
 from estimators import ESTIMATORS
 from extension import Extensions, ModelPair, SlotTensor
 from models.footprint import Shape, chunk_size, gpu_share, logit_bytes
@@ -215,8 +215,7 @@ def memory(cfg: Config, student: Shape, teacher: Shape, gpu_gb: float = 0.0,
         needs.append(loading(cfg, student, teacher))
     if "host" in added.gb:
         needs.append(Need("extensions", "cpu", {"extensions": added.gb["host"]}))
-    slots = (cfg.max_ahead + 1) * cfg.batch
-    shared = {"cache": slots * slot_bytes(cfg, teacher, added) / 1e9}
+    shared = {"cache": slot_count(cfg) * slot_bytes(cfg, teacher, added) / 1e9}
     if cfg.transport != "nccl":
         shared = {"weights": 2 * student.P * itemsize(cfg) / 1e9} | shared     # published twice
     return [*needs, Need("shared", "shm", shared)]
@@ -310,8 +309,7 @@ def cache_bytes(cfg: Config, model: Shape, role: str, gpu_gb: float) -> float:
         if cfg.gpus > 0:
             room = gpu_share(cfg, role) * gpu_gb * 1e9 - itemsize(cfg) * model.P
         return max(longest, room)
-    slots = (cfg.max_ahead + 1) * cfg.batch
-    return longest * min(cfg.max_running, math.ceil(slots / cfg.rollouts))
+    return longest * most_running(cfg)
 
 
 def loading(cfg: Config, student: Shape, teacher: Shape) -> Need:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from config import Config
+from config import Config, most_running
 from engines.base import Engine
 from engines.drawn import Drawn, DrawnTable
 from engines.kv_cache import KVCache
@@ -61,7 +61,7 @@ class HFEngine(Engine):
         self.rows: list[Response] = []           # in the order of the cache's rows
         self.new: list[Response] = []            # not in the cache yet
         self.drawn = DrawnTable(model.device)
-        self.cache = KVCache(cfg.max_running, cfg.max_prompt + cfg.max_response)
+        self.cache = KVCache(most_running(cfg), cfg.max_prompt + cfg.max_response)
         self.sums: dict[str, Tensor] = {}        # checksums of the parameters, by name
 
     def load(self, tensors: Mapping[str, Tensor], version: int) -> None:
