@@ -115,7 +115,7 @@ PAIRS = {
     "toy": Pair(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, engines=("hf", "vllm"),
                 max_running=320, max_ahead=4),
     "SmolLM2": Pair(task="data/everyday.jsonl", batch=16, max_prompt=64, max_response=64, steps=10, lr=5e-5,
-                    engines=("vllm",), max_running=48, max_ahead=2, flags=("--micro-tokens=2048",))}
+                    engines=("hf", "vllm"), max_running=48, max_ahead=2, flags=("--micro-tokens=2048",))}
 
 
 # -- the two sides ---------------------------------------------------------------------------------
@@ -373,7 +373,7 @@ def accuracy(rates: list[float], seeds: list[int]) -> dict[str, float]:
         timed(first, dict.fromkeys(("hf", TRL), lr))
     for seed in others:
         timed(seed, {side: best_rate(side) for side in ("hf", TRL)})
-    return {side: statistics.median(to_goal(side)) for side in ("hf", TRL)}
+    return {side: statistics.median(to_goal(side).values()) for side in ("hf", TRL)}
 
 
 def timed(seed: int, rates: dict[str, float]) -> None:
@@ -430,11 +430,13 @@ def best_rate(side: str) -> float:
     return min((goal_s(r), lr) for (lr, seed), r in runs.items() if seed == first)[1]
 
 
-def to_goal(side: str) -> list[float]:
+def to_goal(side: str) -> dict[int, float]:
     """By seed, at the best rate. The first seed has chosen it and does not count, where there are others."""
     best = best_rate(side)
-    by_seed = {seed: goal_s(r) for (lr, seed), r in timed_runs(side).items() if lr == best}
-    return [by_seed[seed] for seed in sorted(by_seed)][len(by_seed) > 1:]
+    by_seed = {seed: goal_s(r) for (lr, seed), r in sorted(timed_runs(side).items()) if lr == best}
+    if len(by_seed) > 1:
+        del by_seed[min(by_seed)]
+    return by_seed
 
 
 # -- records and tables ----------------------------------------------------------------------------
@@ -496,15 +498,22 @@ def spread(ratios: list[float]) -> str:
 
 def accuracy_table() -> str:
     """Markdown: seconds to GOAL of each side at its best rate."""
-    lines = [["side", "best learning rate", f"seconds to {GOAL:.0%}, by seed", "median"]]
+    lines = [["side", "best learning rate", f"seconds to {GOAL:.0%}, by seed", "median",
+              "TRL's seconds / these, median (least to most)"]]
     for side in ("hf", TRL):
         if timed_runs(side):
             found = to_goal(side)
-            lines.append([label(side), f"{best_rate(side):g}", ", ".join(map(in_seconds, found)),
-                          in_seconds(statistics.median(found))])
+            lines.append([label(side), f"{best_rate(side):g}", ", ".join(map(in_seconds, found.values())),
+                          in_seconds(statistics.median(found.values())), spread(sooner(side) if side != TRL else [])])
     if len(lines) == 1:
         return "Not measured yet."
     return markdown(lines)
+
+
+def sooner(side: str) -> list[float]:
+    """TRL's seconds to GOAL / a side's, by seed."""
+    mine, theirs = to_goal(side), to_goal(TRL)
+    return [theirs[seed] / s for seed, s in mine.items() if seed in theirs]
 
 
 def in_seconds(x: float) -> str:
