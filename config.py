@@ -290,7 +290,10 @@ def slot_count(cfg: Config) -> int:
 
 
 def most_running(cfg: Config) -> int:
-    """Responses that a rollout worker can have at the same time: each holds a slot."""
+    """Responses that a rollout worker can have at the same time: each holds a slot. An engine that
+    is used without a run has none (rollouts 0), and needs none."""
+    if cfg.rollouts == 0:
+        return cfg.max_running
     return min(cfg.max_running, math.ceil(slot_count(cfg) / cfg.rollouts))
 
 
