@@ -78,6 +78,7 @@ class Pair:
     max_running: int
     max_ahead: int
     flags: tuple[str, ...] = ()
+    bare_apart: bool = False                     # by themselves, for one seed: 24 GB do not hold all sides at once
 
     def models(self) -> tuple[str, str]:
         """As from the project's folder, in which both sides run."""
@@ -110,12 +111,19 @@ class Pair:
     def bare(self) -> tuple[str, ...]:
         return tuple(BARE + engine for engine in self.engines)
 
+    def at_once(self, first: bool) -> list[tuple[str, ...]]:
+        """The sides that take turns with each other. `first`: with the first seed."""
+        if not self.bare_apart:
+            return [self.sides()]
+        trained = (*self.engines, TRL)
+        return [trained, self.bare()] if first else [trained]
+
 
 PAIRS = {
     "toy": Pair(task="toy", batch=64, max_prompt=8, max_response=40, steps=100, lr=2e-4, engines=("hf", "vllm"),
                 max_running=320, max_ahead=4),
     "SmolLM2": Pair(task="data/everyday.jsonl", batch=16, max_prompt=64, max_response=64, steps=10, lr=5e-5,
-                    engines=("hf", "vllm"), max_running=48, max_ahead=2, flags=("--micro-tokens=2048",))}
+                    engines=("hf",), max_running=48, max_ahead=2, flags=("--micro-tokens=2048",), bare_apart=True)}
 
 
 # -- the two sides ---------------------------------------------------------------------------------
@@ -339,15 +347,22 @@ def race(pairs: list[str], seeds: list[int]) -> dict[str, dict[str, float]]:
     for name in pairs:
         pair = PAIRS[name]
         for seed in seeds:
-            jobs = [Job(side, name, seed, pair.lr, pair.steps, threads=faster_threads(name)) for side in pair.sides()]
-            for found in together(jobs):
-                if found["side"] in pair.bare():
-                    add({"type": "bare"} | found)
-                    print(f"{name}, seed {seed}, {found['side']}: {found['cpu_s_per_1000']}", flush=True)
-                else:
-                    add({"type": "race"} | found | {"steps": len(found["steps"])})
-                    print(f"{name}, seed {seed}, {found['side']}: {tokens_s(found):,.0f} tokens/s", flush=True)
+            for sides in pair.at_once(first=seed == seeds[0]):
+                jobs = [Job(side, name, seed, pair.lr, pair.steps, threads=faster_threads(name)) for side in sides]
+                for found in together(jobs):
+                    keep(found)
     return {name: {side: statistics.median(ratios(name, side)) for side in PAIRS[name].sides()} for name in pairs}
+
+
+def keep(found: dict) -> None:
+    """A record of the race, which is printed too."""
+    who = f"{found['pair']}, seed {found['seed']}, {found['side']}"
+    if found["side"].startswith(BARE):
+        add({"type": "bare"} | found)
+        print(f"{who}: {found['cpu_s_per_1000']}", flush=True)
+    else:
+        add({"type": "race"} | found | {"steps": len(found["steps"])})
+        print(f"{who}: {tokens_s(found):,.0f} tokens/s", flush=True)
 
 
 def speeds(pair: str) -> dict[tuple[str, int], float]:
