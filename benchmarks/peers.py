@@ -1,11 +1,11 @@
 """
 The race against TRL: the same pair, prompts, batch size, loss and optimizer, in turns on the same machine.
 
-    python benchmarks/peers.py threads                   # TRL with one thread and with two; the race takes the faster
-    python benchmarks/peers.py race                      # the toy with both engines, and SmolLM2: five seeds, two hours
+    python benchmarks/peers.py threads                # TRL with one thread and with two; the race takes the faster
+    python benchmarks/peers.py race                   # the toy, both engines, and SmolLM2: five seeds, an hour or two
     python benchmarks/peers.py race --pairs toy --seeds 0
-    python benchmarks/peers.py accuracy                  # seconds to 90% on the toy, each at its best rate; an hour
-    python benchmarks/peers.py table                     # the tables, from the records
+    python benchmarks/peers.py accuracy               # seconds to 90% on the toy, each at its best rate; up to an hour
+    python benchmarks/peers.py table                  # the tables, from the records
 
 TRL's DistillationTrainer runs in an environment of its own, runs/peers/trl, which the first use makes: pip installs TRL
 there, torch and transformers are those of this environment. Both sides minimise the reverse KL over all words at every

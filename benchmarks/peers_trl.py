@@ -3,9 +3,9 @@ One run of TRL's DistillationTrainer, in TRL's own environment: the other side o
 
     runs/peers/trl/bin/python benchmarks/peers_trl.py '{"student": .., "teacher": .., "prompts": .., "steps": ..}'
 
-It imports nothing of the project. The trainer has the setting that peers.py gives it and otherwise its defaults, with
-four exceptions that make it faster here: no bf16 (five times slower on a CPU without AMX), no gradient checkpointing,
-no progress bar, and buffers for the logits that are no wider than the vocabulary (they have 32,768 columns, which for
+It imports nothing of the project. The trainer has the setting that peers.py gives it, float32 as the other side has it,
+and otherwise its defaults, with three exceptions that make it faster here: no gradient checkpointing, no progress bar,
+and buffers for the logits that are no wider than the vocabulary (they have 32,768 columns, which for
 the toy's 32 words is memory that is fetched and never used). CPU seconds of its one process are divided by what it was
 doing: generate, score (the teacher's forward pass without its head, which the loss applies), learn (the rest of a
 step).
