@@ -506,8 +506,8 @@ def medians(runs: list[dict]) -> list[str]:
 
 
 def spread(ratios: list[float]) -> str:
-    if not ratios:
-        return ""
+    if len(ratios) < 2:
+        return "".join(f"{r:.2f}, one seed" for r in ratios)
     return f"{statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})"
 
 

@@ -5,10 +5,9 @@ One run of TRL's DistillationTrainer, in TRL's own environment: the other side o
 
 It imports nothing of the project. The trainer has the setting that peers.py gives it, float32 as the other side has it,
 and otherwise its defaults, with three exceptions that make it faster here: no gradient checkpointing, no progress bar,
-and buffers for the logits that are no wider than the vocabulary (they have 32,768 columns, which for
-the toy's 32 words is memory that is fetched and never used). CPU seconds of its one process are divided by what it was
-doing: generate, score (the teacher's forward pass without its head, which the loss applies), learn (the rest of a
-step).
+and buffers for the logits that are no wider than the vocabulary (they have 32,768 columns, which for the toy's 32 words
+is memory that is fetched and never used). CPU seconds of its one process are divided by what it was doing: generate,
+score (the teacher's forward pass without its head, which the loss applies), learn (the rest of a step).
 Last line: one JSON object, {"began": the first prompt, by time.monotonic(), "tokens" trained, "cpu_s" by role after the
 first update, "steps": [[seconds since then, tokens] after each update], "threads"}.
 """

@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from config import Config, Eval
+from config import Config, Eval, most_running
 from control import plan, preflight_memory
 from control.plan import check, memory, split
 from extension import SlotTensor
@@ -106,6 +106,13 @@ def test_the_bytes_a_layer_keeps_are_those_that_autograd_keeps(half, again):
         return sum(size for size, _ in kept.values()) / (B * T), Shape.of(c)
     (one, a), (two, b) = saved(1), saved(3)
     assert (two - one) / 2 == pytest.approx((b.activations(half, again) - a.activations(half, again)) / 2, rel=0.03)
+
+
+@pytest.mark.parametrize("rollouts, max_running, most", [(1, 320, 192), (1, 64, 64), (2, 320, 96), (5, 320, 39),
+                                                         (0, 320, 320)])
+def test_as_many_responses_run_as_there_are_slots_for(rollouts, max_running, most):
+    cfg = Config(rollouts=rollouts, max_running=max_running, max_ahead=2, batch=64)
+    assert most_running(cfg) == most, "without a rollout worker an engine is used alone, and needs no slots"
 
 
 def test_the_chunk_is_bounded_by_what_is_free():
