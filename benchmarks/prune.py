@@ -4,7 +4,7 @@ SmolLM2 pruned and distilled: what docs/prune-and-distil.md says, and which meth
     python benchmarks/prune.py shipped                   # `make smollm2` without the installation, against its dry run
     python benchmarks/prune.py grid --seeds 0 1 2        # methods x learning rates x seeds; finished runs are not made
                                                          # again, and the last seeds only at each method's best rate
-    python benchmarks/prune.py pairs                     # synchronous against asynchronous, the shipped command
+    python benchmarks/prune.py pairs --steps 16          # synchronous against asynchronous, both engines, two rounds
     python benchmarks/prune.py table                     # the tables of the page, from the records
 
 The grid trains in one process, with the engine, teacher and learner of the pipeline, every method on the same number
@@ -15,6 +15,7 @@ Records: benchmarks/prune.jsonl. Last line of each command: one JSON object.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import re
 import statistics
@@ -57,7 +58,8 @@ METHODS = {                                              # flags of asyncopd.py;
 SUPERVISED = "supervised on the teacher's answers"
 RATES = (1e-4, 2e-4, 4e-4)
 TOKENS = 6_000
-PAIRS = ("sync", "async")
+ENGINES = ("hf", "vllm")
+SCHEDULES = ("sync", "async")
 
 
 # -- one run of the grid, in one process ----------------------------------------------------------
@@ -131,9 +133,8 @@ def grid(methods: list[str], rates: list[float], seeds: list[int], tokens: int, 
             once(teacher, method, lr, first, tokens, flags)
         for seed in others:
             once(teacher, method, best_rate(method, tokens), seed, tokens, flags)
-    best = {method: best_rate(method, tokens) for method in methods}
-    return {r["method"]: round(per_token(r["sums"]["student"], "kl_pq"), 4) for r in records("grid")
-            if r["tokens_wanted"] == tokens and r["lr"] == best.get(r["method"])}
+    return {method: round(statistics.mean(per_token(r["sums"]["student"], "kl_pq") for r in at_best(method, tokens)), 4)
+            for method in methods}
 
 
 def held_out_teacher(flags: list[str]) -> tuple[Teacher, str]:
@@ -156,6 +157,12 @@ def best_rate(method: str, tokens: int) -> float:
     mine = [r for r in records("grid") if (r["method"], r["tokens_wanted"]) == (method, tokens)]
     first = min(r["seed"] for r in mine)
     return min((per_token(r["sums"]["student"], "kl_pq"), r["lr"]) for r in mine if r["seed"] == first)[1]
+
+
+def at_best(method: str, tokens: int) -> list[dict]:
+    """The records of all seeds at the best rate."""
+    best = (method, best_rate(method, tokens), tokens)
+    return [r for r in records("grid") if (r["method"], r["lr"], r["tokens_wanted"]) == best]
 
 
 # -- the shipped command --------------------------------------------------------------------------
@@ -198,16 +205,30 @@ def dry_run(job: prune_and_distil.Job) -> dict[str, float]:
     return {"gb": float(re.search(r"([\d,.]+) GB in all", text)[1]), "batch_s": batch_s, "all_s": batch_s * steps}
 
 
-def pairs(flags: list[str]) -> dict:
-    """The shipped command with both schedules; the same number of batches."""
-    for schedule in PAIRS:
-        _, job = prune_and_distil.job_of(["distil", "--root=runs/smollm2", f"--out=runs/smollm2/{schedule}",
-                                          f"--schedule={schedule}", *flags])
-        prune_and_distil.make(job)
-        prune_and_distil.distil(job)
-        done = json.loads((job.out / "log.jsonl").read_text().splitlines()[-1])
-        add([{"type": "pair", "schedule": schedule, "flags": flags, "done": done}])
-    return {r["schedule"]: r["done"]["train_tok_s"] for r in records("pair")}
+def pairs(rounds: int, flags: list[str]) -> dict:
+    """The shipped command with both schedules and both engines, in turn."""
+    for number in range(rounds):
+        for engine, schedule in itertools.product(ENGINES, SCHEDULES):
+            out = f"runs/smollm2/{engine}-{schedule}"
+            _, job = prune_and_distil.job_of(["distil", "--root=runs/smollm2", f"--out={out}", f"--engine={engine}",
+                                              f"--schedule={schedule}", *flags])
+            prune_and_distil.make(job)
+            prune_and_distil.distil(job)
+            done = json.loads((job.out / "log.jsonl").read_text().splitlines()[-1])
+            add([{"type": "pair", "engine": engine, "schedule": schedule, "round": number, "flags": flags,
+                  "done": done}])
+    return {engine: round(statistics.median(gains(engine)), 2) for engine in ENGINES}
+
+
+def pair_runs(engine: str, schedule: str) -> list[dict]:
+    """What was measured of these runs, by round."""
+    return [r["done"] for r in records("pair") if (r["engine"], r["schedule"]) == (engine, schedule)]
+
+
+def gains(engine: str) -> list[float]:
+    """Trained tokens per second, asynchronous / synchronous, by round."""
+    runs = zip(pair_runs(engine, "sync"), pair_runs(engine, "async"))
+    return [overlapped["train_tok_s"] / in_turn["train_tok_s"] for in_turn, overlapped in runs]
 
 
 # -- records and tables ---------------------------------------------------------------------------
@@ -241,21 +262,36 @@ def promises() -> str:
 
 
 def comparison() -> str:
-    """Markdown: each method at its best rate, mean over seeds and their range."""
-    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in ROWS[:3]), "seconds"]]
-    for r in records("before")[-1:]:
-        lines.append(["before", "", "", *(f"{per_token(r['sums'][a], n):.2f}" for _, a, n in ROWS[:3]), ""])
+    """Markdown: each method at its best rate, mean over seeds and their standard deviation."""
+    columns = [row for row in ROWS if row[2] in ("kl_pq", "kl_qp")]
+    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "seconds"]]
+    before = records("before")[-1]["sums"]
+    lines.append(["before", "", "", *(f"{per_token(before[a], n):.2f}" for _, a, n in columns), ""])
     found = records("grid")
     for method in METHODS:
         mine = [r for r in found if r["method"] == method]
         if not mine:
             continue
-        tokens = max(r["tokens_wanted"] for r in mine)
-        lr = best_rate(method, tokens)
-        best = [r for r in mine if (r["lr"], r["tokens_wanted"]) == (lr, tokens)]
-        cells = [spread([r["sums"] for r in best], a, n) for _, a, n in ROWS[:3]]
-        lines.append([method, f"{lr:g}", str(len(best)), *cells,
+        best = at_best(method, max(r["tokens_wanted"] for r in mine))
+        cells = [spread([r["sums"] for r in best], a, n) for _, a, n in columns]
+        lines.append([method, f"{best[0]['lr']:g}", str(len(best)), *cells,
                       f"{statistics.mean(r['seconds'] for r in best):.0f}"])
+    return markdown(lines)
+
+
+def pairs_table() -> str:
+    """Markdown: both schedules with both engines, the median of the rounds, and what overlap gains."""
+    roles = ("rollout", "teacher", "learner")
+    lines = [["engine", "schedule", "tokens", "seconds", "tokens/s", *(f"{role} busy" for role in roles), "mean lag",
+              "async / sync"]]
+    for engine, schedule in itertools.product(ENGINES, SCHEDULES):
+        runs = pair_runs(engine, schedule)
+        tokens, seconds, speed, lag = (statistics.median(r[name] for r in runs)
+                                       for name in ("tokens", "wall_s", "train_tok_s", "lag_mean"))
+        busy = [statistics.median(r["busy"][role] for r in runs) for role in roles]
+        gain = ", ".join(f"{x:.2f}" for x in gains(engine)) if schedule == "async" else ""
+        lines.append([engine, schedule, f"{tokens:,.0f}", f"{seconds:.0f}", f"{speed:.0f}",
+                      *(f"{share:.0%}" for share in busy), f"{lag:.1f}", gain])
     return markdown(lines)
 
 
@@ -285,6 +321,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to train each student on, at least")
+    parser.add_argument("--rounds", type=int, default=2, help="of pairs")
     args, flags = parser.parse_known_args()      # flags of asyncopd.py
     result: dict = {}
     if args.what == "shipped":
@@ -292,9 +329,11 @@ def main() -> None:
     elif args.what == "grid":
         result = grid(args.methods, args.rates, args.seeds, args.tokens, flags)
     elif args.what == "pairs":
-        result = pairs(flags)
+        result = pairs(args.rounds, flags)
     if records("grid"):
         print(comparison())
+    if records("pair"):
+        print(pairs_table())
     print(json.dumps(result))
 
 

@@ -24,6 +24,7 @@ from control import plan
 from control.command_line import Given
 from extension import ModelPair
 from models.footprint import Shape
+from transport.process import threads_of
 
 # An H100 SXM: memory, peak by dtype, peak of its memory; and guesses: the share of these peaks that
 # a well-fed model reaches, and the part of --max-prompt and --max-response that is used
@@ -66,10 +67,9 @@ def gpu(cfg: Config) -> Machine:
 
 
 def this_cpu(cfg: Config) -> Machine:
-    """What a worker gets of this machine as it is now, other work included: half of the cores, as
-    in transport/process.py."""
+    """What a worker gets of this machine as it is now, other work included."""
     cores = usable_cores()
-    threads = max(1, cores // 2)
+    threads = threads_of(cfg, cores)
     flops, bandwidth = measured(threads, getattr(torch, cfg.dtype))
     return Machine(flops=flops * CPU_SHARE["flops"], bytes_s=bandwidth * CPU_SHARE["bytes_s"],
                    at_once=cores / threads,

@@ -23,7 +23,7 @@ from tests.runs import (
     start_and_wait_for,
     steps,
 )
-from transport.process import YIELD
+from transport.process import YIELD, use_cores
 
 
 def test_two_rollout_workers_train_asynchronously_and_leave_nothing(flags):
@@ -232,14 +232,34 @@ def test_on_a_cpu_the_engine_hf_lets_the_others_go_first():
     """More responses run in a step then, and a run on two cores is 5% faster."""
     asked = """if True:
         import os, sys
+        from config import Config
         from transport.process import use_cores
-        use_cores(sys.argv[1], 0, sys.argv[2])
+        use_cores(sys.argv[1], 0, Config(engine=sys.argv[2], rollouts=1, teachers=1, learners=1))
         print(os.nice(0))"""
     nice = {who: int(subprocess.run([sys.executable, "-c", asked, *who], cwd=ROOT, capture_output=True, text=True,
                                     check=True).stdout)
             for who in [("rollout", "hf"), ("rollout", "vllm"), ("teacher", "hf"), ("learner", "hf")]}
     assert nice.pop(("rollout", "hf")) - os.nice(0) == YIELD
     assert set(nice.values()) == {os.nice(0)}
+
+
+@pytest.mark.parametrize("schedule, rollouts, cores, threads, bound", [
+    ("async", 1, 4, 2, ["0"]), ("async", 2, 4, 2, ["0", "1"]), ("async", 3, 2, 1, ["0", "0", "0"]),
+    ("sync", 1, 4, 4, ["0,1,2,3"]), ("sync", 2, 4, 2, ["0,1", "2,3"]), ("sync", 3, 2, 1, ["0", "1", "0"])])
+def test_a_synchronous_role_has_all_cores(schedule, rollouts, cores, threads, bound, monkeypatch):
+    """Whoever works alone would be 1.6 times as slow on one of two cores."""
+    from config import Config
+    found = []
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)))
+    monkeypatch.setattr(os, "nice", lambda _: 0)
+    monkeypatch.setattr("torch.set_num_threads", found.append)
+    cfg = Config(schedule=schedule, rollouts=rollouts, teachers=1, learners=1)
+    for index in range(rollouts):
+        environ: dict[str, str] = {}
+        monkeypatch.setattr(os, "environ", environ)
+        use_cores("rollout", index, cfg)
+        assert environ == {"VLLM_CPU_OMP_THREADS_BIND": bound[index]}
+    assert found == [threads] * rollouts
 
 
 @pytest.mark.gpu

@@ -62,7 +62,7 @@ def worker_main(role: str, index: int, worker: Worker, pipe: Connection, pulse: 
     """The target of a worker's process. Whatever the worker raises is sent to the parent."""
     device = begin(log, device)
     if device == "cpu":
-        use_cores(role, index, cfg.engine)
+        use_cores(role, index, cfg)
     link = Link(pipe, pulse)
     link.wait_for_turn()
     try:
@@ -101,9 +101,9 @@ def end_with_parent() -> None:
     os._exit(1)
 
 
-def use_cores(role: str, index: int, engine: str) -> None:
-    """Half of the cores for torch. vLLM binds its threads to cores: one, so that the rest are
-    free.
+def use_cores(role: str, index: int, cfg: Config) -> None:
+    """The cores of a worker on a CPU: torch.set_num_threads, and for vLLM, which binds its threads
+    to cores, their numbers. vLLM gets one while other roles work, so that the rest are free.
 
     The engine hf lets teacher and learner go first, which have work only if it has given them some.
     With an equal share of the cores it may run ahead of them, until most responses wait for the
@@ -111,12 +111,24 @@ def use_cores(role: str, index: int, engine: str) -> None:
     fresher. vLLM needs its share: a row costs it more.
     """
     cores = sorted(os.sched_getaffinity(0))
-    torch.set_num_threads(max(1, len(cores) // 2))
-    if role == "rollout":
+    threads = threads_of(cfg, len(cores))
+    torch.set_num_threads(threads)
+    if cfg.schedule == "sync":
+        bound = [cores[(index * threads + i) % len(cores)] for i in range(threads)]
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, bound)))
+    elif role == "rollout":
         core = cores[index % max(1, len(cores) - 1)]
         os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(core))
-        if engine == "hf":
+        if cfg.engine == "hf":
             os.nice(YIELD)
+
+
+def threads_of(cfg: Config, cores: int) -> int:
+    """Of each worker on a CPU. In a synchronous run one role works at a time and has all cores;
+    otherwise a worker has half of them, since the others work too."""
+    if cfg.schedule == "sync":
+        return max(1, cores // max(cfg.rollouts, cfg.teachers, cfg.learners))
+    return max(1, cores // 2)
 
 
 def visible_gpus(device: str, visible: str | None) -> tuple[str, str]:
