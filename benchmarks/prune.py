@@ -30,6 +30,7 @@ ROOT = HERE.parent
 sys.path.insert(0, str(ROOT))
 sys.path.insert(0, str(HERE))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 from processes import Watch  # noqa: E402
 from step_off import Run  # noqa: E402
@@ -55,6 +56,7 @@ METHODS = {                                              # flags of asyncopd.py;
     "reverse, all words": ["--estimator=reverse_dense"],
     "supervised on the teacher's answers": [],
 }
+ALL_WORDS = "reverse, all words"
 SUPERVISED = "supervised on the teacher's answers"
 RATES = (1e-4, 2e-4, 4e-4)
 TOKENS = 6_000
@@ -262,21 +264,43 @@ def promises() -> str:
 
 
 def comparison() -> str:
-    """Markdown: each method at its best rate, mean over seeds and their standard deviation."""
+    """Markdown: each method at its best rate, mean over seeds and their standard deviation; and how far it is from the
+    method with all words, on the student's answers, with a 95% interval."""
     columns = [row for row in ROWS if row[2] in ("kl_pq", "kl_qp")]
-    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "seconds"]]
+    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "the first, minus all words'",
+              "seconds"]]
     before = records("before")[-1]["sums"]
-    lines.append(["before", "", "", *(f"{per_token(before[a], n):.2f}" for _, a, n in columns), ""])
+    lines.append(["before", "", "", *(f"{per_token(before[a], n):.2f}" for _, a, n in columns), "", ""])
     found = records("grid")
     for method in METHODS:
         mine = [r for r in found if r["method"] == method]
         if not mine:
             continue
-        best = at_best(method, max(r["tokens_wanted"] for r in mine))
+        tokens = max(r["tokens_wanted"] for r in mine)
+        best = at_best(method, tokens)
         cells = [spread([r["sums"] for r in best], a, n) for _, a, n in columns]
-        lines.append([method, f"{best[0]['lr']:g}", str(len(best)), *cells,
+        less = ""
+        if method != ALL_WORDS and (ALL_WORDS, tokens) in {(r["method"], r["tokens_wanted"]) for r in found}:
+            less = "{:+.2f} ({:+.2f} to {:+.2f})".format(*difference(best, at_best(ALL_WORDS, tokens)))
+        lines.append([method, f"{best[0]['lr']:g}", str(len(best)), *cells, less,
                       f"{statistics.mean(r['seconds'] for r in best):.0f}"])
     return markdown(lines)
+
+
+def difference(mine: list[dict], other: list[dict], resamples: int = 2000) -> tuple[float, float, float]:
+    """KL(p || q) per token of the students' own answers, first minus second method; and its 95% interval, by
+    resampling the prompts, the same of both, and the seeds of each."""
+    rng = np.random.default_rng(0)
+    prompts = len(mine[0]["sums"]["student"]["tokens"])
+    share = rng.multinomial(prompts, [1 / prompts] * prompts, size=resamples)                     # [R, prompts]
+    exact, drawn = [], []
+    for side in (mine, other):
+        total, tokens = (np.array([r["sums"]["student"][name] for r in side]) for name in ("kl_pq", "tokens"))
+        seeds = rng.multinomial(len(side), [1 / len(side)] * len(side), size=resamples)           # [R, seeds]
+        drawn.append(np.einsum("rs,sp,rp->r", seeds, total, share) / np.einsum("rs,sp,rp->r", seeds, tokens, share))
+        exact.append(total.sum() / tokens.sum())
+    low, high = np.quantile(drawn[0] - drawn[1], (0.025, 0.975))
+    return exact[0] - exact[1], low, high
 
 
 def pairs_table() -> str:
