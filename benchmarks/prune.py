@@ -4,7 +4,7 @@ SmolLM2 pruned and distilled: what docs/prune-and-distil.md says, and which meth
     python benchmarks/prune.py shipped                   # `make smollm2` without the installation, against its dry run
     python benchmarks/prune.py grid --seeds 0 1 2        # methods x learning rates x seeds; finished runs are not made
                                                          # again, and the last seeds only at each method's best rate
-    python benchmarks/prune.py pairs --steps 16          # synchronous against asynchronous, both engines, two rounds
+    python benchmarks/prune.py pairs --steps 16          # synchronous against asynchronous, both engines
     python benchmarks/prune.py table                     # the tables of the page, from the records
 
 The grid trains in one process, with the engine, teacher and learner of the pipeline, every method on the same number
@@ -267,7 +267,7 @@ def comparison() -> str:
     """Markdown: each method at its best rate, mean over seeds and their standard deviation; and how far it is from the
     method with all words, on the student's answers, with a 95% interval."""
     columns = [row for row in ROWS if row[2] in ("kl_pq", "kl_qp")]
-    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "the first, minus all words'",
+    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "first column, minus that of all words",
               "seconds"]]
     before = records("before")[-1]["sums"]
     lines.append(["before", "", "", *(f"{per_token(before[a], n):.2f}" for _, a, n in columns), "", ""])
@@ -345,7 +345,7 @@ def main() -> None:
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to train each student on, at least")
-    parser.add_argument("--rounds", type=int, default=2, help="of pairs")
+    parser.add_argument("--rounds", type=int, default=1, help="of pairs")
     args, flags = parser.parse_known_args()      # flags of asyncopd.py
     result: dict = {}
     if args.what == "shipped":
