@@ -267,7 +267,7 @@ def comparison() -> str:
     """Markdown: each method at its best rate, mean over seeds and their standard deviation; and how far it is from the
     method with all words, on the student's answers, with a 95% interval."""
     columns = [row for row in ROWS if row[2] in ("kl_pq", "kl_qp")]
-    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "first column, minus that of all words",
+    lines = [["method", "learning rate", "seeds", *(label for label, _, _ in columns), "first KL, minus all words",
               "seconds"]]
     before = records("before")[-1]["sums"]
     lines.append(["before", "", "", *(f"{per_token(before[a], n):.2f}" for _, a, n in columns), "", ""])
