@@ -2,7 +2,7 @@
 SmolLM2 pruned and distilled: what docs/prune-and-distil.md says, and which method wins back most.
 
     python benchmarks/prune.py shipped                   # `make smollm2` without the installation, against its dry run
-    python benchmarks/prune.py grid --seeds 0 1 2        # methods x learning rates x seeds; finished runs are not made
+    python benchmarks/prune.py grid                      # methods x learning rates x seeds; finished runs are not made
                                                          # again, and the last seeds only at each method's best rate
     python benchmarks/prune.py pairs --steps 16          # synchronous against asynchronous, both engines
     python benchmarks/prune.py table                     # the tables of the page, from the records
@@ -343,7 +343,7 @@ def main() -> None:
     parser.add_argument("what", choices=("shipped", "grid", "pairs", "table"))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
-    parser.add_argument("--seeds", nargs="*", type=int, default=[0])
+    parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
     parser.add_argument("--tokens", type=int, default=TOKENS, help="to train each student on, at least")
     parser.add_argument("--rounds", type=int, default=1, help="of pairs")
     args, flags = parser.parse_known_args()      # flags of asyncopd.py

@@ -72,7 +72,8 @@ SMOKES = {
     "pipeline.py": Smoke("--smoke", spawns=True),
     "plot.py": Smoke("lag"),
     "precision.py": Smoke("", "m.BATCH, m.toy_models = 4, lambda root: ('{student}', '{teacher}')"),
-    "prune.py": Smoke("grid --rates 1e-3 --tokens 8 --batch=2 --max-prompt=100 --max-response=4 " + TOY_MODELS,
+    "prune.py": Smoke("grid --seeds 0 --rates 1e-3 --tokens 8 --batch=2 --max-prompt=100 --max-response=4 "
+                      + TOY_MODELS,
                       "import data.everyday as e; e.FILE.write_text(e.as_json_lines())\n"
                       "m.METHODS = {{name: m.METHODS[name] for name in (m.SUPERVISED, 'reverse, all words')}}"),
     "processes.py": Smoke(),
