@@ -2,6 +2,7 @@
 SmolLM2 pruned and distilled: what docs/prune-and-distil.md says, and which method wins back most.
 
     python benchmarks/prune.py shipped                   # `make smollm2` without the installation, against its dry run
+    python benchmarks/prune.py promise                   # the dry run alone
     python benchmarks/prune.py grid                      # methods x learning rates x seeds; finished runs are not made
                                                          # again, and the last seeds only at each method's best rate
     python benchmarks/prune.py pairs --steps 16          # synchronous against asynchronous, both engines
@@ -173,29 +174,37 @@ def shipped(flags: list[str]) -> dict:
     """Make, distil and evaluate, with the peak of memory, and what the dry run had promised."""
     steps, job = prune_and_distil.job_of(["all", "--root=runs/smollm2", *flags])
     prune_and_distil.make(job)
-    promise = dry_run(job)
+    promised = promise(flags)["promised"]
     watch = Watch()
     start = time.monotonic()
     with watch:
         prune_and_distil.distil(job)
     distil_s = time.monotonic() - start
     prune_and_distil.evaluate(job)
-    record = shipped_record(job, promise, watch.gb, distil_s)
+    record = shipped_record(job, promised, watch.gb, distil_s)
     add([record])
     return {name: record[name] for name in ("promised", "peak_gb", "distil_s", "evaluate_s", "lowered")}
 
 
-def shipped_record(job: prune_and_distil.Job, promise: dict, peak_gb: float, distil_s: float) -> dict:
+def shipped_record(job: prune_and_distil.Job, promised: dict, peak_gb: float, distil_s: float) -> dict:
     found = json.loads((job.out / "evaluation.json").read_text())
     log = [json.loads(line) for line in (job.out / "log.jsonl").read_text().splitlines()]
     steps = [x for x in log if x["type"] == "step"]
     argv = [word.replace(f"{ROOT}/", "") for word in log[0]["argv"]]         # as from the project's folder
-    return {"type": "shipped", "argv": argv, "promised": promise, "peak_gb": round(peak_gb, 2),
+    return {"type": "shipped", "argv": argv, "promised": promised, "peak_gb": round(peak_gb, 2),
             "distil_s": round(distil_s, 1), "evaluate_s": round(found["seconds"], 1), "done": log[-1],
             "kl": [round(x["kl"], 4) for x in steps], "entropy": [round(x["entropy"], 4) for x in steps],
             "engine_gap_max": max(x["engine_gap_max"] for x in steps), "engine": log[0]["config"]["engine"],
             "lowered": found["lowered"], "samples": found["samples"],
             "sums": {name: rounded(sums) for name, sums in found["sums"].items()}}
+
+
+def promise(flags: list[str]) -> dict:
+    """What the dry run says of the shipped command, without running it."""
+    _, job = prune_and_distil.job_of(["all", "--root=runs/smollm2", *flags])
+    record = {"type": "promise", "promised": dry_run(job)}
+    add([record])
+    return record
 
 
 def dry_run(job: prune_and_distil.Job) -> dict[str, float]:
@@ -253,9 +262,9 @@ def before_and_after() -> str:
 
 
 def promises() -> str:
-    """Markdown: what the dry run had promised of the newest shipped run, and what was measured."""
+    """Markdown: what the dry run promises, by its newest record, and what the newest shipped run took."""
     r = records("shipped")[-1]
-    promised = r["promised"]
+    promised = records("promise")[-1]["promised"]
     lines = [["", "`--dry-run` said", "measured"],
              ["memory of all processes, GB", f"{promised['gb']:.1f}", f"{r['peak_gb']:.1f}"],
              ["seconds to distil", f"{promised['all_s']:,.0f}", f"{r['distil_s']:,.0f}"],
@@ -340,7 +349,7 @@ def answers() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.strip().splitlines()[0], allow_abbrev=False)
-    parser.add_argument("what", choices=("shipped", "grid", "pairs", "table"))
+    parser.add_argument("what", choices=("shipped", "promise", "grid", "pairs", "table"))
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
     parser.add_argument("--rates", nargs="*", type=float, default=RATES)
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2])
@@ -350,6 +359,8 @@ def main() -> None:
     result: dict = {}
     if args.what == "shipped":
         result = shipped(flags)
+    elif args.what == "promise":
+        result = promise(flags)
     elif args.what == "grid":
         result = grid(args.methods, args.rates, args.seeds, args.tokens, flags)
     elif args.what == "pairs":
