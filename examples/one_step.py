@@ -16,6 +16,7 @@ Shapes     M new tokens (those of the responses); N candidates; H width of a hid
 """
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -38,7 +39,7 @@ from models.loading import load_model  # noqa: E402
 
 def main(cfg: Config) -> dict[str, torch.Tensor]:
     """One update of the student on the toy's prompts; its new weights by name."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))      # as a role of a synchronous run
     segments = generate(cfg)
     score(cfg, segments)
     return update(cfg, segments)
