@@ -19,7 +19,8 @@ import torch
 
 import engines.vllm_environment  # noqa: F401
 
-# On a GPU the model runner that scores chosen words; on a CPU a core that the rollouts leave free
+# On a GPU the model runner that scores chosen words; on a CPU a core that the rollouts leave free,
+# unless transport/process.py has chosen: in a synchronous run it has all of them
 os.environ["VLLM_USE_V2_MODEL_RUNNER"] = str(int(torch.cuda.is_available()))
 os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", str(max(os.sched_getaffinity(0))))
 
